@@ -1,0 +1,31 @@
+"""Ring 3, live: bit for bit equal to the `get_rope_index` of the transformers that is installed."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from batches import random_batch
+from mrope import MRopeSpec, rope_index
+from mrope.families import FAMILIES, REFERENCES, example_config
+
+peer = pytest.importorskip("parity.peer", exc_type=ImportError)
+
+BATCHES = 300
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_to_the_installed_release(family: str) -> None:
+    reference = peer.installed_reference()
+    spec = MRopeSpec.from_config(example_config(family), reference)
+    rng = random.Random(f"{family} live")
+    for number in range(BATCHES):
+        marked = True if REFERENCES[reference].start_required else None
+        batch = random_batch(rng, spec, marked=marked)
+        expected = peer.peer_rope_index(spec, batch)
+        for types in (batch["mm_token_type_ids"], None):
+            actual = rope_index(spec, **(batch | {"mm_token_type_ids": types}))
+            for ours, theirs in zip(actual, expected, strict=True):
+                np.testing.assert_array_equal(ours, theirs, f"batch {number}", strict=True)
