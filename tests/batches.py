@@ -20,13 +20,17 @@ VISION_END_ID = 99
 
 @dataclass
 class Row:
-    """One sample under construction: tokens, their types, and the grids in their order."""
+    """One sample under construction: tokens, their types, and the grids in their order.
+
+    `touching` rows may have spans of one kind side by side, with no token between them.
+    """
 
     tokens: list[int] = field(default_factory=list)
     types: list[int] = field(default_factory=list)
     images: list[list[int]] = field(default_factory=list)
     videos: list[list[int]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    touching: bool = False
 
     def add(self, token: int, count: int, kind: int = 0) -> None:
         self.tokens += [token] * count
@@ -34,17 +38,19 @@ class Row:
 
 
 def random_batch(
-    rng: random.Random, spec: MRopeSpec, *, marked: bool | None = None
+    rng: random.Random, spec: MRopeSpec, *, odd: bool = False
 ) -> dict[str, Any]:
     """Return arguments for `rope_index`.
 
     Args:
-        marked: vision start and end markers around every span; None: at random.
+        odd: also what no release can number: spans side by side, and rows without a token.
     """
-    if marked is None:
-        marked = rng.random() < 0.7
+    marked = spec.rule.start_required or rng.random() < 0.7
     vision = rng.random() < 0.85
-    rows = [_random_row(rng, spec, marked, vision) for _ in range(rng.choice([1, 1, 2, 3, 5]))]
+    rows = []
+    for _ in range(rng.choice([1, 1, 2, 3, 5])):
+        empty = odd and rng.random() < 0.1
+        rows.append(Row() if empty else _random_row(rng, spec, marked, vision, odd))
     return merge_rows(rng, rows, padding=rng.choice(["left", "right", "ragged", "none"]))
 
 
@@ -74,8 +80,10 @@ def merge_rows(rng: random.Random, rows: list[Row], padding: str) -> dict[str, A
     }
 
 
-def _random_row(rng: random.Random, spec: MRopeSpec, marked: bool, vision: bool) -> Row:
-    row = Row()
+def _random_row(
+    rng: random.Random, spec: MRopeSpec, marked: bool, vision: bool, touching: bool
+) -> Row:
+    row = Row(touching=touching)
     for _ in range(rng.randrange(5) if vision and rng.random() < 0.85 else 0):
         row.add(rng.choice(TEXT_IDS), rng.choice([0, 0, 1, 2, 5]))
         add = _add_image if rng.random() < 0.5 else _add_video
@@ -113,8 +121,8 @@ def _add_span(
     placeholder = spec.image_token_id if kind == 1 else spec.video_token_id
     if marked:
         row.add(spec.vision_start_token_id, 1)
-    elif row.types and row.types[-1] == kind:
-        row.add(rng.choice(TEXT_IDS), 1)  # no reference can tell adjacent spans apart
+    elif not row.touching and row.types and row.types[-1] == kind:
+        row.add(rng.choice(TEXT_IDS), 1)
     row.add(placeholder, tokens, kind)
     if marked and rng.random() < 0.9:
         row.add(VISION_END_ID, 1)

@@ -59,13 +59,13 @@ def to_grids(
     size_3G = np.concatenate((image_N3, video_N3)).T.copy()
     _check_sizes(size_3G, images, spec.spatial_merge_size, shape)
     size_3G[1:] //= spec.spatial_merge_size
-    frames_N = np.ones(len(video_N3), np.int64)
     if spec.traits.frames_apart and len(video_N3):
         frames_N = size_3G[0, images:].copy()
         size_3G[0, images:] = 1
-        repeats_G = np.ones(size_3G.shape[1], np.int64)
-        repeats_G[images:] = frames_N
-        size_3G = size_3G.repeat(repeats_G, axis=1)
+        frames_3G = size_3G[:, images:].repeat(frames_N, axis=1)
+        size_3G = np.concatenate((size_3G[:, :images], frames_3G), axis=1)
+    else:
+        frames_N = np.ones(len(video_N3), np.int64)
     row_G = None
     if images_per_sample is not None or videos_per_sample is not None:
         image_rows = _rows_of("images_per_sample", images_per_sample, images, shape[0])
@@ -80,9 +80,11 @@ def as_integers(name: str, values: npt.ArrayLike, hint: str) -> IntArray:
         array = np.asarray(values)
     except ValueError as error:
         raise MRopeError(f"{name} is ragged: {hint}") from error
-    if array.dtype.kind not in "iu" and array.size:
+    if array.dtype.kind in "iu":
+        return array
+    if array.size:
         raise MRopeError(f"{name} must hold integers, not {array.dtype}: {hint}")
-    return array if array.dtype.kind in "iu" else array.astype(np.int64)
+    return array.astype(np.int64)
 
 
 _NO_GRID = np.empty((0, 3), np.int64)
@@ -92,9 +94,9 @@ def _as_grid(name: str, grid_thw: npt.ArrayLike | None) -> npt.NDArray[np.int64]
     if grid_thw is None:
         return _NO_GRID
     array = as_integers(name, grid_thw, "frames, height and width in patches")
-    if array.shape == (0,):
-        return _NO_GRID
     if array.ndim != 2 or array.shape[1] != 3:
+        if array.shape == (0,):
+            return _NO_GRID
         raise MRopeError(f"{name} must have shape (N, 3), not {array.shape}")
     return array.astype(np.int64, copy=False)
 
@@ -108,8 +110,8 @@ def _check_sizes(size_3G: IntArray, images: int, merge: int, shape: tuple[int, i
         return
     limit = merge * shape[0] * shape[1]
     # Seen as unsigned, size - 1 is huge for 0 and below: one maximum checks both ends.
-    outside = int((size_3G - 1).view(np.uint64).max()) >= limit
-    if not outside and not (size_3G[1:] % merge).any():
+    outside = np.count_nonzero((size_3G - 1).view(np.uint64) >= limit)
+    if not outside and not np.count_nonzero(size_3G[1:] % merge):
         return
     for ordinal, size in enumerate(size_3G.T.tolist()):
         name = "image_grid_thw" if ordinal < images else "video_grid_thw"

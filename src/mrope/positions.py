@@ -16,7 +16,7 @@ from mrope.documents import BoolArray, IntArray, Stream, to_batch, to_stream
 from mrope.errors import MRopeError
 from mrope.families import MRopeSpec
 from mrope.grids import Grids, as_integers, to_grids
-from mrope.spans import Runs, find_runs, lengths
+from mrope.spans import Runs, find_runs
 
 PositionIds = npt.NDArray[np.int64]
 Steps = npt.NDArray[np.int64] | npt.NDArray[np.float32] | npt.NDArray[np.float64]
@@ -118,7 +118,7 @@ def number_stream(
     """
     frames_V, height_V, width_V = size_3V
     advance_V = reach_V = np.maximum(height_V, width_V)
-    moving = bool((frames_V != 1).any())
+    moving = np.count_nonzero(frames_V != 1) > 0
     if moving:
         reach_V = np.maximum(advance_V, _in_steps(frames_V - 1, step_V) + 1)
         advance_V = reach_V if advance_over_time else advance_V
@@ -126,17 +126,17 @@ def number_stream(
     advance_R = _put(runs.length_R.copy(), runs.vision_V, advance_V)
     table_4R = np.empty((4, len(advance_R)), np.int64)
     time_R, height_R, base_R, width_R = table_4R
-    np.cumsum(advance_R, out=base_R)
+    advance_R.cumsum(out=base_R)
     base_R -= advance_R
-    base_R -= base_R[runs.first_D].repeat(lengths(runs.first_D, len(base_R)))
-    end_R = base_R + _put(advance_R, runs.vision_V, reach_V)
+    base_R -= base_R[runs.first_D].repeat(runs.runs_D)
+    end_R = base_R + (_put(advance_R, runs.vision_V, reach_V) if moving else advance_R)
     width_R[:] = runs.length_R
     width_R[runs.vision_V] = width_V
-    lines_R = np.ones_like(width_R)
+    lines_R = np.ones(len(width_R), np.int64)
     lines_R[runs.vision_V] = frames_V * height_V if moving else height_V
     # Height counts lines within a span: its line's number minus that of the span's first line.
     time_R[:] = base_R
-    np.cumsum(lines_R, out=height_R)
+    lines_R.cumsum(out=height_R)
     np.subtract(base_R, height_R, out=height_R)
     height_R += lines_R
 
@@ -313,10 +313,10 @@ def _deltas(
     """Return `rope_deltas` (B, 1): the largest position + 1, minus the length it is taken over."""
     rows, width = shape
     delta_B = np.zeros(rows, np.int64)
-    delta_B[stream.row_D] = end_D
     if not spec.rule.delta_over_padded:
-        delta_B[stream.row_D] -= stream.length_D
+        delta_B[stream.row_D] = end_D - stream.length_D
         return delta_B[:, None]
+    delta_B[stream.row_D] = end_D
     if spec.rule.text_batch_fill_in_delta and not has_grids and stream.valid_BS is not None:
         padded_B = ~stream.valid_BS.all(axis=1)
         np.maximum(delta_B, spec.rule.fill + 1, out=delta_B, where=padded_B)

@@ -22,7 +22,7 @@ class Runs(NamedTuple):
 
     Attributes:
         start_R, length_R: where a run starts in the stream, and its tokens.
-        first_D: the first run of each document.
+        first_D, runs_D: the first run of each document, and how many it has.
         vision_V: which of the runs are vision spans, ascending.
         grid_V: for each span its column of `Grids.size_3G`.
         text_T: True where a token is text.
@@ -31,6 +31,7 @@ class Runs(NamedTuple):
     start_R: IntArray
     length_R: IntArray
     first_D: IntArray
+    runs_D: IntArray
     vision_V: IntArray
     grid_V: IntArray
     text_T: BoolArray
@@ -50,30 +51,28 @@ def find_runs(
     Raises:
         SpanMismatchError: tokens, types and grids do not fit together.
     """
-    tokens = len(stream.tokens_T)
     kind_T = _token_kinds(spec, stream.tokens_T)
     if types_T is not None and not np.array_equal(kind_T, types_T):
         raise type_mismatch(stream, kind_T, types_T)
-    start_R = _run_starts(kind_T, stream.start_D)
-    kind_R = kind_T[start_R]
-    length_R = lengths(start_R, tokens)
+    whole = _runs_of_one_kind(kind_T, stream.start_D)
+    kind_R = kind_T[whole.start_R]
     vision_V = kind_R.nonzero()[0]
     if spec.rule.start_required:
-        _require_starts(spec, stream, start_R[vision_V], kind_R[vision_V])
-    grid_V = _match_one_to_one(length_R[vision_V], kind_R[vision_V], grids)
+        _require_starts(spec, stream, whole.start_R[vision_V], kind_R[vision_V])
+    grid_V = _match_one_to_one(whole.length_R[vision_V], kind_R[vision_V], grids)
+    cut = whole
     if grid_V is None:
-        cut = _cut_by_grids(start_R, length_R, kind_R, grids)
-        if cut is None:
-            raise mismatch(stream, start_R, length_R, kind_R, grids)
-        start_R, vision_V, grid_V = cut
-        length_R = lengths(start_R, tokens)
-    runs = Runs(
-        start_R, length_R, start_R.searchsorted(stream.start_D), vision_V, grid_V, kind_T == TEXT
-    )
-    if grids.row_G is not None and not _rows_agree(stream, runs, grids.row_G):
-        whole_R = _run_starts(kind_T, stream.start_D)
-        raise mismatch(stream, whole_R, lengths(whole_R, tokens), kind_R, grids)
-    return runs
+        by_grids = _cut_by_grids(whole, kind_R, grids, len(kind_T))
+        if by_grids is None:
+            raise mismatch(stream, *whole, kind_R, grids)
+        cut, vision_V, grid_V = by_grids
+    if grids.row_G is not None:
+        document_V = stream.start_D.searchsorted(cut.start_R[vision_V], side="right") - 1
+        if _takes_anothers(stream.row_D[document_V], grids.row_G[grid_V]):
+            raise mismatch(stream, *whole, kind_R, grids)
+    first_D = cut.start_R.searchsorted(stream.start_D)
+    runs_D = cut.start_R.searchsorted(stream.start_D + stream.length_D) - first_D
+    return Runs(*cut, first_D, runs_D, vision_V, grid_V, kind_T == TEXT)
 
 
 def _token_kinds(spec: MRopeSpec, tokens_T: IntArray) -> npt.NDArray[np.uint8]:
@@ -84,46 +83,57 @@ def _token_kinds(spec: MRopeSpec, tokens_T: IntArray) -> npt.NDArray[np.uint8]:
     return kind_T
 
 
-def _run_starts(kind_T: npt.NDArray[np.uint8], start_D: IntArray) -> IntArray:
-    """Return where the kind changes or a document begins.
+class _Cut(NamedTuple):
+    """Where the runs of a stream start, and their tokens."""
 
-    kinds 0 0 1 1 | 1 0 with documents at 0 and 4 start runs at 0, 2, 4 and 5.
+    start_R: IntArray
+    length_R: IntArray
+
+
+def _runs_of_one_kind(kind_T: npt.NDArray[np.uint8], start_D: IntArray) -> _Cut:
+    """Cut where the kind changes or a document begins.
+
+    kinds 0 0 1 1 | 1 0 with documents at 0 and 4 give bounds 0 2 4 5 6: runs of 2 2 1 1.
     """
-    change_T = np.empty(len(kind_T), np.bool_)
-    np.not_equal(kind_T[1:], kind_T[:-1], out=change_T[1:])
-    change_T[start_D] = True
-    return change_T.nonzero()[0]
-
-
-def lengths(start_R: IntArray, tokens: int) -> IntArray:
-    length_R = np.empty_like(start_R)
-    np.subtract(start_R[1:], start_R[:-1], out=length_R[:-1])
-    length_R[-1:] = tokens - start_R[-1:]
-    return length_R
+    tokens = len(kind_T)
+    bound = np.empty(tokens + 1, np.bool_)
+    np.not_equal(kind_T[1:], kind_T[:-1], out=bound[1:tokens])
+    bound[start_D] = True
+    bound[tokens] = True
+    bounds = bound.nonzero()[0]
+    return _Cut(bounds[:-1], bounds[1:] - bounds[:-1])
 
 
 def _match_one_to_one(length_V: IntArray, kind_V: IntArray, grids: Grids) -> IntArray | None:
     """Return each run's grid where every run is exactly one span, the usual case, else None."""
-    videos = np.count_nonzero(kind_V == VIDEO)
-    if len(kind_V) != grids.size_3G.shape[1] or len(kind_V) - videos != grids.images:
+    if len(kind_V) != grids.size_3G.shape[1]:
+        return None
+    if np.count_nonzero(kind_V == IMAGE) != grids.images:
         return None
     # Grids stand images first: the k-th image run takes column k, the k-th video run images + k.
     # kinds [1, 2, 1] sort to runs [0, 2, 1]; so run 0 has column 0, run 2 column 1, run 1 column 2.
     grid_V = np.empty(len(kind_V), np.int64)
     grid_V[kind_V.argsort(kind="stable")] = np.arange(len(kind_V))
-    fits = length_V == grids.size_3G.prod(axis=0)[grid_V]
-    return grid_V if fits.all() else None
+    misfits = np.count_nonzero(length_V != _needed_tokens(grids)[grid_V])
+    return None if misfits else grid_V
+
+
+def _needed_tokens(grids: Grids) -> IntArray:
+    frames_G, height_G, width_G = grids.size_3G
+    need_G: IntArray = frames_G * height_G * width_G
+    return need_G
 
 
 def _cut_by_grids(
-    start_R: IntArray, length_R: IntArray, kind_R: IntArray, grids: Grids
-) -> tuple[IntArray, IntArray, IntArray] | None:
+    whole: _Cut, kind_R: npt.NDArray[np.uint8], grids: Grids, tokens: int
+) -> tuple[_Cut, IntArray, IntArray] | None:
     """Cut runs of adjacent images or frames by their grids; None where that does not come out.
 
     A run of 6 tokens and grids of 2 and 4 tokens: the grids start at placeholders 0 and 2, both lie
     within the run, and all 6 tokens are used; the spans start at the run's start and 2 tokens on.
     """
-    need_G = grids.size_3G.prod(axis=0)
+    start_R, length_R = whole
+    need_G = _needed_tokens(grids)
     starts = [start_R[kind_R == TEXT]]
     columns = [np.full(len(starts[0]), -1)]
     for kind, part in ((IMAGE, slice(grids.images)), (VIDEO, slice(grids.images, None))):
@@ -143,7 +153,8 @@ def _cut_by_grids(
     order = start.argsort()
     column_R = np.concatenate(columns)[order]
     vision_V = (column_R >= 0).nonzero()[0]
-    return start[order], vision_V, column_R[vision_V]
+    start = start[order]
+    return _Cut(start, np.diff(start, append=tokens)), vision_V, column_R[vision_V]
 
 
 def _require_starts(
@@ -157,8 +168,6 @@ def _require_starts(
         raise missing_start(spec, stream, start_V, kind_V, int(marked_V.argmin()))
 
 
-def _rows_agree(stream: Stream, runs: Runs, row_G: IntArray) -> bool:
-    start_V = runs.start_R[runs.vision_V]
-    document_V = stream.start_D.searchsorted(start_V, side="right") - 1
-    row_V = row_G[runs.grid_V]
-    return bool(((stream.row_D[document_V] == row_V) | (row_V < 0)).all())
+def _takes_anothers(row_V: IntArray, grid_row_V: IntArray) -> bool:
+    """Whether a span of one row has a grid of another; grid rows of -1 are unknown."""
+    return bool(((row_V != grid_row_V) & (grid_row_V >= 0)).any())

@@ -9,9 +9,9 @@ import pytest
 
 from batches import random_batch
 from mrope import MRopeSpec, rope_index
-from mrope.families import FAMILIES, REFERENCES, example_config
+from mrope.families import FAMILIES, example_config
 
-peer = pytest.importorskip("parity.peer", exc_type=ImportError)
+peer = pytest.importorskip("mrope.hf.reference", exc_type=ImportError)
 
 BATCHES = 300
 
@@ -22,9 +22,8 @@ def test_equal_to_the_installed_release(family: str) -> None:
     spec = MRopeSpec.from_config(example_config(family), reference)
     rng = random.Random(f"{family} live")
     for number in range(BATCHES):
-        marked = True if REFERENCES[reference].start_required else None
-        batch = random_batch(rng, spec, marked=marked)
-        expected = peer.peer_rope_index(spec, batch)
+        batch = random_batch(rng, spec)
+        expected = peer.reference_rope_index(spec, batch)
         for types in (batch["mm_token_type_ids"], None):
             actual = rope_index(spec, **(batch | {"mm_token_type_ids": types}))
             for ours, theirs in zip(actual, expected, strict=True):

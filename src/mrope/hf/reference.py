@@ -1,0 +1,82 @@
+"""The `get_rope_index` of the transformers that is installed, called on an object with a config alone.
+
+What `mrope` must equal: the parity tests and `mrope bench positions` call it, nothing in a worker.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+
+from mrope.families import MRopeSpec, resolve_reference
+
+_CLASSES = {
+    "qwen2_vl": "Qwen2VLModel",
+    "qwen2_5_vl": "Qwen2_5_VLModel",
+    "qwen3_vl": "Qwen3VLModel",
+    "qwen3_vl_moe": "Qwen3VLMoeModel",
+    "qwen3_5": "Qwen3_5Model",
+    "qwen3_5_moe": "Qwen3_5MoeModel",
+}
+
+
+def installed_reference() -> str:
+    """Return the name of the reference that the installed transformers is."""
+    return resolve_reference("auto", transformers.__version__)
+
+
+def reference_class(family: str) -> Any:
+    """Return transformers' own model class whose function numbers `family`.
+
+    aero_realtime, and where a release does not know it yet qwen3_5, are numbered by Qwen3-VL's
+    class: lmms-engine calls that function for both.
+    """
+    if family not in _CLASSES or importlib.util.find_spec(f"transformers.models.{family}") is None:
+        family = "qwen3_vl"
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    return getattr(module, _CLASSES[family])
+
+
+def reference_rope_index(
+    spec: MRopeSpec, arguments: Mapping[str, Any]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return what the installed transformers computes.
+
+    Args:
+        spec: the model's numbers; its reference is not looked at.
+        arguments: of `mrope.rope_index` by name, `mm_token_type_ids` among them: from 5.3 on
+            transformers needs it. Arrays go in as tensors, lists as they are.
+    """
+    model = reference_class(spec.family)
+    vision = types.SimpleNamespace(
+        spatial_merge_size=spec.spatial_merge_size, tokens_per_second=spec.tokens_per_second
+    )
+    holder = types.SimpleNamespace(
+        config=types.SimpleNamespace(
+            image_token_id=spec.image_token_id,
+            video_token_id=spec.video_token_id,
+            vision_start_token_id=spec.vision_start_token_id,
+            vision_config=vision,
+        )
+    )
+    if hasattr(model, "get_vision_position_ids"):
+        holder.get_vision_position_ids = types.MethodType(model.get_vision_position_ids, holder)
+    tensors = {name: _tensor(value) for name, value in arguments.items()}
+    if installed_reference() == "transformers-4.57":
+        tensors.pop("mm_token_type_ids", None)
+    if spec.tokens_per_second is None:
+        tensors.pop("second_per_grid_ts", None)
+    position_ids, rope_deltas = model.get_rope_index(holder, **tensors)
+    return position_ids.numpy(), rope_deltas.numpy()
+
+
+def _tensor(value: Any) -> Any:
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
