@@ -46,10 +46,12 @@ def mismatch(
     """Return the error for the first span, in the order of the tokens, that does not fit its grid."""
     walk = _Walk(grids, rows=stream.row_D.tolist())
     for run in _placeholder_runs(stream, start_R, length_R, kind_R):
-        error = walk.take(run)
+        error = walk.left_over(before=run.row) or walk.take(run)
         if error is not None:
             return error
-    return walk.left_over()
+    error = walk.left_over()
+    assert error is not None  # the caller saw a mismatch
+    return error
 
 
 class _Walk:
@@ -71,31 +73,41 @@ class _Walk:
 
     def take(self, run: _Run) -> SpanMismatchError | None:
         """Use up the grids of one run; several stand side by side if their tokens add up to it."""
-        queue = self.queues.get(
-            (run.row if run.kind in self.kinds_by_row else -1, run.kind), []
-        )
-        rest = run.tokens
-        while rest:
-            if not queue:
-                first = rest == run.tokens
-                return self._error(run, found=rest, column=None, alone=first)
-            needed = int(self.grids.size_3G[:, queue[-1]].prod())
-            if needed > rest:
-                return self._error(run, found=rest, column=queue[-1], alone=rest == run.tokens)
-            rest -= needed
-            queue.pop()
-            self.ordinals[run.row, run.kind] += 1
-        return None
+        queue = self.queues.get((run.row if run.kind in self.kinds_by_row else -1, run.kind), [])
+        rest, taken = run.tokens, 0
+        while rest and taken < len(queue) and self._needed(queue[-1 - taken]) <= rest:
+            rest -= self._needed(queue[-1 - taken])
+            taken += 1
+        if rest and queue and run.tokens == self._needed(queue[-1]) * self.grids.merge**2:
+            return self._error(run, found=run.tokens, column=queue[-1])
+        self.ordinals[run.row, run.kind] += taken
+        del queue[len(queue) - taken :]
+        return self._error(run, found=rest, column=queue[-1] if queue else None) if rest else None
 
-    def left_over(self) -> SpanMismatchError:
-        """Return the error for the first grid that no token asked for."""
-        (row, kind), queue = next(item for item in sorted(self.queues.items()) if item[1])
+    def _needed(self, column: int | None) -> int:
+        return 0 if column is None else int(self.grids.size_3G[:, column].prod())
+
+    def left_over(self, before: int | None = None) -> SpanMismatchError | None:
+        """Return the error for the first grid that no token asked for, or None.
+
+        Args:
+            before: only look at grids that are known to be of rows before this one.
+        """
+        left = [
+            key
+            for key, queue in sorted(self.queues.items())
+            if queue and (before is None or 0 <= key[0] < before)
+        ]
+        if not left:
+            return None
+        row, kind = left[0]
+        queue = self.queues[row, kind]
         known: int | None = row
         if kind not in self.kinds_by_row:
             known = self.rows[0] if len(self.rows) == 1 else None
         column = queue[-1]
         ordinal = self.ordinals[known, kind] if known is not None else None
-        needed = int(self.grids.size_3G[:, column].prod())
+        needed = self._needed(column)
         counts = [self.ordinals[row, kind] for row in self.rows]
         where = (
             f"row {known}, {_NAMES[kind]} {ordinal}"
@@ -106,9 +118,9 @@ class _Walk:
         )
         return _span_error(where, known, ordinal, kind, 0, needed, self._size(column), _NO_TOKENS)
 
-    def _error(self, run: _Run, found: int, column: int | None, alone: bool) -> SpanMismatchError:
+    def _error(self, run: _Run, found: int, column: int | None) -> SpanMismatchError:
         ordinal = self.ordinals[run.row, run.kind]
-        needed = 0 if column is None else int(self.grids.size_3G[:, column].prod())
+        needed = self._needed(column)
         cause = self._cause(run, found, column, needed)
         if run.kind not in self.kinds_by_row and len(self.rows) > 1:
             cause += (
@@ -116,7 +128,7 @@ class _Walk:
                 f"{_NAMES[run.kind]}s_per_sample to check each row on its own"
             )
         where = f"row {run.row}, {_NAMES[run.kind]} {ordinal}"
-        if not alone:
+        if found != run.tokens:
             where += f" (in a run of {run.tokens} adjacent {_NAMES[run.kind]} tokens)"
         return _span_error(
             where, run.row, ordinal, run.kind, found, needed, self._size(column), cause

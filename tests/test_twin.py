@@ -1,0 +1,29 @@
+"""Ring 2: the kernel against its slow twin, on inputs that hypothesis makes up and shrinks."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batches import random_batch
+from mrope import MRopeSpec, rope_index
+from mrope.families import FAMILIES, REFERENCES, example_config
+from twin import slow_rope_index
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=60, deadline=None)
+@given(rng=st.randoms(use_true_random=False))
+def test_equal_to_the_twin(family: str, reference: str, rng: random.Random) -> None:
+    spec = MRopeSpec.from_config(example_config(family), reference)
+    batch = random_batch(rng, spec, odd=True)
+    expected = slow_rope_index(spec, batch)
+    for given_types in (batch["mm_token_type_ids"], None):
+        actual = rope_index(spec, **(batch | {"mm_token_type_ids": given_types}))
+        for ours, theirs in zip(actual, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs, strict=True)
