@@ -229,7 +229,7 @@ class MRopeSpec:
 
         Raises:
             MRopeError: no such file, not a config, an unknown `model_type`, a key that is missing,
-                of the wrong type, or given twice with two values.
+                of the wrong type, or given twice with two values; token ids that are not distinct.
 
         Example:
             >>> MRopeSpec.from_config({
@@ -246,12 +246,19 @@ class MRopeSpec:
         vision = table.get("vision_config")
         if not isinstance(vision, Mapping):
             raise MRopeError(f"{name}: the config has no vision_config section")
+        keys = (family.image_keys, family.video_keys, family.start_keys)
+        image, video, start = (_read_int(table, key, name) for key in keys)
+        if len({image, video, start}) < 3:
+            twice = video if video in (image, start) else image
+            raise MRopeError(
+                f"{name}: token id {twice} stands for two of the image, video and vision start tokens"
+            )
         return cls(
             family=name,
             reference=resolve_reference(reference),
-            image_token_id=_read_int(table, family.image_keys, name),
-            video_token_id=_read_int(table, family.video_keys, name),
-            vision_start_token_id=_read_int(table, family.start_keys, name),
+            image_token_id=image,
+            video_token_id=video,
+            vision_start_token_id=start,
             spatial_merge_size=_read_int(vision, ("spatial_merge_size",), f"{name} vision_config", 1),
             tokens_per_second=_read_int(
                 vision, ("tokens_per_second",), f"{name} vision_config", minimum=1
