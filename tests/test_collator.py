@@ -162,15 +162,16 @@ def example(tokens: list[int], grids: list[list[int]]) -> dict[str, Any]:
 
 
 def test_examples_that_the_inner_function_reorders_are_matched_over_the_batch() -> None:
-    examples = [example([START, IMAGE, 7], [[1, 2, 2]]), example([START, IMAGE, IMAGE], [[1, 2, 4]])]
+    two = example([START, IMAGE, START, IMAGE, 7], [[1, 2, 2]] * 2)
+    examples = [two, example([START, IMAGE, IMAGE], [[1, 2, 4]])]
 
     class Backwards:
         def __call__(self, given: Any) -> Any:
             return PaddingCollator()(list(reversed(given)))
 
     batch = MRopeCollator(Backwards(), spec_of())(examples)
-    assert batch["image_grid_thw"].tolist() == [[1, 2, 4], [1, 2, 2]]
-    assert batch["position_ids"][2, :, 2].tolist() == [2, 2]
+    assert batch["image_grid_thw"].tolist() == [[1, 2, 4], [1, 2, 2], [1, 2, 2]]
+    assert batch["position_ids"][2].tolist() == [[0, 1, 2, 0, 0], [0, 1, 2, 3, 4]]
 
 
 def test_counts_in_the_batch_are_used_before_those_of_the_examples() -> None:

@@ -48,6 +48,15 @@ def test_no_family_or_reference_lets_it_pass(case: Malformed, family: str, refer
         rope_index(spec, **case.arguments)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_grids_of_the_right_sum_with_borders_elsewhere_are_refused(rows: int) -> None:
+    """Two runs of 3 tokens, in one row or in two, and grids of 2 and of 4 tokens."""
+    spec = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
+    tokens = np.array([7, 102, 102, 102] * 2).reshape(rows, -1)
+    with pytest.raises(SpanMismatchError, match="row 0, image 1 .*found 1 placeholder.*needs 4"):
+        rope_index(spec, tokens, image_grid_thw=[[1, 2, 4], [1, 4, 4]])
+
+
 def test_the_error_survives_pickling_and_raising_by_its_message() -> None:
     error = SpanMismatchError("row 3, image 1: ...", row=3)
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
