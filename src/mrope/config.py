@@ -1,0 +1,326 @@
+"""The training config: a YAML file with overrides, validated as a whole before anything runs.
+
+An edge of the package: it needs the `train` extra (pydantic, OmegaConf), and no worker imports it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+)
+from yaml import YAMLError
+
+from mrope.collator import Collate, MRopeCollator, PaddingCollator
+from mrope.errors import MRopeError
+from mrope.families import REFERENCES, MRopeSpec
+
+DEMO = "demo"
+_DATA_FILES = (".parquet", ".jsonl")
+
+
+class ConfigError(MRopeError):
+    """A config that cannot be used. The message names the file and lists every problem in it."""
+
+
+def _resolved(value: str, info: ValidationInfo) -> str:
+    """Return a path as it is seen from the folder of the config file."""
+    return str((info.context or {}).get("folder", Path()) / Path(value).expanduser())
+
+
+def _model_config(value: object, info: ValidationInfo) -> object:
+    if isinstance(value, dict):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("must be a mapping (the model's config) or a path")
+    path = Path(_resolved(value, info))
+    if not (path / "config.json" if path.is_dir() else path).is_file():
+        raise ValueError(
+            f"no config at {path}; give a config.json or the local folder that holds it "
+            "(nothing is downloaded from a hub)"
+        )
+    return str(path)
+
+
+def _data_source(value: str, info: ValidationInfo) -> str:
+    if value == DEMO:
+        return value
+    path = Path(_resolved(value, info))
+    if not path.exists():
+        raise ValueError(f"nothing at {path}; give {DEMO!r}, or the path of a dataset")
+    if path.is_file() and path.suffix not in _DATA_FILES:
+        raise ValueError(
+            f"cannot read {path.name}; a dataset is a folder written by Dataset.save_to_disk, "
+            f"or a file that ends in {' or '.join(_DATA_FILES)}"
+        )
+    return str(path)
+
+
+def _folder(value: str, info: ValidationInfo) -> str:
+    path = Path(_resolved(value, info))
+    if not path.is_dir():
+        raise ValueError(f"no folder at {path}")
+    return str(path)
+
+
+def _reference(value: str) -> str:
+    known = ("auto", *REFERENCES)
+    if value not in known:
+        raise ValueError(f"must be one of {', '.join(known)}{_nearest(value, known)}")
+    return value
+
+
+class _Section(BaseModel):
+    # Strict: a quoted number, or 1.0 for a count, is a mistake in the file and not a value.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(_Section):
+    """Which model is trained.
+
+    Attributes:
+        config: the model's config as transformers knows it: a mapping, the path of a
+            `config.json`, or a local model folder. Weights that lie in the folder are loaded; else
+            they are random.
+        attn_implementation: what transformers is told under the same name.
+        trust_remote_code: a folder that carries its own model class may run its code.
+    """
+
+    config: Annotated[dict[str, Any] | str, BeforeValidator(_model_config)]
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+
+
+class DataSection(_Section):
+    """Which rows it is trained on.
+
+    Attributes:
+        source: "demo" (photographs from packages), a folder written by `Dataset.save_to_disk`, a
+            `.parquet` or a `.jsonl` file.
+        rows: rows of the demo to make; for another source, how many of its first rows are used.
+            None: 80 of the demo, all of another source.
+        processor: folder with the tokenizer, and the image processor's settings, for rows that are
+            not tokenized yet. None: the model's folder, or the demo's own.
+        min_pixels, max_pixels: what the image processor scales every image and frame into; None: as
+            the processor has it.
+        fps: frames per second of the clips of rows that do not say it themselves.
+    """
+
+    source: Annotated[str, AfterValidator(_data_source)] = DEMO
+    rows: Annotated[int, Field(ge=1)] | None = None
+    processor: Annotated[str, AfterValidator(_folder)] | None = None
+    min_pixels: Annotated[int, Field(ge=1)] | None = None
+    max_pixels: Annotated[int, Field(ge=1)] | None = None
+    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
+
+
+class DataLoaderSection(_Section):
+    """Arguments of `torch.utils.data.DataLoader`.
+
+    With `num_workers: 0` the last three have no meaning and are not passed on.
+    """
+
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    num_workers: Annotated[int, Field(ge=0)] = 2
+    pin_memory: bool = False
+    start_method: Literal["spawn", "fork", "forkserver"] = "spawn"
+    persistent_workers: bool = True
+    prefetch_factor: Annotated[int, Field(ge=1)] = 2
+
+
+class RopeSection(_Section):
+    """Whether the workers number the tokens, and by which release's rule.
+
+    Attributes:
+        enabled: False: the batch is left alone, and the model computes for itself.
+        reference: a key of `REFERENCES`, or "auto"; see `resolve_reference`.
+    """
+
+    enabled: bool = True
+    reference: Annotated[str, AfterValidator(_reference)] = "auto"
+
+
+class TrainSection(_Section):
+    """The loop.
+
+    Attributes:
+        steps: optimizer steps; the data is gone through as often as they need.
+        seed: of the weights, the order of the rows, and the demo's rows.
+        lr, weight_decay: of AdamW.
+        device: "auto" is CUDA where there is one.
+        dtype: of the weights.
+        log_file: file for one JSON line per step.
+    """
+
+    steps: Annotated[int, Field(ge=1)] = 20
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    log_file: Annotated[str, AfterValidator(_resolved)] | None = None
+
+
+class Config(_Section):
+    """A whole training config; made by `load_config`. Its paths are absolute or seen from here."""
+
+    model: ModelSection
+    data: DataSection = DataSection()
+    dataloader: DataLoaderSection = DataLoaderSection()
+    rope: RopeSection = RopeSection()
+    train: TrainSection = TrainSection()
+
+    def spec(self) -> MRopeSpec:
+        """Return the spec of the model under the chosen reference; transformers is not imported.
+
+        Raises:
+            ConfigError: the model's config is not one of a known family, or not whole.
+        """
+        try:
+            return MRopeSpec.from_config(self.model.config, self.rope.reference)
+        except MRopeError as error:
+            raise ConfigError(f"model.config: {error}") from error
+
+
+def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Read a training config.
+
+    Args:
+        path: YAML file. Relative paths in it, and in the overrides, start at its folder.
+        overrides: `key.of.section=value` strings; a value is read as YAML, as in the file.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds unknown keys, wrong types or wrong values.
+            All of them are listed, each with its dotted key, what it is and what is allowed.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "run.yaml"
+        >>> _ = file.write_text("model: {config: {model_type: qwen3_vl}}")
+        >>> load_config(file, ["train.steps=3"]).train.steps
+        3
+    """
+    file = Path(path)
+    table = _read(file, overrides)
+    try:
+        return Config.model_validate(table, context={"folder": file.parent})
+    except ValidationError as error:
+        problems = [_problem(dict(entry)) for entry in error.errors()]
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    listed = "".join(f"\n  {problem}" for problem in problems)
+    raise ConfigError(f"{file}{_with(overrides)}: {count}{listed}")
+
+
+def build_collator(cfg: Config, inner_collate: Collate | None = None) -> Collate:
+    """Return the collate function that a config asks for.
+
+    Args:
+        cfg: a training config.
+        inner_collate: collate function that makes the batch; None: a `PaddingCollator` that pads
+            with the `pad_token_id` of the model's config, or with 0.
+
+    Returns:
+        An `MRopeCollator` around `inner_collate`; with `rope.enabled: false` that function alone.
+
+    Raises:
+        ConfigError: the model's config has no M-RoPE family that is known.
+    """
+    if inner_collate is None:
+        inner_collate = PaddingCollator(pad_token_id=_pad_token_id(cfg.model.config))
+    return MRopeCollator(inner_collate, cfg.spec()) if cfg.rope.enabled else inner_collate
+
+
+def model_table(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
+    """Return `model.config` as a mapping, read from its file where it is a path.
+
+    Raises:
+        ConfigError: the file is not a JSON object.
+    """
+    if isinstance(config, Mapping):
+        return config
+    path = Path(config)
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.config: {file} cannot be read: {error}") from error
+    if not isinstance(table, dict):
+        raise ConfigError(f"model.config: {file} holds no JSON object")
+    return table
+
+
+def _pad_token_id(config: Mapping[str, Any] | str) -> int:
+    table = model_table(config)
+    text = table.get("text_config")
+    for source in (table, text if isinstance(text, Mapping) else {}):
+        if isinstance(source.get("pad_token_id"), int):
+            return int(source["pad_token_id"])
+    return 0
+
+
+def _read(file: Path, overrides: Sequence[str]) -> Mapping[str, Any]:
+    """Return the file's mapping of sections with the overrides merged in."""
+    for override in overrides:
+        if not re.match(r"\w+(\.\w+)*=", override):
+            raise ConfigError(f"override {override!r}: must be key.of.section=value")
+    try:
+        table = OmegaConf.load(file)
+        merged = OmegaConf.merge(table, OmegaConf.from_dotlist(list(overrides)))
+        sections = OmegaConf.to_container(merged, resolve=True)
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError(f"{file}{_with(overrides)}: cannot be understood: {error}") from error
+    if not isinstance(sections, dict):
+        raise ConfigError(f"{file}: must be a mapping of sections, not a {type(sections).__name__}")
+    return {str(key): value for key, value in sections.items()}
+
+
+def _with(overrides: Sequence[str]) -> str:
+    return f" with {' '.join(overrides)}" if overrides else ""
+
+
+def _problem(entry: Mapping[str, Any]) -> str:
+    """Say in one line what is wrong at which key, from an entry of pydantic's error list."""
+    keys = [str(part) for part in entry["loc"]]
+    name = ".".join(keys)
+    if entry["type"] in ("extra_forbidden", "missing"):
+        known = _known_keys(keys[:-1])
+        if entry["type"] == "missing":
+            return f"{name}: missing; it has no default"
+        return f"{name}: unknown key{_nearest(keys[-1], known)}; known: {', '.join(known)}"
+    if entry["type"] == "model_type":
+        return f"{name}: must be a section with the keys {', '.join(_known_keys(keys))}"
+    if entry["type"] == "value_error":
+        return f"{name}: {entry['ctx']['error']} (is {entry['input']!r})"
+    allowed = str(entry["msg"]).replace("Input should be", "must be", 1)
+    return f"{name}: {allowed}, not {entry['input']!r} ({type(entry['input']).__name__})"
+
+
+def _known_keys(section: Sequence[str]) -> list[str]:
+    """Return the keys of a section, or with an empty sequence those of the file."""
+    if not section:
+        return list(Config.model_fields)
+    kind = Config.model_fields[section[0]].annotation
+    assert isinstance(kind, type) and issubclass(kind, BaseModel)  # every top key is a section
+    return list(kind.model_fields)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,203 @@
+"""From the config's `data` section to a DataLoader.
+
+Everything is prepared in the main process. Workers read finished columns; they unpickle this module
+and the dataset, so that nothing heavier than torch is imported at its top.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mrope.collator import Collate
+from mrope.errors import MRopeError
+
+if TYPE_CHECKING:
+    import datasets
+
+    from mrope.config import Config, DataSection
+    from mrope.families import MRopeSpec
+
+_DEMO_ROWS = 80
+_GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
+_COLUMNS = ("input_ids", "attention_mask", "labels", "mm_token_type_ids", *_GRIDS, *_GRIDS.values())
+_SECONDS = "second_per_grid_ts"
+
+
+class Rows(Dataset[dict[str, torch.Tensor]]):
+    """Rows of a `datasets.Dataset` as tensors, without the columns that a row does not use.
+
+    A table has every column in every row; a row without images holds a null or an empty list there,
+    and a batch must not have the key at all when none of its rows do.
+    """
+
+    def __init__(self, columns: datasets.Dataset) -> None:
+        self.columns = columns.with_format("torch")
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = self.columns[index]
+        # A null in a column of arrays comes back as one NaN without a dimension.
+        return {
+            name: value
+            for name, value in row.items()
+            if isinstance(value, torch.Tensor) and value.ndim and len(value)
+        }
+
+
+class Stamped:
+    """A collate function that says in which process it ran: it returns (batch, process id)."""
+
+    def __init__(self, collate: Collate) -> None:
+        self.collate = collate
+
+    def __call__(self, examples: Any) -> tuple[Any, int]:
+        """Return the batch of `examples`, and the id of this process."""
+        return self.collate(examples), os.getpid()
+
+
+def load_rows(cfg: Config, spec: MRopeSpec, model_config: Any) -> Rows:
+    """Open or make the dataset that a config names, and bring it into columns.
+
+    Args:
+        cfg: the training config.
+        spec: the model's numbers.
+        model_config: the model's live transformers config.
+
+    Raises:
+        MRopeError: the dataset cannot be read, or has neither token columns nor conversations.
+    """
+    from mrope.demo.dataset import photographs
+
+    if cfg.data.source == "demo":
+        table = photographs(cfg.data.rows or _DEMO_ROWS, cfg.train.seed)
+    else:
+        table = _open(cfg.data)
+    names = table.column_names
+    if "input_ids" in names:
+        return Rows(_tokenized(table, spec))
+    if "messages" in names:
+        return Rows(_processed(table, cfg, spec, model_config))
+    raise MRopeError(
+        f"data.source: {cfg.data.source} has the columns {', '.join(names)}; a dataset needs "
+        "input_ids and labels, or messages"
+    )
+
+
+def token_types(input_ids: npt.NDArray[np.int64], spec: MRopeSpec) -> npt.NDArray[np.int64]:
+    """Return `mm_token_type_ids`: 1 at image placeholders, 2 at video placeholders, else 0."""
+    is_image, is_video = input_ids == spec.image_token_id, input_ids == spec.video_token_id
+    return np.where(is_video, 2, is_image.astype(np.int64))
+
+
+def make_loader(cfg: Config, rows: Rows, collate: Collate) -> DataLoader[Any]:
+    """Return the DataLoader of a config: shuffled by the seed, whole batches only.
+
+    Raises:
+        MRopeError: there are fewer rows than one batch takes.
+    """
+    options = cfg.dataloader
+    if len(rows) < options.batch_size:
+        raise MRopeError(
+            f"dataloader.batch_size is {options.batch_size}, but there are only {len(rows)} rows"
+        )
+    workers: dict[str, Any] = {}
+    if options.num_workers:
+        workers = {
+            "multiprocessing_context": options.start_method,
+            "persistent_workers": options.persistent_workers,
+            "prefetch_factor": options.prefetch_factor,
+        }
+    return DataLoader(
+        rows,
+        batch_size=options.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=options.num_workers,
+        pin_memory=options.pin_memory,
+        collate_fn=Stamped(collate),
+        generator=torch.Generator().manual_seed(cfg.train.seed),
+        **workers,
+    )
+
+
+def _open(section: DataSection) -> datasets.Dataset:
+    import datasets
+
+    path = Path(section.source)
+    try:
+        if path.is_dir():
+            table = datasets.load_from_disk(str(path))
+        elif path.suffix == ".parquet":
+            table = datasets.Dataset.from_parquet(str(path))
+        else:
+            table = datasets.Dataset.from_json(str(path))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise MRopeError(f"data.source: {path} cannot be read: {error}") from error
+    if not isinstance(table, datasets.Dataset):
+        raise MRopeError(
+            f"data.source: {path} holds the splits {', '.join(table)}; name the folder of one"
+        )
+    return table.select(range(min(section.rows or len(table), len(table))))
+
+
+def _processed(
+    table: datasets.Dataset, cfg: Config, spec: MRopeSpec, model_config: Any
+) -> datasets.Dataset:
+    from mrope.demo.processing import build_processing
+
+    source = Path(cfg.data.source)
+    process = build_processing(
+        spec,
+        model_config,
+        folder=cfg.data.processor or _tokenizer_folder(cfg.model.config),
+        min_pixels=cfg.data.min_pixels,
+        max_pixels=cfg.data.max_pixels,
+        fps=cfg.data.fps,
+        pictures=source if source.is_dir() else source.parent,
+    )
+    return table.map(
+        process,
+        with_indices=True,
+        remove_columns=table.column_names,
+        features=process.features(),
+        desc="Preparing rows",
+    )
+
+
+def _tokenizer_folder(config: Mapping[str, Any] | str) -> str | None:
+    """Return the model's folder if it holds a tokenizer too."""
+    if isinstance(config, str) and (Path(config) / "tokenizer_config.json").is_file():
+        return config
+    return None
+
+
+def _tokenized(table: datasets.Dataset, spec: MRopeSpec) -> datasets.Dataset:
+    """Check the columns of a tokenized dataset, and keep those that a model reads."""
+    names = set(table.column_names)
+    if "labels" not in names:
+        raise MRopeError(
+            "data.source: the dataset has input_ids but no labels, so there is no loss"
+        )
+    for pixels, grid in _GRIDS.items():
+        if (pixels in names) != (grid in names):
+            have, lack = (pixels, grid) if pixels in names else (grid, pixels)
+            raise MRopeError(f"data.source: the dataset has {have} but no {lack}")
+    if "mm_token_type_ids" not in names:
+        table = table.map(_add_types, fn_kwargs={"spec": spec}, desc="Marking placeholders")
+    wanted = (*_COLUMNS, _SECONDS) if spec.traits.timed else _COLUMNS
+    return table.select_columns([name for name in wanted if name in table.column_names])
+
+
+def _add_types(row: Mapping[str, Any], spec: MRopeSpec) -> dict[str, Any]:
+    # Without this column transformers' own forward raises, or falls back to 1-D positions.
+    return {"mm_token_type_ids": token_types(np.asarray(row["input_ids"]), spec)}

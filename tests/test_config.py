@@ -1,0 +1,247 @@
+"""The training config: what is accepted, what is refused and in which words, and its collator."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mrope import MRopeCollator, MRopeError, build_collator, load_config, rope_index
+from mrope.collator import PaddingCollator
+from mrope.config import Config, ConfigError
+from mrope.families import FAMILIES, example_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+REFERENCE = "transformers-5.23"
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def minimal(folder: Path, *, model: Any = None, extra: str = "") -> Path:
+    config = json.dumps(model or example_config("qwen3_vl"))
+    rope = "" if "rope:" in extra else f"rope: {{reference: {REFERENCE}}}\n"
+    return write(folder, f"model: {{config: {config}}}\n{rope}{extra}")
+
+
+def message(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(folder, text), overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["demo", *FAMILIES])
+def test_every_shipped_config_gives_a_collator(name: str) -> None:
+    cfg = load_config(CONFIGS / f"{name}.yaml")
+    collate = build_collator(cfg)
+    assert isinstance(collate, MRopeCollator)
+    assert collate.spec.family == ("qwen3_vl" if name == "demo" else name)
+
+
+def test_defaults(tmp_path: Path) -> None:
+    cfg = load_config(minimal(tmp_path))
+    assert (cfg.model.attn_implementation, cfg.data.source) == ("sdpa", "demo")
+    assert (cfg.dataloader.start_method, cfg.rope.enabled) == ("spawn", True)
+
+
+def test_all_problems_are_listed_at_once_with_key_value_and_what_is_allowed(tmp_path: Path) -> None:
+    text = """
+model: {config: {model_type: qwen3_vl}, attn_implementation: flash}
+data: {sorce: demo}
+dataloader: {batch_size: "4", num_workers: -1, start_method: spwan, pin_memory: 1}
+rope: {enable: true, reference: transformers-5.22}
+tran: {steps: 3}
+train: 5
+"""
+    allowed = "'sdpa', 'eager' or 'flash_attention_2'"
+    assert message(tmp_path, text).splitlines() == [
+        f"{tmp_path}/run.yaml: 10 problems",
+        f"  model.attn_implementation: must be {allowed}, not 'flash' (str)",
+        "  data.sorce: unknown key (did you mean 'source'?); known: source, rows, processor, "
+        "min_pixels, max_pixels, fps",
+        "  dataloader.batch_size: must be a valid integer, not '4' (str)",
+        "  dataloader.num_workers: must be greater than or equal to 0, not -1 (int)",
+        "  dataloader.pin_memory: must be a valid boolean, not 1 (int)",
+        "  dataloader.start_method: must be 'spawn', 'fork' or 'forkserver', not 'spwan' (str)",
+        "  rope.reference: must be one of auto, transformers-4.57, transformers-5.17, "
+        "transformers-5.23 (did you mean 'transformers-5.23'?) (is 'transformers-5.22')",
+        "  rope.enable: unknown key (did you mean 'enabled'?); known: enabled, reference",
+        "  train: must be a section with the keys steps, seed, lr, weight_decay, device, dtype, "
+        "log_file",
+        "  tran: unknown key (did you mean 'train'?); known: model, data, dataloader, rope, train",
+    ]
+
+
+def test_a_missing_key(tmp_path: Path) -> None:
+    assert "  model: missing" in message(tmp_path, "train: {steps: 3}")
+    assert "  model.config: missing" in message(tmp_path, "model: {}")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1\nb: 2", "cannot be understood"),
+        ("a: 1\na: 2", "duplicate key a"),
+        ("- 1\n- 2", "cannot be understood"),
+        ("model: ${oc.env:MROPE_NO_SUCH_VARIABLE}", "MROPE_NO_SUCH_VARIABLE"),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path: Path, text: str, words: str) -> None:
+    found = message(tmp_path, text)
+    assert found.startswith(f"{tmp_path}/run.yaml: ")
+    assert words in found
+
+
+def test_no_file_and_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gone\.yaml: cannot be read: No such file"):
+        load_config(tmp_path / "gone.yaml")
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot be understood"):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_overrides_are_read_as_yaml(tmp_path: Path) -> None:
+    file = minimal(tmp_path, extra="train: {steps: 7}")
+    changes = ["rope.enabled=false", "train.lr=1e-4", "dataloader.batch_size=2"]
+    cfg = load_config(file, changes)
+    assert (cfg.rope.enabled, cfg.train.lr, cfg.dataloader.batch_size) == (False, 1e-4, 2)
+    assert cfg.train.steps == 7
+
+
+@pytest.mark.parametrize("override", ["rope.enabled", "=3", "rope..enabled=1", "[=3"])
+def test_an_override_of_a_wrong_form(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=r"override .*: must be key\.of\.section=value"):
+        load_config(minimal(tmp_path), [override])
+
+
+def test_a_wrong_override_is_named_with_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal(tmp_path), ["train.step=3"])
+    assert str(caught.value).startswith(f"{tmp_path}/run.yaml with train.step=3: 1 problem\n")
+    assert "did you mean 'steps'?" in str(caught.value)
+
+
+def test_relative_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(example_config("qwen2_vl")))
+    (tmp_path / "rows.jsonl").write_text("")
+    text = """
+model: {config: model}
+data: {source: rows.jsonl, processor: model}
+rope: {reference: transformers-5.23}
+train: {log_file: logs/run.jsonl}
+"""
+    file = write(tmp_path, text)
+    monkeypatch.chdir("/")
+    cfg = load_config(file)
+    assert cfg.model.config == str(tmp_path / "model")
+    assert cfg.data.source == str(tmp_path / "rows.jsonl")
+    assert cfg.data.processor == str(tmp_path / "model")
+    assert cfg.train.log_file == str(tmp_path / "logs" / "run.jsonl")
+    assert cfg.spec().family == "qwen2_vl"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: {config: Qwen/Qwen3-VL-4B}", "nothing is downloaded from a hub"),
+        ("model: {config: 3}", "model.config: must be a mapping"),
+        ("data: {source: gone}", "data.source: nothing at"),
+        ("data: {source: run.yaml}", "data.source: cannot read run.yaml"),
+        ("data: {processor: gone}", "data.processor: no folder at"),
+    ],
+)
+def test_a_path_that_is_not_there(tmp_path: Path, text: str, words: str) -> None:
+    assert words in message(tmp_path, text)
+
+
+def test_a_config_cannot_be_changed(tmp_path: Path) -> None:
+    cfg = load_config(minimal(tmp_path))
+    with pytest.raises(ValueError, match="frozen"):
+        cfg.train.steps = 3
+
+
+def test_an_unknown_family_names_the_key(tmp_path: Path) -> None:
+    cfg = load_config(minimal(tmp_path, model={"model_type": "qwen3_v"}))
+    with pytest.raises(ConfigError, match=r"model\.config: unknown model_type 'qwen3_v'.*qwen3_vl"):
+        build_collator(cfg)
+
+
+def test_a_config_json_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[1]")
+    file = write(tmp_path, "model: {config: .}\nrope: {reference: transformers-5.23}")
+    for switch in ("true", "false"):
+        with pytest.raises(ConfigError, match=r"model\.config: "):
+            build_collator(load_config(file, [f"rope.enabled={switch}"]))
+
+
+def example() -> dict[str, Any]:
+    # Ids of `example_config`: an image of 2 x 2 merged tokens between text.
+    return {"input_ids": [7, 101, 102, 102, 102, 102, 8], "image_grid_thw": [[1, 4, 4]]}
+
+
+def test_switched_on_it_attaches_what_rope_index_computes(tmp_path: Path) -> None:
+    cfg = load_config(minimal(tmp_path))
+    batch = build_collator(cfg)([example(), {"input_ids": [7]}])
+    expected, deltas = rope_index(
+        cfg.spec(), batch["input_ids"], batch["attention_mask"], batch["image_grid_thw"]
+    )
+    np.testing.assert_array_equal(batch["position_ids"], expected)
+    np.testing.assert_array_equal(batch["rope_deltas"], deltas)
+
+
+def test_switched_off_it_adds_nothing(tmp_path: Path) -> None:
+    cfg = load_config(minimal(tmp_path), ["rope.enabled=false"])
+    batch = build_collator(cfg)([example()])
+    assert set(batch) == {"input_ids", "attention_mask", "image_grid_thw"}
+    inner = PaddingCollator()
+    assert build_collator(cfg, inner) is inner
+
+
+def test_a_given_inner_collate_makes_the_batch(tmp_path: Path) -> None:
+    def inner(_: Any) -> dict[str, Any]:
+        return {"input_ids": torch.tensor([[7, 8]]), "mine": "kept"}
+
+    batch = build_collator(load_config(minimal(tmp_path)), inner)(None)
+    assert batch["mine"] == "kept"
+    assert batch["position_ids"].shape == (3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "pad"),
+    [({"pad_token_id": 9}, 9), ({"text_config": {"pad_token_id": 8}}, 8), ({}, 0)],
+)
+def test_padding_takes_the_models_own_id(tmp_path: Path, keys: dict[str, Any], pad: int) -> None:
+    cfg = load_config(minimal(tmp_path, model=example_config("qwen3_vl") | keys))
+    batch = build_collator(cfg)([{"input_ids": [7, 7]}, {"input_ids": [7]}])
+    assert batch["input_ids"].tolist() == [[7, 7], [7, pad]]
+
+
+def test_the_collator_pickles(tmp_path: Path) -> None:
+    collate = build_collator(load_config(minimal(tmp_path)))
+    again = pickle.loads(pickle.dumps(collate))
+    assert torch.equal(again([example()])["position_ids"], collate([example()])["position_ids"])
+
+
+def test_neither_config_nor_collator_imports_transformers() -> None:
+    code = (
+        "import sys; from mrope import build_collator, load_config;"
+        f"build_collator(load_config({str(CONFIGS / 'demo.yaml')!r}));"
+        "assert not {'transformers', 'datasets'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_config_error_is_an_mrope_error() -> None:
+    assert issubclass(ConfigError, MRopeError)
+    assert set(Config.model_fields) == {"model", "data", "dataloader", "rope", "train"}
