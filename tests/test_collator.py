@@ -13,7 +13,7 @@ import torch
 
 from batches import random_batch
 from mrope import MRopeCollator, MRopeError, MRopeSpec, SpanMismatchError, rope_index
-from mrope.collator import PaddingCollator
+from mrope.padding import PaddingCollator
 from mrope.families import FAMILIES, example_config
 
 START, IMAGE, VIDEO = 101, 102, 103

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mrope import MRopeCollator, MRopeError, build_collator, load_config, rope_index
-from mrope.collator import PaddingCollator
+from mrope.padding import PaddingCollator
 from mrope.config import Config, ConfigError
 from mrope.families import FAMILIES, example_config
 

@@ -154,7 +154,7 @@ def test_auto_refuses_releases_without_a_rule(installed: str, why: str) -> None:
 def test_auto_is_the_newest_where_transformers_is_not_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mrope.families._installed_transformers", lambda: None)
+    monkeypatch.setattr("mrope.families.installed_transformers", lambda: None)
     assert resolve_reference("auto") == NEW
     assert MRopeSpec.from_config(example_config("qwen3_vl")).reference == NEW
 

@@ -1,9 +1,9 @@
-"""The stage that a user plugs into a DataLoader: `MRopeCollator`, and a padding collate for it."""
+"""The stage that a user plugs into a DataLoader."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,15 +11,17 @@ import torch
 
 from mrope.errors import MRopeError
 from mrope.families import MRopeSpec
+from mrope.padding import PaddingCollator
 from mrope.positions import rope_index
+from mrope.vision import VisionSpec, vision_tensors
 
-Example = Mapping[str, Any]
 Collate = Callable[[Any], Any]
 
 _OUTPUTS = ("position_ids", "rope_deltas")
 _OPTIONAL = ("attention_mask", "image_grid_thw", "video_grid_thw", "mm_token_type_ids")
 # transformers' processors and models do not agree on the name of the same numbers.
 _SECONDS = ("second_per_grid_ts", "video_second_per_grid")
+_SPLITS = {"cu_seqlens": "split_sizes", "cu_window_seqlens": "window_split_sizes"}
 _PER_SAMPLE = {"image_grid_thw": "images_per_sample", "video_grid_thw": "videos_per_sample"}
 
 
@@ -34,6 +36,7 @@ class MRopeCollator:
         inner_collate: any collate function that returns a mutable mapping with `input_ids` (B, S):
             a dict, `BatchEncoding` or `BatchFeature`. None: `PaddingCollator()`.
         spec: the model's numbers and the reference to follow.
+        vision: the vision tower's numbers, to attach its tensors too; None: positions only.
 
     Example:
         >>> from mrope.families import example_config
@@ -44,13 +47,19 @@ class MRopeCollator:
         ((3, 2, 3), [[0], [0]])
     """
 
-    def __init__(self, inner_collate: Collate | None, spec: MRopeSpec) -> None:
+    def __init__(
+        self,
+        inner_collate: Collate | None,
+        spec: MRopeSpec,
+        vision: VisionSpec | None = None,
+    ) -> None:
         if not isinstance(spec, MRopeSpec):
             raise TypeError(f"spec must be an MRopeSpec, not {type(spec).__name__}")
         if inner_collate is not None and not callable(inner_collate):
             raise TypeError(f"inner_collate must be callable, not {type(inner_collate).__name__}")
         self.inner_collate = PaddingCollator() if inner_collate is None else inner_collate
         self.spec = spec
+        self.vision = vision
 
     def __call__(self, examples: Any) -> Any:
         """Collate `examples` and attach the positions of the batch.
@@ -61,7 +70,14 @@ class MRopeCollator:
 
         Returns:
             The inner function's batch, with `position_ids` int64 (3, B, S) and `rope_deltas` int64
-            (B, 1) added as torch tensors and no other key changed.
+            (B, 1) added as torch tensors and no other key changed. With `vision`, also:
+
+            - what `vision_tensors` returns for the images and for the videos, each under the tower's
+              own name with `image_` or `video_` before it, as transformers' models take them;
+            - for the reading model of `mrope.hf`: `image_scatter_index` int64 (features,), which of
+              the B * S tokens each feature row goes to; `image_split_sizes` and
+              `image_window_split_sizes`, lists of ints, the patches of each attention segment; the
+              same for `video_`; and `has_padding`, a bool.
 
         Raises:
             SpanMismatchError: placeholder tokens and grids do not fit together.
@@ -69,110 +85,48 @@ class MRopeCollator:
                 holds something else that `rope_index` refuses.
         """
         batch = _as_batch(self.inner_collate(examples))
-        position_ids, rope_deltas = rope_index(self.spec, **_arguments(batch, examples))
-        batch["position_ids"] = torch.from_numpy(position_ids)
-        batch["rope_deltas"] = torch.from_numpy(rope_deltas)
+        arguments = _arguments(batch, examples)
+        position_ids, rope_deltas = rope_index(self.spec, **arguments)
+        added = {"position_ids": position_ids, "rope_deltas": rope_deltas}
+        if self.vision is not None:
+            added |= _tower_inputs(self.vision, arguments)
+            added |= _reader_inputs(self.spec, arguments, added)
+        for name, value in added.items():
+            batch[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         return batch
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner_collate!r}, {self.spec!r})"
 
 
-class PaddingCollator:
-    """Pad token columns into (B, S), concatenate pixels and grids; what `inner_collate=None` means.
-
-    Args:
-        pad_token_id: id that fills `input_ids`; `labels` are filled with -100, the rest with 0.
-        padding_side: side on which a shorter row is filled.
-        pad_to_multiple_of: S is rounded up to a multiple of this.
-
-    Examples are mappings. `input_ids`, `attention_mask`, `labels`, `mm_token_type_ids` and
-    `token_type_ids`, (n,) or (1, n), are padded; an `attention_mask` is made where there is none.
-    `pixel_values`, `pixel_values_videos`, the grids and the seconds are concatenated on dim 0; an
-    example without them adds nothing. Every other column stays a list with one entry per row.
-    """
-
-    token_columns = ("input_ids", "attention_mask", "labels", "mm_token_type_ids", "token_type_ids")
-    flat_columns = ("pixel_values", "pixel_values_videos", *_PER_SAMPLE, *_SECONDS)
-
-    def __init__(
-        self,
-        pad_token_id: int = 0,
-        padding_side: Literal["left", "right"] = "right",
-        pad_to_multiple_of: int = 1,
-    ) -> None:
-        if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side must be 'left' or 'right', not {padding_side!r}")
-        if pad_to_multiple_of < 1:
-            raise ValueError(f"pad_to_multiple_of must be at least 1, not {pad_to_multiple_of}")
-        self.pad_token_id = pad_token_id
-        self.padding_side = padding_side
-        self.pad_to_multiple_of = pad_to_multiple_of
-
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Return the batch, a dict of torch tensors.
-
-        Raises:
-            MRopeError: no examples, an example without `input_ids`, or a token column that only
-                some examples have or whose length is not that of the row's `input_ids`.
-        """
-        rows = [self._token_rows(row, example) for row, example in enumerate(examples)]
-        if not rows:
-            raise MRopeError("cannot collate a batch without examples")
-        batch: dict[str, Any] = {}
-        for name in self.token_columns:
-            if any(name in row for row in rows):
-                batch[name] = self._pad(name, rows)
-        for name in self.flat_columns:
-            parts = [_tensor(example[name]) for example in examples if _has(example, name)]
-            if parts:
-                batch[name] = torch.cat(parts)
-        known = {*self.token_columns, *self.flat_columns}
-        for name in dict.fromkeys(key for example in examples for key in example):
-            if name not in known:
-                batch[name] = [example.get(name) for example in examples]
-        return batch
-
-    def _token_rows(self, row: int, example: Example) -> dict[str, torch.Tensor]:
-        """Return the token columns of one example as 1-D tensors of one length."""
-        if not _has(example, "input_ids"):
-            raise MRopeError(f"row {row}: the example has no input_ids")
-        columns = {
-            name: _tensor(example[name]) for name in self.token_columns if _has(example, name)
-        }
-        for name, column in columns.items():
-            if column.ndim == 2 and column.shape[0] == 1:
-                columns[name] = column[0]
-            elif column.ndim != 1:
-                raise MRopeError(f"row {row}: {name} must be (n,) or (1, n), not {(*column.shape,)}")
-        length = len(columns["input_ids"])
-        for name, column in columns.items():
-            if len(column) != length:
-                raise MRopeError(f"row {row}: {len(column)} {name}, but {length} input_ids")
-        columns.setdefault("attention_mask", torch.ones(length, dtype=torch.int64))
-        return columns
-
-    def _pad(self, name: str, rows: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
-        missing = [index for index, row in enumerate(rows) if name not in row]
-        if missing:
-            raise MRopeError(f"row {missing[0]}: no {name}, which other rows of the batch have")
-        fill = {"input_ids": self.pad_token_id, "labels": -100}.get(name, 0)
-        longest = max(len(row[name]) for row in rows)
-        width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        out = torch.full((len(rows), width), fill, dtype=torch.int64)
-        for target, row in zip(out, rows, strict=True):
-            length = len(row[name])
-            start = width - length if self.padding_side == "left" else 0
-            target[start : start + length] = row[name]
-        return out
+def _tower_inputs(vision: VisionSpec, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the towers take beside their pixels, under the models' own names."""
+    return {
+        f"{modality}_{name}": value
+        for modality in ("image", "video")
+        for name, value in vision_tensors(vision, arguments.get(f"{modality}_grid_thw")).items()
+    }
 
 
-def _has(example: Example, name: str) -> bool:
-    return example.get(name) is not None
-
-
-def _tensor(value: Any) -> torch.Tensor:
-    return value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+def _reader_inputs(
+    spec: MRopeSpec, arguments: Mapping[str, Any], tower_inputs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what the reading model decides by: places, and facts that must stay on the host."""
+    mask = arguments.get("attention_mask")
+    valid = None if mask is None or np.all(mask) else np.asarray(mask, np.bool_)
+    inputs: dict[str, Any] = {"has_padding": valid is not None}
+    for modality, token in (("image", spec.image_token_id), ("video", spec.video_token_id)):
+        if f"{modality}_cu_seqlens" not in tower_inputs:
+            continue
+        placeholder = arguments["input_ids"] == token
+        if valid is not None:
+            placeholder &= valid
+        inputs[f"{modality}_scatter_index"] = placeholder.ravel().nonzero()[0]
+        for borders, sizes in _SPLITS.items():
+            if f"{modality}_{borders}" in tower_inputs:
+                lengths = np.diff(tower_inputs[f"{modality}_{borders}"])
+                inputs[f"{modality}_{sizes}"] = lengths.tolist()
+    return inputs
 
 
 def _as_batch(batch: Any) -> MutableMapping[str, Any]:

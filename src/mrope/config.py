@@ -26,7 +26,8 @@ from pydantic import (
 )
 from yaml import YAMLError
 
-from mrope.collator import Collate, MRopeCollator, PaddingCollator
+from mrope.collator import Collate, MRopeCollator
+from mrope.padding import PaddingCollator
 from mrope.errors import MRopeError
 from mrope.families import REFERENCES, MRopeSpec
 

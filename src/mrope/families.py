@@ -154,7 +154,7 @@ def resolve_reference(name: str = "auto", installed: str | None = None) -> str:
                 f"known: auto, {', '.join(REFERENCES)}"
             )
         return name
-    version = installed if installed is not None else _installed_transformers()
+    version = installed if installed is not None else installed_transformers()
     if version is None:
         return _ERAS[-1][2]
     parsed = re.match(r"(\d+)\.(\d+)", version)
@@ -179,7 +179,7 @@ def resolve_reference(name: str = "auto", installed: str | None = None) -> str:
     )
 
 
-def _installed_transformers() -> str | None:
+def installed_transformers() -> str | None:
     try:
         return importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
@@ -238,7 +238,7 @@ class MRopeSpec:
             ... }, reference="transformers-5.23").spatial_merge_size
             2
         """
-        table = _as_mapping(config)
+        table = as_mapping(config)
         name = table.get("model_type")
         if name not in FAMILIES:
             raise MRopeError(_unknown_family(name))
@@ -247,7 +247,7 @@ class MRopeSpec:
         if not isinstance(vision, Mapping):
             raise MRopeError(f"{name}: the config has no vision_config section")
         keys = (family.image_keys, family.video_keys, family.start_keys)
-        image, video, start = (_read_int(table, key, name) for key in keys)
+        image, video, start = (read_int(table, key, name) for key in keys)
         if len({image, video, start}) < 3:
             twice = video if video in (image, start) else image
             raise MRopeError(
@@ -259,8 +259,8 @@ class MRopeSpec:
             image_token_id=image,
             video_token_id=video,
             vision_start_token_id=start,
-            spatial_merge_size=_read_int(vision, ("spatial_merge_size",), f"{name} vision_config", 1),
-            tokens_per_second=_read_int(
+            spatial_merge_size=read_int(vision, ("spatial_merge_size",), f"{name} vision_config", 1),
+            tokens_per_second=read_int(
                 vision, ("tokens_per_second",), f"{name} vision_config", minimum=1
             )
             if family.timed
@@ -288,7 +288,7 @@ def example_config(family: str) -> dict[str, Any]:
     }
 
 
-def _as_mapping(config: Any) -> Mapping[str, Any]:
+def as_mapping(config: Any) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
     if isinstance(config, (str, os.PathLike)):
@@ -316,7 +316,7 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     return table
 
 
-def _read_int(table: Mapping[str, Any], keys: tuple[str, ...], where: str, minimum: int = 0) -> int:
+def read_int(table: Mapping[str, Any], keys: tuple[str, ...], where: str, minimum: int = 0) -> int:
     """Read the one value that `keys`, names of the same thing, have in `table`."""
     found = {key: table[key] for key in keys if table.get(key) is not None}
     if not found:

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from models import MODEL_FAMILIES, tiny_examples, tiny_model, tiny_spec
 from mrope import MRopeCollator
-from mrope.collator import PaddingCollator
+from mrope.padding import PaddingCollator
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
