@@ -37,9 +37,7 @@ class Row:
         self.types += [kind] * count
 
 
-def random_batch(
-    rng: random.Random, spec: MRopeSpec, *, odd: bool = False
-) -> dict[str, Any]:
+def random_batch(rng: random.Random, spec: MRopeSpec, *, odd: bool = False) -> dict[str, Any]:
     """Return arguments for `rope_index`.
 
     Args:

@@ -40,9 +40,7 @@ class Malformed:
     types: list[list[int]] | None = field(default=None)
 
 
-def case(
-    name: str, what: str, rows: list[list[int]], message: str, **rest: Any
-) -> Malformed:
+def case(name: str, what: str, rows: list[list[int]], message: str, **rest: Any) -> Malformed:
     """Return a case; rows are padded on the right with 0, arguments and facts told apart by name."""
     width = max(map(len, rows))
     arguments: dict[str, Any] = {
@@ -61,7 +59,9 @@ MALFORMED = [
         "row 0, image 1: found 10 placeholder tokens, but its grid [1, 8, 8], merged by 2, needs 16. "
         "Likely cause: the row ends inside it: truncated at max_length after the processor ran.",
         image_grid_thw=[SMALL, LARGE],
-        span=1, found=10, needed=16,
+        span=1,
+        found=10,
+        needed=16,
     ),
     case(
         "truncated before an image",
@@ -71,7 +71,9 @@ MALFORMED = [
         "Likely cause: its tokens were truncated away and its grid was kept, or the grid is another "
         "sample's.",
         image_grid_thw=[SMALL, LARGE],
-        span=1, found=0, needed=16,
+        span=1,
+        found=0,
+        needed=16,
     ),
     case(
         "truncated on the left",
@@ -80,7 +82,8 @@ MALFORMED = [
         "row 0, image 0: found 3 placeholder tokens, but its grid [1, 4, 4], merged by 2, needs 4. "
         "Likely cause: the row starts inside it: truncated on the left.",
         image_grid_thw=[SMALL, LARGE],
-        found=3, needed=4,
+        found=3,
+        needed=4,
     ),
     case(
         "one grid missing",
@@ -89,7 +92,9 @@ MALFORMED = [
         "row 0, image 1: found 16 placeholder tokens, but has no grid. Likely cause: a placeholder "
         "token that was typed or sampled as text, or a grid that was lost on the way.",
         image_grid_thw=[SMALL],
-        span=1, found=16, needed=0,
+        span=1,
+        found=16,
+        needed=0,
     ),
     case(
         "stray image placeholder",
@@ -98,7 +103,8 @@ MALFORMED = [
         "row 0, image 0: found 1 placeholder token, but its grid [1, 4, 4], merged by 2, needs 4. "
         "Likely cause: a grid of another sample or processor, or the spec of another model family.",
         image_grid_thw=[SMALL],
-        found=1, needed=4,
+        found=1,
+        needed=4,
     ),
     case(
         "sampled video placeholder",
@@ -107,7 +113,9 @@ MALFORMED = [
         "row 0, video 0: found 1 placeholder token, but has no grid. Likely cause: a placeholder "
         "token that was typed or sampled as text, or a grid that was lost on the way.",
         image_grid_thw=[SMALL],
-        modality="video", found=1, needed=0,
+        modality="video",
+        found=1,
+        needed=0,
     ),
     case(
         "one row lost an image, rows counted",
@@ -117,8 +125,11 @@ MALFORMED = [
         "row 0, image 1: found 0 placeholder tokens, but its grid [1, 4, 4], merged by 2, needs 4. "
         "Likely cause: its tokens were truncated away and its grid was kept, or the grid is another "
         "sample's.",
-        image_grid_thw=[SMALL] * 3, images_per_sample=[2, 1],
-        span=1, found=0, needed=4,
+        image_grid_thw=[SMALL] * 3,
+        images_per_sample=[2, 1],
+        span=1,
+        found=0,
+        needed=4,
     ),
     case(
         "one row lost an image, rows not counted",
@@ -130,7 +141,10 @@ MALFORMED = [
         "[1, 4, 4], merged by 2, needs 4. Likely cause: its tokens were truncated away and its grid was "
         "kept, or the grid is another sample's.",
         image_grid_thw=[SMALL] * 3,
-        row=None, span=None, found=0, needed=4,
+        row=None,
+        span=None,
+        found=0,
+        needed=4,
     ),
     case(
         "two rows swapped grids of one size",
@@ -138,8 +152,11 @@ MALFORMED = [
         [[7, *image(4), *image(4)], [7, 8]],
         "row 0, image 1: found 4 placeholder tokens, but has no grid. Likely cause: a placeholder "
         "token that was typed or sampled as text, or a grid that was lost on the way.",
-        image_grid_thw=[SMALL] * 2, images_per_sample=[1, 1],
-        span=1, found=4, needed=0,
+        image_grid_thw=[SMALL] * 2,
+        images_per_sample=[1, 1],
+        span=1,
+        found=4,
+        needed=0,
     ),
     case(
         "one token per patch",
@@ -149,7 +166,8 @@ MALFORMED = [
         "Likely cause: placeholders were not merged: one token per patch instead of one per merged "
         "patch.",
         image_grid_thw=[SMALL],
-        found=16, needed=4,
+        found=16,
+        needed=4,
     ),
     case(
         "video frames that do not match",
@@ -159,7 +177,10 @@ MALFORMED = [
         "Likely cause: its tokens were truncated away and its grid was kept, or the grid is another "
         "sample's.",
         video_grid_thw=[[3, 4, 4]],
-        modality="video", span=2, found=0, needed=4,
+        modality="video",
+        span=2,
+        found=0,
+        needed=4,
     ),
     case(
         "types and tokens disagree",
@@ -167,8 +188,10 @@ MALFORMED = [
         [[7, *image(4)]],
         "row 0, valid token 3: mm_token_type_ids says 0 (text), but token id 102 is image. Likely "
         "cause: a placeholder token that was typed or sampled as text, or types of another batch.",
-        image_grid_thw=[SMALL], mm_token_type_ids=[[0, 0, 1, 0, 1, 1, 0]],
-        span=None, modality="text",
+        image_grid_thw=[SMALL],
+        mm_token_type_ids=[[0, 0, 1, 0, 1, 1, 0]],
+        span=None,
+        modality="text",
     ),
     case(
         "no vision start in front, transformers 4.57",
@@ -177,6 +200,7 @@ MALFORMED = [
         "row 0, image 0: no vision start token 101 stands before its placeholder tokens, without "
         "which transformers-4.57 numbers them as text. Likely cause: a stray placeholder in text, or "
         "a reference that does not fit: transformers-4.57.",
-        image_grid_thw=[SMALL], reference="transformers-4.57",
+        image_grid_thw=[SMALL],
+        reference="transformers-4.57",
     ),
 ]

@@ -13,8 +13,8 @@ import torch
 
 from batches import random_batch
 from mrope import MRopeCollator, MRopeError, MRopeSpec, SpanMismatchError, rope_index
-from mrope.padding import PaddingCollator
 from mrope.families import FAMILIES, example_config
+from mrope.padding import PaddingCollator
 
 START, IMAGE, VIDEO = 101, 102, 103
 
@@ -112,9 +112,7 @@ def test_seconds_are_multiplied_as_the_model_would_with_what_the_batch_holds(
     """Frame 45 at 1.4 positions a frame, in float32 or in float64."""
     tokens = torch.full((1, 46), VIDEO)
     grid = torch.tensor([[46, 2, 2]])
-    batch = collate(
-        {"input_ids": tokens, "video_grid_thw": grid, name: value}, family="qwen2_5_vl"
-    )
+    batch = collate({"input_ids": tokens, "video_grid_thw": grid, name: value}, family="qwen2_5_vl")
     assert batch["position_ids"][0, 0, 45] == last
 
 
@@ -217,7 +215,7 @@ def test_torch_keeps_its_thread_count() -> None:
 
 class TestPaddingCollator:
     def test_rows_are_padded_each_column_with_its_own_value(self) -> None:
-        examples = [
+        examples: list[dict[str, Any]] = [
             {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "mm_token_type_ids": [0, 1, 1]},
             {"input_ids": torch.tensor([[4]]), "labels": [4], "mm_token_type_ids": [0]},
         ]

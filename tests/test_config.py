@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from mrope import MRopeCollator, MRopeError, build_collator, load_config, rope_index
-from mrope.padding import PaddingCollator
 from mrope.config import Config, ConfigError
 from mrope.families import FAMILIES, example_config
+from mrope.padding import PaddingCollator
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 REFERENCE = "transformers-5.23"
@@ -75,7 +75,7 @@ train: 5
         "  dataloader.start_method: must be 'spawn', 'fork' or 'forkserver', not 'spwan' (str)",
         "  rope.reference: must be one of auto, transformers-4.57, transformers-5.17, "
         "transformers-5.23 (did you mean 'transformers-5.23'?) (is 'transformers-5.22')",
-        "  rope.enable: unknown key (did you mean 'enabled'?); known: enabled, reference",
+        "  rope.enable: unknown key (did you mean 'enabled'?); known: enabled, reference, vision",
         "  train: must be a section with the keys steps, seed, lr, weight_decay, device, dtype, "
         "log_file",
         "  tran: unknown key (did you mean 'train'?); known: model, data, dataloader, rope, train",

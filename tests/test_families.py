@@ -51,9 +51,7 @@ def test_a_live_config_of_transformers_is_read(family: str, tmp_path: Path) -> N
 
 def test_aero_realtime_is_read_under_either_name_of_its_ids() -> None:
     config = example_config("aero_realtime")
-    other = {
-        key.replace("_index", "_id"): value for key, value in config.items()
-    }
+    other = {key.replace("_index", "_id"): value for key, value in config.items()}
     assert set(other) != set(config)
     assert MRopeSpec.from_config(other, NEW) == MRopeSpec.from_config(config, NEW)
     assert MRopeSpec.from_config(config | other, NEW) == MRopeSpec.from_config(config, NEW)
@@ -77,9 +75,15 @@ def changed(family: str = "qwen2_5_vl", **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (changed(model_type="qwen9_vl"), "unknown model_type 'qwen9_vl'.*known: qwen2_vl, qwen2_5_vl"),
+        (
+            changed(model_type="qwen9_vl"),
+            "unknown model_type 'qwen9_vl'.*known: qwen2_vl, qwen2_5_vl",
+        ),
         (changed(model_type="qwen3_v"), r"did you mean 'qwen3_vl'\?"),
-        (changed(model_type="qwen3_vl_text"), "is a part of a model; give the whole model's config"),
+        (
+            changed(model_type="qwen3_vl_text"),
+            "is a part of a model; give the whole model's config",
+        ),
         (changed(model_type=None), "has no model_type"),
         (changed(image_token_id=None), "qwen2_5_vl: the config has no image_token_id"),
         (changed(video_token_id="103"), "video_token_id must be an integer >= 0, not '103'"),

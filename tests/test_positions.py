@@ -92,7 +92,9 @@ def test_fill_and_delta_of_padded_rows(reference: str, fill: int, delta: list[in
 
 def test_a_text_batch_takes_the_fill_into_its_delta_in_the_oldest_reference_only() -> None:
     tokens, mask = [[7, 0, 0]], [[1, 0, 0]]
-    deltas = {name: rope_index(spec_of(reference=name), tokens, mask)[1].item() for name in REFERENCES}
+    deltas = {
+        name: rope_index(spec_of(reference=name), tokens, mask)[1].item() for name in REFERENCES
+    }
     assert deltas == {OLD: 2 - 3, MIDDLE: 0, NEW: 0}
 
 
@@ -191,7 +193,11 @@ def test_a_row_of_padding_alone_takes_nothing_from_its_neighbours(reference: str
     grids = [[1, 4, 4]] * 2
     ids, _ = rope_index(spec, [row, [0] * 5, row], mask, grids)
     assert numbers(ids, 1) == [(spec.rule.fill,) * 3] * 5
-    assert numbers(ids, 0) == numbers(ids, 2) == [(0, 0, 0), (1, 1, 1), (1, 1, 2), (1, 2, 1), (1, 2, 2)]
+    assert (
+        numbers(ids, 0)
+        == numbers(ids, 2)
+        == [(0, 0, 0), (1, 1, 1), (1, 1, 2), (1, 2, 1), (1, 2, 2)]
+    )
 
 
 def test_a_long_row_of_thousands_of_frames() -> None:

@@ -7,6 +7,7 @@ import multiprocessing
 import pickle
 import sys
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,7 +29,11 @@ def _fresh_cache() -> None:
     clear_cache()
 
 
-def equal(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+def compute(spec: VisionSpec, grid_thw: Any) -> dict[str, Any]:
+    return dict(vision_tensors(spec, grid_thw))
+
+
+def equal(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     """Whether both hold the same keys, types, dtypes, shapes and bits."""
     return list(ours) == list(theirs) and all(
         type(value) is type(theirs[key])
@@ -43,7 +48,7 @@ def equal(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
 
 
 def test_every_frame_is_a_segment() -> None:
-    tensors = vision_tensors(VisionSpec(2), [[1, 2, 4], [3, 2, 2]])
+    tensors = compute(VisionSpec(2), [[1, 2, 4], [3, 2, 2]])
     assert tensors["cu_seqlens"].tolist() == [0, 8, 12, 16, 20]
     assert tensors["cu_seqlens"].dtype == np.int32
     assert tensors["max_seqlen"] == 8
@@ -54,16 +59,16 @@ def test_every_frame_is_a_segment() -> None:
 def test_patches_come_in_merge_blocks_and_again_for_each_frame() -> None:
     block = [[0, 0], [0, 1], [1, 0], [1, 1]]
     second = [[0, 2], [0, 3], [1, 2], [1, 3]]
-    positions = vision_tensors(VisionSpec(2), [[2, 2, 4]])["position_ids"]
+    positions = compute(VisionSpec(2), [[2, 2, 4]])["position_ids"]
     assert positions.tolist() == [*block, *second, *block, *second]
     assert positions.dtype == np.int64
-    merge_3 = vision_tensors(VisionSpec(3), [[1, 3, 3]])["position_ids"]
+    merge_3 = compute(VisionSpec(3), [[1, 3, 3]])["position_ids"]
     assert merge_3.tolist() == [[y, x] for y in range(3) for x in range(3)]
 
 
 def test_windows_are_cut_at_the_edges_and_numbered_over_all_grids() -> None:
     # 3 x 3 merged tokens in windows of 2 x 2, then a single token.
-    tensors = vision_tensors(VisionSpec(2, window_side=2), [[1, 6, 6], [1, 2, 2]])
+    tensors = compute(VisionSpec(2, window_side=2), [[1, 6, 6], [1, 2, 2]])
     assert tensors["window_index"].tolist() == [0, 1, 3, 4, 2, 5, 6, 7, 8, 9]
     assert tensors["cu_window_seqlens"].tolist() == [0, 16, 24, 32, 36, 40]
     assert tensors["cu_window_seqlens"].dtype == np.int32
@@ -72,13 +77,13 @@ def test_windows_are_cut_at_the_edges_and_numbered_over_all_grids() -> None:
 
 
 def test_each_frame_of_a_clip_has_windows_of_its_own() -> None:
-    tensors = vision_tensors(VisionSpec(1, window_side=2), [[2, 2, 3]])
+    tensors = compute(VisionSpec(1, window_side=2), [[2, 2, 3]])
     assert tensors["window_index"].tolist() == [0, 1, 3, 4, 2, 5, 6, 7, 9, 10, 8, 11]
     assert tensors["cu_window_seqlens"].tolist() == [0, 4, 6, 10, 12]
 
 
 def test_a_table_of_3_stretched_to_2_and_to_5() -> None:
-    tensors = vision_tensors(VisionSpec(1, table_side=3), [[1, 2, 5]])
+    tensors = compute(VisionSpec(1, table_side=3), [[1, 2, 5]])
     # Columns lie at 0, 0.5, 1, 1.5, 2 and rows at 0 and 2 of the table, whose row has 3 entries.
     upper = [[0, 1, 3, 4], [0, 1, 3, 4], [1, 2, 4, 5], [1, 2, 4, 5], [2, 2, 5, 5]]
     lower = [[6 + left, 6 + right, 6 + left, 6 + right] for left, right, _, _ in upper]
@@ -91,14 +96,14 @@ def test_a_table_of_3_stretched_to_2_and_to_5() -> None:
 
 @pytest.mark.parametrize("none", [None, [], np.empty((0, 3), np.int64), torch.empty(0, 3).long()])
 def test_without_grids_there_is_nothing_to_attach(none: Any) -> None:
-    assert vision_tensors(EVERYTHING, none) == {}
+    assert compute(EVERYTHING, none) == {}
 
 
 def test_lists_arrays_and_tensors_are_the_same_grids() -> None:
-    ours = vision_tensors(EVERYTHING, MIXED)
+    ours = compute(EVERYTHING, MIXED)
     assert tuple(ours) == EVERYTHING.keys
-    assert equal(ours, vision_tensors(EVERYTHING, np.array(MIXED, np.int32)))
-    assert equal(ours, vision_tensors(EVERYTHING, torch.tensor(MIXED)))
+    assert equal(ours, compute(EVERYTHING, np.array(MIXED, np.int32)))
+    assert equal(ours, compute(EVERYTHING, torch.tensor(MIXED)))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +120,7 @@ def test_lists_arrays_and_tensors_are_the_same_grids() -> None:
 )
 def test_bad_grids_are_refused(grids: Any, message: str) -> None:
     with pytest.raises(MRopeError, match=message):
-        vision_tensors(EVERYTHING, grids)
+        compute(EVERYTHING, grids)
 
 
 # The spec.
@@ -205,7 +210,7 @@ def test_a_release_that_reads_them_passes() -> None:
 
 
 def test_results_do_not_depend_on_the_cache_and_belong_to_the_caller() -> None:
-    cold = vision_tensors(EVERYTHING, MIXED)
+    cold = compute(EVERYTHING, MIXED)
     kept = {key: np.copy(value) for key, value in cold.items() if isinstance(value, np.ndarray)}
     for array in kept:
         cold[array][...] = 77
@@ -256,9 +261,10 @@ def test_what_was_used_last_is_kept() -> None:
 
 def test_a_frame_larger_than_the_cache_is_computed_and_not_kept() -> None:
     memory = vision._Memory(limit=2000)
+    memory.recall(vision._positions, 2, 2, 2)
     (positions,) = memory.recall(vision._positions, 20, 20, 2)
     assert positions.shape == (400, 2)
-    assert memory.used == 0
+    assert list(memory._pieces) == [(vision._positions, 2, 2, 2)]
     with mock.patch.object(vision, "_MEMORY", memory):
         ours = vision_tensors(EVERYTHING, MIXED)
     assert equal(ours, vision_tensors(EVERYTHING, MIXED))
@@ -292,6 +298,21 @@ def test_threads_may_share_the_cache() -> None:
     assert memory.used == sum(map(memory._size, memory._pieces.values())) <= memory.limit
 
 
+def test_two_threads_that_miss_the_same_frame_keep_one() -> None:
+    memory, both = vision._Memory(limit=10_000), threading.Barrier(2)
+
+    def build(number: int) -> tuple[Any, ...]:
+        both.wait(10)
+        return (np.zeros(number),)
+
+    threads = [threading.Thread(target=memory.recall, args=(build, 8)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert memory.used == 1024 + 64
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_fork_waits_for_a_thread_that_uses_the_cache() -> None:
@@ -308,7 +329,7 @@ def test_a_fork_waits_for_a_thread_that_uses_the_cache() -> None:
     context = multiprocessing.get_context("fork")
     process = context.Process(target=vision_tensors, args=(EVERYTHING, MIXED))
     process.start()
-    process.join(30)
+    process.join(20)
     release.set()
     thread.join()
     alive = process.is_alive()
@@ -353,7 +374,7 @@ def _theirs(spec: VisionSpec, grids: Any) -> dict[str, Any]:
 
     from transformers.utils.generic import get_max_seqlen
 
-    flash = SimpleNamespace(_attn_implementation="flash_attention_2")
+    flash: Any = SimpleNamespace(_attn_implementation="flash_attention_2")
     grid, merge = torch.as_tensor(np.asarray(grids)), spec.spatial_merge_size
     cu_seqlens, max_seqlen = utils.get_vision_attention_seqlens(grid, flash)
     tensors: dict[str, Any] = {
@@ -423,7 +444,6 @@ def _tiny(family: str) -> tuple[Any, VisionSpec, dict[str, Any], dict[str, Any]]
     """Return a tiny model, its tower's spec, a batch, and the batch's vision tensors."""
     pytest.importorskip("transformers.vision_utils")
     from models import tiny_examples, tiny_model, tiny_spec
-
     from mrope import MRopeCollator
 
     model = tiny_model(family)
@@ -436,10 +456,6 @@ def _tiny(family: str) -> tuple[Any, VisionSpec, dict[str, Any], dict[str, Any]]
     tensors = _prefixed("image", spec, batch["image_grid_thw"])
     tensors |= _prefixed("video", spec, batch["video_grid_thw"])
     return model, spec, batch, tensors
-
-
-def _computed_in_the_tower(*args: Any, **kwargs: Any) -> None:
-    raise AssertionError("the tower computed from its grids")
 
 
 @pytest.mark.parametrize("family", TOWER_FAMILIES)
@@ -456,7 +472,7 @@ def test_the_tower_reads_them_and_gives_the_same_logits(family: str) -> None:
         seen.clear()
         # What the helpers need when they are not given their tensors.
         utils = sys.modules["transformers.vision_utils"]
-        refuse = {"side_effect": _computed_in_the_tower}
+        refuse: Any = {"side_effect": AssertionError("the tower computed from its grids")}
         with (
             mock.patch.object(torch, "repeat_interleave", **refuse),
             mock.patch.object(torch, "meshgrid", **refuse),
@@ -472,7 +488,7 @@ def test_the_tower_reads_them_and_gives_the_same_logits(family: str) -> None:
     assert {key.split("_", 1)[1] for key in tensors} == set(spec.keys)
 
 
-_POISON = {
+_POISON: dict[str, Callable[[Any], Any]] = {
     "cu_seqlens": lambda borders: borders[[0, -1]],
     "position_ids": lambda positions: positions.flip(1) * 3,
     "window_index": lambda order: order.roll(1),

@@ -68,11 +68,12 @@ def _spans(spec: MRopeSpec, batch: dict[str, Any]) -> dict[int, list[Any]]:
     timed = spec.family == "qwen2_5_vl"
     for t, h, w in _rows(batch["image_grid_thw"]):
         still = timed and spec.reference == "transformers-4.57"
-        times = [0] * t if still else list(range(t))
+        still_times, moving_times = [0] * t, list(range(t))
+        times = still_times if still else moving_times
         spans[spec.image_token_id].append((times, h // merge, w // merge))
     for video, (t, h, w) in enumerate(_rows(batch["video_grid_thw"])):
         if spec.family in ("qwen2_vl", "qwen2_5_vl"):
-            times = _times(spec, batch["second_per_grid_ts"], video, t) if timed else range(t)
+            times = _times(spec, batch["second_per_grid_ts"], video, t) if timed else list(range(t))
             spans[spec.video_token_id].append((list(times), h // merge, w // merge))
         else:
             spans[spec.video_token_id] += [([0], h // merge, w // merge)] * t

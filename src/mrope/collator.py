@@ -13,7 +13,7 @@ from mrope.errors import MRopeError
 from mrope.families import MRopeSpec
 from mrope.padding import PaddingCollator
 from mrope.positions import rope_index
-from mrope.vision import VisionSpec, vision_tensors
+from mrope.vision import VisionSpec, check_release, vision_tensors
 
 Collate = Callable[[Any], Any]
 
@@ -38,6 +38,10 @@ class MRopeCollator:
         spec: the model's numbers and the reference to follow.
         vision: the vision tower's numbers, to attach its tensors too; None: positions only.
 
+    Raises:
+        TypeError: an argument of another kind.
+        MRopeError: `vision` is given, and the installed transformers would not read its tensors.
+
     Example:
         >>> from mrope.families import example_config
         >>> collate = MRopeCollator(None, MRopeSpec.from_config(
@@ -58,6 +62,8 @@ class MRopeCollator:
         if inner_collate is not None and not callable(inner_collate):
             raise TypeError(f"inner_collate must be callable, not {type(inner_collate).__name__}")
         self.inner_collate = PaddingCollator() if inner_collate is None else inner_collate
+        if vision is not None:
+            check_release(vision)
         self.spec = spec
         self.vision = vision
 
@@ -66,13 +72,15 @@ class MRopeCollator:
 
         Args:
             examples: what the inner collate function takes. Where it is a sequence of mappings that
-                carry their own `image_grid_thw` and `video_grid_thw`, each row is checked on its own.
+                carry their own `image_grid_thw` and `video_grid_thw`, each row is checked on its
+                own.
 
         Returns:
             The inner function's batch, with `position_ids` int64 (3, B, S) and `rope_deltas` int64
             (B, 1) added as torch tensors and no other key changed. With `vision`, also:
 
-            - what `vision_tensors` returns for the images and for the videos, each under the tower's
+            - what `vision_tensors` returns for the images and for the videos, each under the
+            tower's
               own name with `image_` or `video_` before it, as transformers' models take them;
             - for the reading model of `mrope.hf`: `image_scatter_index` int64 (features,), which of
               the B * S tokens each feature row goes to; `image_split_sizes` and
@@ -150,7 +158,7 @@ def _keys(batch: Any) -> str:
 
 def _arguments(batch: Mapping[str, Any], examples: Any) -> dict[str, Any]:
     """Return the arguments of `rope_index` that the batch and its examples hold."""
-    arguments = {"input_ids": _array("input_ids", batch["input_ids"])}
+    arguments: dict[str, Any] = {"input_ids": _array("input_ids", batch["input_ids"])}
     for name in _OPTIONAL:
         if batch.get(name) is not None:
             arguments[name] = _array(name, batch[name])
@@ -192,9 +200,7 @@ def _seconds(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {"second_per_grid_ts": values[0]} | ({"seconds_dtype": np.float64} if wide else {})
 
 
-def _count(
-    examples: Any, grid: str, arguments: Mapping[str, Any]
-) -> npt.NDArray[np.int64] | None:
+def _count(examples: Any, grid: str, arguments: Mapping[str, Any]) -> npt.NDArray[np.int64] | None:
     """Return how many grids each example carries, if the batch's grids are theirs in that order.
 
     An inner function that makes, drops, merges or reorders samples gives other grids or rows; then

@@ -23,13 +23,16 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    model_validator,
 )
+from typing_extensions import Self
 from yaml import YAMLError
 
 from mrope.collator import Collate, MRopeCollator
-from mrope.padding import PaddingCollator
 from mrope.errors import MRopeError
 from mrope.families import REFERENCES, MRopeSpec
+from mrope.padding import PaddingCollator
+from mrope.vision import VisionSpec
 
 DEMO = "demo"
 _DATA_FILES = (".parquet", ".jsonl")
@@ -100,11 +103,13 @@ class ModelSection(_Section):
             they are random.
         attn_implementation: what transformers is told under the same name.
         trust_remote_code: a folder that carries its own model class may run its code.
+        attach: the model only reads (`mrope.hf.attach`); needs `rope.vision`.
     """
 
     config: Annotated[dict[str, Any] | str, BeforeValidator(_model_config)]
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
+    attach: bool = False
 
 
 class DataSection(_Section):
@@ -150,10 +155,12 @@ class RopeSection(_Section):
     Attributes:
         enabled: False: the batch is left alone, and the model computes for itself.
         reference: a key of `REFERENCES`, or "auto"; see `resolve_reference`.
+        vision: the vision tower's tensors are computed in the workers too.
     """
 
     enabled: bool = True
     reference: Annotated[str, AfterValidator(_reference)] = "auto"
+    vision: bool = False
 
 
 class TrainSection(_Section):
@@ -186,6 +193,12 @@ class Config(_Section):
     rope: RopeSection = RopeSection()
     train: TrainSection = TrainSection()
 
+    @model_validator(mode="after")
+    def _attached_models_need_the_stage(self) -> Self:
+        if self.model.attach and not (self.rope.enabled and self.rope.vision):
+            raise ValueError("model.attach: true needs rope.enabled: true and rope.vision: true")
+        return self
+
     def spec(self) -> MRopeSpec:
         """Return the spec of the model under the chosen reference; transformers is not imported.
 
@@ -194,6 +207,19 @@ class Config(_Section):
         """
         try:
             return MRopeSpec.from_config(self.model.config, self.rope.reference)
+        except MRopeError as error:
+            raise ConfigError(f"model.config: {error}") from error
+
+    def vision_spec(self) -> VisionSpec | None:
+        """Return the spec of the vision tower where its tensors are asked for, else None.
+
+        Raises:
+            ConfigError: mrope does not know the tower, or its config is not whole.
+        """
+        if not self.rope.vision:
+            return None
+        try:
+            return VisionSpec.from_config(self.model.config)
         except MRopeError as error:
             raise ConfigError(f"model.config: {error}") from error
 
@@ -243,7 +269,9 @@ def build_collator(cfg: Config, inner_collate: Collate | None = None) -> Collate
     """
     if inner_collate is None:
         inner_collate = PaddingCollator(pad_token_id=_pad_token_id(cfg.model.config))
-    return MRopeCollator(inner_collate, cfg.spec()) if cfg.rope.enabled else inner_collate
+    if not cfg.rope.enabled:
+        return inner_collate
+    return MRopeCollator(inner_collate, cfg.spec(), cfg.vision_spec())
 
 
 def model_table(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
@@ -318,7 +346,8 @@ def _known_keys(section: Sequence[str]) -> list[str]:
     if not section:
         return list(Config.model_fields)
     kind = Config.model_fields[section[0]].annotation
-    assert isinstance(kind, type) and issubclass(kind, BaseModel)  # every top key is a section
+    assert isinstance(kind, type)
+    assert issubclass(kind, BaseModel)  # every top key is a section
     return list(kind.model_fields)
 
 

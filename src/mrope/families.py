@@ -1,4 +1,4 @@
-"""What each model family and each reference is: plain data, and the spec that is read from a config.
+"""What each model family and each reference is: plain data; and the spec, read from a config.
 
 A family is a row of `FAMILIES`, keyed by `config.model_type`; a reference is a row of `REFERENCES`,
 named after the transformers release whose `get_rope_index` it equals. Nothing else in the package
@@ -72,7 +72,8 @@ class Reference:
         whole_seconds: `second_per_grid_ts` is truncated to an integer before it is multiplied.
         start_required: a span is found by the vision start marker in front of it; without one its
             placeholders are taken for text.
-        binary_mask: only mask values of 1 are valid, so that a mask with other values has no meaning.
+        binary_mask: only mask values of 1 are valid, so that a mask with other values has no
+        meaning.
         timed_image_step: temporal step of an image in the families with timed videos.
     """
 
@@ -180,6 +181,7 @@ def resolve_reference(name: str = "auto", installed: str | None = None) -> str:
 
 
 def installed_transformers() -> str | None:
+    """Return the version of the installed transformers, from its metadata; None without it."""
     try:
         return importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
@@ -251,7 +253,8 @@ class MRopeSpec:
         if len({image, video, start}) < 3:
             twice = video if video in (image, start) else image
             raise MRopeError(
-                f"{name}: token id {twice} stands for two of the image, video and vision start tokens"
+                f"{name}: token id {twice} stands for two of the image, video and vision start "
+                "tokens"
             )
         return cls(
             family=name,
@@ -259,7 +262,9 @@ class MRopeSpec:
             image_token_id=image,
             video_token_id=video,
             vision_start_token_id=start,
-            spatial_merge_size=read_int(vision, ("spatial_merge_size",), f"{name} vision_config", 1),
+            spatial_merge_size=read_int(
+                vision, ("spatial_merge_size",), f"{name} vision_config", 1
+            ),
             tokens_per_second=read_int(
                 vision, ("tokens_per_second",), f"{name} vision_config", minimum=1
             )
@@ -289,6 +294,7 @@ def example_config(family: str) -> dict[str, Any]:
 
 
 def as_mapping(config: Any) -> Mapping[str, Any]:
+    """Return a model's config as a mapping, from whatever `MRopeSpec.from_config` takes."""
     if isinstance(config, Mapping):
         return config
     if isinstance(config, (str, os.PathLike)):

@@ -129,9 +129,7 @@ def _check_sizes(size_3G: IntArray, images: int, merge: int, shape: tuple[int, i
             )
 
 
-def _rows_of(
-    name: str, per_sample: npt.ArrayLike | None, grids: int, rows: int
-) -> IntArray:
+def _rows_of(name: str, per_sample: npt.ArrayLike | None, grids: int, rows: int) -> IntArray:
     """Return the row of each grid: counts [2, 0, 1] give rows [0, 0, 2]; no counts give -1."""
     if per_sample is None:
         return np.full(grids, -1)

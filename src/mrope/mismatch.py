@@ -43,7 +43,7 @@ class _Run(NamedTuple):
 def mismatch(
     stream: Stream, start_R: IntArray, length_R: IntArray, kind_R: IntArray, grids: Grids
 ) -> SpanMismatchError:
-    """Return the error for the first span, in the order of the tokens, that does not fit its grid."""
+    """Return the error for the first span, in token order, that does not fit its grid."""
     walk = _Walk(grids, rows=stream.row_D.tolist())
     for run in _placeholder_runs(stream, start_R, length_R, kind_R):
         error = walk.left_over(before=run.row) or walk.take(run)
@@ -112,9 +112,9 @@ class _Walk:
         where = (
             f"row {known}, {_NAMES[kind]} {ordinal}"
             if known is not None
-            else f"{_NAMES[kind]} grid {column - (self.grids.images if kind == VIDEO else 0)} of the "
-            f"batch, row unknown (rows {self.rows} have tokens for {counts} {_NAMES[kind]}s; give "
-            f"{_NAMES[kind]}s_per_sample to check each row on its own)"
+            else f"{_NAMES[kind]} grid {column - (kind == VIDEO) * self.grids.images} of the "
+            f"batch, row unknown (rows {self.rows} have tokens for {counts} {_NAMES[kind]}s; "
+            f"give {_NAMES[kind]}s_per_sample to check each row on its own)"
         )
         return _span_error(where, known, ordinal, kind, 0, needed, self._size(column), _NO_TOKENS)
 
@@ -124,8 +124,8 @@ class _Walk:
         cause = self._cause(run, found, column, needed)
         if run.kind not in self.kinds_by_row and len(self.rows) > 1:
             cause += (
-                f"; grids were matched over the whole batch, so a row before may have lost one: give "
-                f"{_NAMES[run.kind]}s_per_sample to check each row on its own"
+                "; grids were matched over the whole batch, so a row before may have lost one: "
+                f"give {_NAMES[run.kind]}s_per_sample to check each row on its own"
             )
         where = f"row {run.row}, {_NAMES[run.kind]} {ordinal}"
         if found != run.tokens:

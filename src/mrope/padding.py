@@ -85,7 +85,9 @@ class PaddingCollator:
             if column.ndim == 2 and column.shape[0] == 1:
                 columns[name] = column[0]
             elif column.ndim != 1:
-                raise MRopeError(f"row {row}: {name} must be (n,) or (1, n), not {(*column.shape,)}")
+                raise MRopeError(
+                    f"row {row}: {name} must be (n,) or (1, n), not {(*column.shape,)}"
+                )
         length = len(columns["input_ids"])
         for name, column in columns.items():
             if len(column) != length:

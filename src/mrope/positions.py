@@ -19,7 +19,7 @@ from mrope.grids import Grids, as_integers, to_grids
 from mrope.spans import Runs, find_runs
 
 PositionIds = npt.NDArray[np.int64]
-Steps = npt.NDArray[np.int64] | npt.NDArray[np.float32] | npt.NDArray[np.float64]
+Steps = npt.NDArray[Any]  # int64, float32 or float64: the dtype decides how products round
 
 # Longer clips are no clips: far below, products of seconds and steps stay exact enough for int64.
 _MAX_SECONDS = 2**31
@@ -38,7 +38,7 @@ def rope_index(
     videos_per_sample: npt.ArrayLike | None = None,
     seconds_dtype: npt.DTypeLike = np.float32,
 ) -> tuple[PositionIds, PositionIds]:
-    """Compute the 3-D rotary positions of a batch, as `get_rope_index` of the spec's reference does.
+    """Compute the 3-D positions of a batch, as `get_rope_index` of the spec's reference does.
 
     Args:
         spec: family, reference and token ids; see `MRopeSpec.from_config`.
@@ -53,8 +53,8 @@ def rope_index(
             are multiplied as Python floats are by torch: in float64, rounded to float32, then in
             float32 with the frame's number. A float32 array is multiplied in float32 throughout.
         mm_token_type_ids: (B, S) integers, 0 text, 1 image, 2 video; must agree with the token ids.
-        images_per_sample, videos_per_sample: (B,) how many grids each row has. With them each row is
-            checked on its own; without them tokens and grids must match over the whole batch.
+        images_per_sample, videos_per_sample: (B,) how many grids each row has. With them each
+            row is checked on its own; without them tokens and grids must match over the batch.
         seconds_dtype: dtype of the multiplication by the frame's number. float64 is right only
             where the model itself would be given a float64 tensor of seconds.
 
@@ -175,10 +175,11 @@ def _in_steps(frames: IntArray, steps: Steps | None) -> IntArray:
     """Return `frames * steps`, truncated; computed in the dtype of the steps, as torch does."""
     if steps is None:
         return frames
-    return (frames.astype(steps.dtype) * steps).astype(np.int64)
+    product: npt.NDArray[Any] = frames.astype(steps.dtype) * steps
+    return product.astype(np.int64)
 
 
-def _put(values: IntArray, where: IntArray, new: IntArray) -> IntArray:
+def _put(values: npt.NDArray[Any], where: IntArray, new: npt.NDArray[Any]) -> npt.NDArray[Any]:
     values[where] = new
     return values
 
@@ -236,9 +237,11 @@ def _video_steps(
         return np.full(videos, rate, np.int64)
     seconds = _as_seconds(second_per_grid_ts, grids)
     if seconds.dtype.kind in "iu" or spec.rule.whole_seconds:
-        return rate * seconds.astype(np.int64)
+        whole: Steps = rate * seconds.astype(np.int64)
+        return whole
     # A float32 array is multiplied in float32; Python floats in float64, and rounded afterwards.
-    return (seconds.dtype.type(rate) * seconds).astype(dtype)
+    step: Steps = seconds.dtype.type(rate) * seconds
+    return step.astype(dtype)
 
 
 def _as_seconds(values: npt.ArrayLike, grids: Grids) -> npt.NDArray[Any]:

@@ -56,7 +56,7 @@ def find_runs(
         raise type_mismatch(stream, kind_T, types_T)
     whole = _runs_of_one_kind(kind_T, stream.start_D)
     kind_R = kind_T[whole.start_R]
-    vision_V = kind_R.nonzero()[0]
+    vision_V: IntArray = kind_R.nonzero()[0]
     if spec.rule.start_required:
         _require_starts(spec, stream, whole.start_R[vision_V], kind_R[vision_V])
     grid_V = _match_one_to_one(whole.length_R[vision_V], kind_R[vision_V], grids)
@@ -77,9 +77,9 @@ def find_runs(
 
 def _token_kinds(spec: MRopeSpec, tokens_T: IntArray) -> npt.NDArray[np.uint8]:
     """Return TEXT, IMAGE or VIDEO for each token."""
-    kind_T = (tokens_T == spec.video_token_id).view(np.uint8)
+    kind_T: npt.NDArray[np.uint8] = (tokens_T == spec.video_token_id).view(np.uint8)
     np.add(kind_T, kind_T, out=kind_T)
-    kind_T |= (tokens_T == spec.image_token_id).view(np.uint8)
+    np.bitwise_or(kind_T, (tokens_T == spec.image_token_id).view(np.uint8), out=kind_T)
     return kind_T
 
 
@@ -157,9 +157,7 @@ def _cut_by_grids(
     return _Cut(start, np.diff(start, append=tokens)), vision_V, column_R[vision_V]
 
 
-def _require_starts(
-    spec: MRopeSpec, stream: Stream, start_V: IntArray, kind_V: IntArray
-) -> None:
+def _require_starts(spec: MRopeSpec, stream: Stream, start_V: IntArray, kind_V: IntArray) -> None:
     """Refuse a run without the vision start marker in front: the reference takes it for text."""
     document_V = stream.start_D.searchsorted(start_V, side="right") - 1
     marked_V = stream.tokens_T[start_V - 1] == spec.vision_start_token_id

@@ -203,13 +203,18 @@ def _switched(cfg: Config, enabled: bool) -> Config:
         name = f"{file.stem}.{'on' if enabled else 'off'}{file.suffix}"
         train = train.model_copy(update={"log_file": str(file.with_name(name))})
     rope = cfg.rope.model_copy(update={"enabled": enabled})
-    return cfg.model_copy(update={"rope": rope, "train": train})
+    model = cfg.model.model_copy(update={"attach": cfg.model.attach and enabled})
+    return cfg.model_copy(update={"model": model, "rope": rope, "train": train})
 
 
 def _run(cfg: Config, rows: Rows, console: Console) -> TrainResult:
     torch.manual_seed(cfg.train.seed)
     device = _device(cfg.train.device)
     model = build_model(cfg).to(device)
+    if cfg.model.attach:
+        from mrope.hf import attach
+
+        attach(model)
     calls = _count_rope_index(model)
     loader = make_loader(cfg, rows, build_collator(cfg))
     optimizer = torch.optim.AdamW(
@@ -249,7 +254,7 @@ def _steps(
         data_seconds = time.perf_counter() - start
         tokens = int(batch["attention_mask"].sum())
         attached = "position_ids" in batch
-        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        batch = to_device(batch, device)
         start = time.perf_counter()
         loss = model(**batch).loss
         _wait(device)
@@ -260,7 +265,15 @@ def _steps(
         yield Step(number, loss.item(), tokens, data_seconds, forward_seconds, worker, attached)
 
 
-def _endless(loader: DataLoader[Any]) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return the batch with its tensors on the device; ints and lists stay on the host."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def _endless(loader: DataLoader[Any]) -> Iterator[tuple[dict[str, Any], int]]:
     while True:
         yield from loader
 

@@ -56,7 +56,7 @@ class Tower:
 
     Attributes:
         windows: most layers attend within square windows (Qwen2.5-VL).
-        table: a square table of learned positions is stretched to each frame (Qwen3-VL and its kin).
+        table: a square table of learned positions is stretched to each frame (Qwen3-VL and kin).
     """
 
     windows: bool = False
@@ -102,7 +102,9 @@ class VisionSpec:
         Example:
             >>> VisionSpec.from_config({
             ...     "model_type": "qwen2_5_vl",
-            ...     "vision_config": {"spatial_merge_size": 2, "window_size": 112, "patch_size": 14},
+            ...     "vision_config": {
+            ...         "spatial_merge_size": 2, "window_size": 112, "patch_size": 14,
+            ...     },
             ... })
             VisionSpec(spatial_merge_size=2, window_side=4, table_side=None)
         """
@@ -361,9 +363,9 @@ def _along(values: npt.NDArray[Any], merge: int) -> npt.NDArray[Any]:
 def _axis_tables(length: int, merge: int, side: int) -> Piece:
     """Return an axis' taps and weights, laid out for a frame's rows and for its columns.
 
-    As columns they are (L, 4): two taps, twice. As rows they are (L, merge * 4), each tap twice, and
-    that for the `merge` patches of a block's row, so that numpy's innermost loop is as long as it
-    can be. Rows are already multiplied by the table's width.
+    As columns they are (L, 4): two taps, twice. As rows they are (L, merge * 4): each tap twice,
+    and that for the `merge` patches of a block's row, so that numpy's innermost loop is as long as
+    it can be. Rows are already multiplied by the table's width.
 
     Example:
         >>> rows, _, columns, _ = _axis_tables(2, 1, 3)

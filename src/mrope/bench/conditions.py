@@ -17,12 +17,14 @@ def conditions() -> dict[str, str]:
         "cores": str(len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else "?",
         "python": platform.python_version(),
     }
-    for package in ("mrope", "numpy", "torch", "transformers"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return found | {name: _version(name) for name in ("mrope", "numpy", "torch", "transformers")}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:

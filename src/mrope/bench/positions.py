@@ -1,7 +1,8 @@
 """How fast are the positions? The kernel against transformers, a loop over spans, and the ceiling.
 
 The ceiling is `np.copyto` of one int64 (3, B, S) array: no kernel that writes its output can take
-less. Every figure is a median on one thread: in each repeat every function has its turn, in which it
+less. Every figure is a median on one thread: in each repeat every function has its turn, in which
+it
 is called as often as fits into a few milliseconds, so that all of them meet warm caches.
 """
 
@@ -175,7 +176,8 @@ def _peak_extra_bytes(kernel: Callable[[], Any]) -> int:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    return peak - before - sum(array.nbytes for array in outputs)
+    extra: int = peak - before - sum(array.nbytes for array in outputs)
+    return extra
 
 
 def _print(report: Mapping[str, Any]) -> None:

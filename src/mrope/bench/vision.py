@@ -1,9 +1,9 @@
 """How fast are the vision tensors? `mrope.vision` against `transformers.vision_utils`.
 
-The ceiling is `np.copyto` of the finished arrays: nothing that writes them can take less. "cold" is a
-call after `clear_cache()`: every distinct size of the batch is computed, as in a worker's first batch.
-"warm" is a call that remembers them, as in every later batch whose sizes were met before. Every
-figure is a median on one thread, and every function has its turn in each repeat.
+The ceiling is `np.copyto` of the finished arrays: nothing that writes them can take less. "cold" is
+a call after `clear_cache()`: every distinct size of the batch is computed, as in a worker's first
+batch. "warm" is a call that remembers them, as in every later batch whose sizes were met before.
+Every figure is a median on one thread, and every function has its turn in each repeat.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from mrope.errors import MRopeError
 Arrays = tuple[npt.NDArray[Any], ...]
 
 _CROPS = 500
-# Numbers of released models: 2 x 2 patches to a token; Qwen2.5-VL's windows of 112 pixels and patches
-# of 14; Qwen3-VL's table of 48 x 48 positions.
+# Defaults of transformers' config classes: 2 x 2 patches to a token; Qwen2.5-VL's windows of 112
+# pixels and patches of 14; Qwen3-VL's table of 48 x 48 positions.
 _MERGE, _WINDOW_PIXELS, _PATCH_PIXELS, _TABLE_SIDE = 2, 112, 14, 48
 
 
@@ -43,6 +43,7 @@ class Case:
 
     @property
     def name(self) -> str:
+        """What the table calls the case."""
         return f"{_CROPS} crops, {self.shortest} to {self.longest} patches a side"
 
 

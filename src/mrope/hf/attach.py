@@ -1,4 +1,4 @@
-"""`attach(model)`: make a transformers model read its positions and vision tensors from the batch."""
+"""`attach(model)`: a transformers model that reads its positions and vision tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def attach(model: Model, strict: bool = True) -> Model:
     """Make `model` take everything from the batches of a `MRopeCollator` with vision tensors.
 
     Only instances are touched: the `forward` of the base model (the module with `visual` and
-    `language_model`) and, for Qwen3-VL, its text model's `_deepstack_process`. Classes and modules of
+    `language_model`) and, for Qwen3-VL, its text model's `_deepstack_process`. Classes and modules
+    of
     transformers stay as they are, and so do parameters, names and the state dict. Outputs are those
     of the model before: see `docs/reading.md` for what is bit-equal.
 
@@ -45,8 +46,8 @@ def attach(model: Model, strict: bool = True) -> Model:
         _check_release()
     if "forward" in vars(base):
         raise MRopeError(
-            f"{type(base).__name__} already has a forward of its own on the instance: it is attached, "
-            "or another library (accelerate hooks, for one) came first; attach before it"
+            f"{type(base).__name__} already has a forward of its own on the instance: it is "
+            "attached, or another library (accelerate hooks, for one) came first; attach before it"
         )
     text = base.language_model
     if "sliding_attention" in (getattr(text.config, "layer_types", None) or ()):
@@ -57,7 +58,7 @@ def attach(model: Model, strict: bool = True) -> Model:
     base.mrope_strict = strict
     base.forward = types.MethodType(READERS[base.config.model_type], base)
     if hasattr(text, "_deepstack_process"):
-        text._deepstack_process = types.MethodType(add_by_index, text)
+        text._deepstack_process = types.MethodType(add_by_index, text)  # noqa: SLF001
     return model
 
 
@@ -81,7 +82,8 @@ def _base_model(model: torch.nn.Module) -> Any:
     found = [
         module
         for module in model.modules()
-        if hasattr(module, "visual") and hasattr(module, "language_model")
+        if hasattr(module, "visual")
+        and hasattr(module, "language_model")
         and getattr(getattr(module, "config", None), "model_type", None) in READERS
         and not hasattr(module, "model")
     ]
@@ -103,12 +105,12 @@ def _refuse_wrapped(model: torch.nn.Module) -> None:
         "FullyShardedDataParallel",
         "FSDPModule",
     }
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+    if hasattr(model, "_orig_mod"):
         late.add("torch.compile")
     if late:
         raise MRopeError(
-            f"too late: the model is already wrapped by {', '.join(sorted(late))}; attach it first, "
-            "then wrap it"
+            f"too late: the model is already wrapped by {', '.join(sorted(late))}; attach it "
+            "first, then wrap it"
         )
 
 

@@ -5,8 +5,10 @@ Each stands in for the `forward` of a transformers base model (the module that h
 on an instance. What they do is what transformers does, with the same operations in the same order
 wherever that is possible; what differs is where a decision is made:
 
-- Features go to their tokens by index (`image_scatter_index`), where transformers compresses a mask.
-- The tower's attention chunks are split by host ints (`image_split_sizes`), where transformers reads
+- Features go to their tokens by index (`image_scatter_index`), where transformers compresses a
+mask.
+- The tower's attention chunks are split by host ints (`image_split_sizes`), where transformers
+reads
   `cu_seqlens` back, three times a layer.
 - The attention mask is decided by a host bool (`has_padding`), where transformers reduces the mask.
 - Tokens and features were counted in the worker, where transformers counts them again.
@@ -18,7 +20,7 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
-from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.masking_utils import create_causal_mask
 from transformers.utils import can_return_tuple
 
 from mrope.errors import MRopeError
@@ -28,7 +30,7 @@ Tensors = MutableMapping[str, Any]
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
-@can_return_tuple
+@can_return_tuple  # type: ignore[untyped-decorator]
 def read_flat(self: Any, **inputs: Any) -> Any:
     """Forward of Qwen2-VL, Qwen2.5-VL and Qwen3.5: features of one level, put where they belong."""
     if not _is_precomputed(self, inputs):
@@ -40,7 +42,7 @@ def read_flat(self: Any, **inputs: Any) -> Any:
     return _decode(self, embeds, inputs)
 
 
-@can_return_tuple
+@can_return_tuple  # type: ignore[untyped-decorator]
 def read_deepstack(self: Any, **inputs: Any) -> Any:
     """Forward of Qwen3-VL: the same, and deeper features are added to the first layers' outputs."""
     if not _is_precomputed(self, inputs):
@@ -55,7 +57,9 @@ def read_deepstack(self: Any, **inputs: Any) -> Any:
     if indices:
         # The text model hands both to `_deepstack_process`, which `add_by_index` stands in for.
         inputs["visual_pos_masks"] = torch.cat(indices)
-        inputs["deepstack_visual_embeds"] = [torch.cat(level) for level in zip(*levels, strict=True)]
+        inputs["deepstack_visual_embeds"] = [
+            torch.cat(level) for level in zip(*levels, strict=True)
+        ]
     return _decode(self, embeds, inputs)
 
 
@@ -65,11 +69,12 @@ def add_by_index(
     """Add feature rows to the tokens at flat indices; stands in for `_deepstack_process`.
 
     Args:
-        index: (N,) int64 places among the B * S tokens; a boolean mask, which the model's own forward
+        index: (N,) int64 places among the B * S tokens; a boolean mask, which the model's own
+        forward
             gives, goes to the model's own method.
     """
     if index.dtype == torch.bool:
-        own = type(self)._deepstack_process
+        own = type(self)._deepstack_process  # noqa: SLF001 - the method that this one stands in for
         result: torch.Tensor = own(self, hidden_states, index, features)
         return result
     flat = hidden_states.flatten(0, 1)
@@ -90,7 +95,9 @@ def _is_precomputed(self: Any, inputs: Tensors) -> bool:
             raise MRopeError("the batch has vision tensors of a MRopeCollator, but no position_ids")
         return True
     # `generate` computes positions for itself and prefills with a cache: it may take the slow way.
-    generating = inputs.get("past_key_values") is not None and inputs.get("position_ids") is not None
+    generating = (
+        inputs.get("past_key_values") is not None and inputs.get("position_ids") is not None
+    )
     if modalities and self.mrope_strict and not generating:
         wanted = "position_ids" if inputs.get("position_ids") is None else ", ".join(missing)
         raise MRopeError(
@@ -148,9 +155,7 @@ def _decode(self: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
         mask = _causal_mask(self, embeds, mask if inputs["has_padding"] else None, inputs)
     for name in ("has_padding", "mm_token_type_ids", "second_per_grid_ts", "mm_encoder_outputs"):
         inputs.pop(name, None)
-    return self.language_model(
-        input_ids=None, inputs_embeds=embeds, attention_mask=mask, **inputs
-    )
+    return self.language_model(input_ids=None, inputs_embeds=embeds, attention_mask=mask, **inputs)
 
 
 def _causal_mask(
@@ -167,17 +172,16 @@ def _causal_mask(
     if _is_flash(config):
         return padding_mask
     cache = inputs.get("past_key_values")
-    full = create_causal_mask(
-        config, embeds, padding_mask, cache, allow_is_causal_skip=False
-    )
+    full = create_causal_mask(config, embeds, padding_mask, cache, allow_is_causal_skip=False)
     if "linear_attention" not in (getattr(config, "layer_types", None) or ()):
         return full
-    # Linear layers multiply their input by the 2-D mask; transformers first asks whether it is all 1.
+    # Linear layers multiply their input by the 2-D mask; transformers first asks whether it is all
+    # 1.
     return {"full_attention": full, "linear_attention": padding_mask.contiguous()}
 
 
 def _is_flash(config: Any) -> bool:
-    return "flash" in (config._attn_implementation or "")
+    return "flash" in (config._attn_implementation or "")  # noqa: SLF001 - no public name
 
 
 READERS: dict[str, Callable[..., Any]] = {

@@ -1,4 +1,4 @@
-"""The `get_rope_index` of the transformers that is installed, called on an object with a config alone.
+"""The installed transformers' `get_rope_index`, called on an object with a config alone.
 
 What `mrope` must equal: the parity tests and `mrope bench positions` call it, nothing in a worker.
 """

@@ -1,0 +1,67 @@
+# Every target does all of its own set-up: a fresh clone needs python3, make and a package index.
+.DEFAULT_GOAL := help
+.PHONY: help demo test check docs parity bench lowest clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# One thread for each process: tests run in as many processes as there are cores.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	# torch first and pinned: nothing after it may choose another build.
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(READY)  ## Train on real images twice, positions from the workers and from the model, and compare
+	$(BIN)/mrope train configs/demo.yaml --compare
+
+test: check docs  ## All that CI runs: lint, types, docs, tests (under 10 minutes on 2 cores)
+	$(BIN)/pytest -q -n 2 --dist loadscope
+
+check: $(READY)  ## Lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(READY)  ## Build the docs strictly into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# transformers 4.57 and 5.17 need environments of their own (about 2 minutes each to set up).
+parity: .venvs/4.57.6/.ready .venvs/5.17.0/.ready $(READY)  ## Compare with transformers 4.57.6, 5.17.0 and 5.23.0, live
+	for env in .venvs/4.57.6 .venvs/5.17.0 $(VENV); do \
+	  PYTHONPATH=src:tests $$env/bin/python -m pytest -q -p no:cacheprovider tests/parity/test_live.py && \
+	  PYTHONPATH=src:tests $$env/bin/python tests/parity/make_goldens.py --check || exit 1; \
+	done
+
+.venvs/%/.ready: constraints.txt
+	$(PYTHON) -m venv $(@D)
+	grep -vE '^(transformers|tokenizers|huggingface.hub)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/pip install --quiet -c $(@D)/constraints.txt torch numpy pytest pytest-timeout hypothesis transformers==$*
+	touch $@
+
+bench: $(READY)  ## Measure the positions and the vision tensors (about a minute)
+	$(BIN)/mrope bench positions
+	$(BIN)/mrope bench vision
+
+# The oldest numpy and Python that pyproject.toml allows, with the kernel's tests. The oldest torch is
+# not run: its wheels bring gigabytes of CUDA libraries.
+lowest: .venvs/lowest/.ready  ## Run the kernel's tests with the oldest numpy
+	PYTHONPATH=src:tests .venvs/lowest/bin/python -m pytest -q -p no:cacheprovider \
+	  tests/test_positions.py tests/test_twin.py tests/test_malformed.py tests/test_families.py tests/test_collator.py
+
+.venvs/lowest/.ready: constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet 'torch==2.13.0' 'numpy==1.26.*' 'pytest==8.2.*' pytest-timeout 'hypothesis==6.100.*'
+	touch $@
+
+clean:  ## Remove what the targets made
+	rm -rf $(VENV) .venvs site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
