@@ -17,6 +17,7 @@ from mrope import MRopeCollator, MRopeError, build_collator, load_config, rope_i
 from mrope.config import Config, ConfigError
 from mrope.families import FAMILIES, example_config
 from mrope.padding import PaddingCollator
+from mrope.synthetic import SyntheticRows
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 REFERENCE = "transformers-5.23"
@@ -67,7 +68,7 @@ train: 5
     assert message(tmp_path, text).splitlines() == [
         f"{tmp_path}/run.yaml: 10 problems",
         f"  model.attn_implementation: must be {allowed}, not 'flash' (str)",
-        "  data.sorce: unknown key (did you mean 'source'?); known: source, rows, processor, "
+        "  data.sorce: unknown key (did you mean 'source'?); known: source, shape, rows, processor, "
         "min_pixels, max_pixels, fps",
         "  dataloader.batch_size: must be a valid integer, not '4' (str)",
         "  dataloader.num_workers: must be greater than or equal to 0, not -1 (int)",
@@ -245,3 +246,44 @@ def test_neither_config_nor_collator_imports_transformers() -> None:
 def test_config_error_is_an_mrope_error() -> None:
     assert issubclass(ConfigError, MRopeError)
     assert set(Config.model_fields) == {"model", "data", "dataloader", "rope", "train"}
+
+
+def test_an_attached_model_needs_the_vision_tensors(tmp_path: Path) -> None:
+    file = minimal(tmp_path)
+    cfg = load_config(file, ["model.attach=true", "rope.vision=true"])
+    assert cfg.model.attach
+    for overrides in (["model.attach=true"], ["model.attach=true", "rope.enabled=false"]):
+        with pytest.raises(ConfigError, match="model.attach: true needs rope.enabled: true and"):
+            load_config(file, overrides)
+
+
+def test_vision_tensors_are_switched_on_by_one_key() -> None:
+    off = build_collator(load_config(CONFIGS / "demo.yaml"))
+    on = build_collator(load_config(CONFIGS / "demo.yaml", ["rope.vision=true"]))
+    assert isinstance(off, MRopeCollator)
+    assert isinstance(on, MRopeCollator)
+    assert off.vision is None
+    assert on.vision is not None
+    assert on.vision.table_side == 16
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "bench").glob("*.yaml")), ids=lambda f: f.stem)
+def test_the_bench_configs_are_valid_and_their_rows_fit(file: Path) -> None:
+    cfg = load_config(file)
+    assert cfg.data.shape is not None
+    rows = SyntheticRows(cfg.spec(), cfg.data.shape, rows=1, patch_values=4, dtype=torch.float32)
+    batch = build_collator(load_config(file, ["rope.vision=true"]))([rows[0]])
+    assert batch["position_ids"].shape == (3, 1, cfg.data.shape.width)
+    assert not batch["has_padding"]
+
+
+def test_the_shape_of_synthetic_rows_is_checked(tmp_path: Path) -> None:
+    file = minimal(tmp_path)
+    with pytest.raises(ConfigError, match="data.shape belongs to data.source: synthetic"):
+        load_config(file, ["data.source=synthetic"])
+    with pytest.raises(ConfigError, match="data.shape.widht: unknown key .did you mean 'width'"):
+        load_config(file, ["data.source=synthetic", "data.shape.widht=3"])
+    cfg = load_config(file, ["data.source=synthetic", "data.shape={width: 8, images: 1}"])
+    assert cfg.data.shape is not None
+    with pytest.raises(MRopeError, match="take 65 tokens, more than width=8"):
+        SyntheticRows(cfg.spec(), cfg.data.shape, rows=1, patch_values=4, dtype=torch.float32)

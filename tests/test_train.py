@@ -301,7 +301,9 @@ def test_bfloat16_trains_too() -> None:
 
 
 def save_columns(cfg: Config, folder: Path, *without: str) -> Path:
-    table = load_run_rows(cfg).columns.remove_columns(list(without))
+    rows = load_run_rows(cfg)
+    assert isinstance(rows, Rows)
+    table = rows.columns.remove_columns(list(without))
     table.save_to_disk(str(folder))
     return folder
 

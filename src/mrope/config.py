@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -35,6 +35,7 @@ from mrope.padding import PaddingCollator
 from mrope.vision import VisionSpec
 
 DEMO = "demo"
+SYNTHETIC = "synthetic"
 _DATA_FILES = (".parquet", ".jsonl")
 
 
@@ -62,11 +63,13 @@ def _model_config(value: object, info: ValidationInfo) -> object:
 
 
 def _data_source(value: str, info: ValidationInfo) -> str:
-    if value == DEMO:
+    if value in (DEMO, SYNTHETIC):
         return value
     path = Path(_resolved(value, info))
     if not path.exists():
-        raise ValueError(f"nothing at {path}; give {DEMO!r}, or the path of a dataset")
+        raise ValueError(
+            f"nothing at {path}; give {DEMO!r}, {SYNTHETIC!r}, or the path of a dataset"
+        )
     if path.is_file() and path.suffix not in _DATA_FILES:
         raise ValueError(
             f"cannot read {path.name}; a dataset is a folder written by Dataset.save_to_disk, "
@@ -112,12 +115,34 @@ class ModelSection(_Section):
     attach: bool = False
 
 
+Sides = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
+
+
+class ShapeSection(_Section):
+    """What a synthetic row is made of; it is filled up with text.
+
+    Attributes:
+        width: tokens of a row.
+        images, videos: how many of each.
+        image, frame: height and width of an image, and of a clip's frame, in patches.
+        frames: temporal patches of each clip.
+    """
+
+    width: Annotated[int, Field(ge=1)]
+    images: Annotated[int, Field(ge=0)] = 0
+    image: Sides = [16, 16]
+    videos: Annotated[int, Field(ge=0)] = 0
+    frames: Annotated[int, Field(ge=1)] = 1
+    frame: Sides = [16, 16]
+
+
 class DataSection(_Section):
     """Which rows it is trained on.
 
     Attributes:
-        source: "demo" (photographs from packages), a folder written by `Dataset.save_to_disk`, a
-            `.parquet` or a `.jsonl` file.
+        source: "demo" (photographs from packages), "synthetic" (made up, to measure with), a folder
+            written by `Dataset.save_to_disk`, a `.parquet` or a `.jsonl` file.
+        shape: of the rows of "synthetic".
         rows: rows of the demo to make; for another source, how many of its first rows are used.
             None: 80 of the demo, all of another source.
         processor: folder with the tokenizer, and the image processor's settings, for rows that are
@@ -128,11 +153,18 @@ class DataSection(_Section):
     """
 
     source: Annotated[str, AfterValidator(_data_source)] = DEMO
+    shape: ShapeSection | None = None
     rows: Annotated[int, Field(ge=1)] | None = None
     processor: Annotated[str, AfterValidator(_folder)] | None = None
     min_pixels: Annotated[int, Field(ge=1)] | None = None
     max_pixels: Annotated[int, Field(ge=1)] | None = None
     fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
+
+    @model_validator(mode="after")
+    def _synthetic_rows_have_a_shape(self) -> Self:
+        if (self.source == SYNTHETIC) != (self.shape is not None):
+            raise ValueError(f"data.shape belongs to data.source: {SYNTHETIC}, and only to it")
+        return self
 
 
 class DataLoaderSection(_Section):
@@ -336,19 +368,23 @@ def _problem(entry: Mapping[str, Any]) -> str:
     if entry["type"] == "model_type":
         return f"{name}: must be a section with the keys {', '.join(_known_keys(keys))}"
     if entry["type"] == "value_error":
-        return f"{name}: {entry['ctx']['error']} (is {entry['input']!r})"
+        given = "" if isinstance(entry["input"], dict) else f" (is {entry['input']!r})"
+        return f"{name}: {entry['ctx']['error']}{given}".removeprefix(": ")
     allowed = str(entry["msg"]).replace("Input should be", "must be", 1)
     return f"{name}: {allowed}, not {entry['input']!r} ({type(entry['input']).__name__})"
 
 
-def _known_keys(section: Sequence[str]) -> list[str]:
+def _known_keys(sections: Sequence[str]) -> list[str]:
     """Return the keys of a section, or with an empty sequence those of the file."""
-    if not section:
-        return list(Config.model_fields)
-    kind = Config.model_fields[section[0]].annotation
-    assert isinstance(kind, type)
-    assert issubclass(kind, BaseModel)  # every top key is a section
+    kind: type[BaseModel] = Config
+    for section in sections:
+        annotation = kind.model_fields[section].annotation
+        (kind,) = (one for one in (annotation, *get_args(annotation)) if _is_section(one))
     return list(kind.model_fields)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mrope.collator import Collate
 from mrope.errors import MRopeError
+from mrope.synthetic import SyntheticRows, patch_values
 
 if TYPE_CHECKING:
     import datasets
@@ -54,6 +55,9 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         }
 
 
+RowDataset = Rows | SyntheticRows
+
+
 class Stamped:
     """A collate function that says in which process it ran: it returns (batch, process id)."""
 
@@ -65,7 +69,7 @@ class Stamped:
         return self.collate(examples), os.getpid()
 
 
-def load_rows(cfg: Config, spec: MRopeSpec, model_config: Any) -> Rows:
+def load_rows(cfg: Config, spec: MRopeSpec, model_config: Any) -> RowDataset:
     """Open or make the dataset that a config names, and bring it into columns.
 
     Args:
@@ -76,6 +80,11 @@ def load_rows(cfg: Config, spec: MRopeSpec, model_config: Any) -> Rows:
     Raises:
         MRopeError: the dataset cannot be read, or has neither token columns nor conversations.
     """
+    if cfg.data.shape is not None:
+        vision = model_config.vision_config
+        dtype = getattr(torch, cfg.train.dtype)
+        rows = cfg.data.rows or _DEMO_ROWS
+        return SyntheticRows(spec, cfg.data.shape, rows, patch_values(vision), dtype)
     from mrope.demo.dataset import photographs
 
     if cfg.data.source == "demo":
@@ -99,7 +108,7 @@ def token_types(input_ids: npt.NDArray[np.int64], spec: MRopeSpec) -> npt.NDArra
     return np.where(is_video, 2, is_image.astype(np.int64))
 
 
-def make_loader(cfg: Config, rows: Rows, collate: Collate) -> DataLoader[Any]:
+def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[Any]:
     """Return the DataLoader of a config: shuffled by the seed, whole batches only.
 
     Raises:

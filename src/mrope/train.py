@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from mrope import report
 from mrope.config import Config, ConfigError, build_collator, model_table
-from mrope.data import Rows, load_rows, make_loader
+from mrope.data import RowDataset, load_rows, make_loader
 from mrope.errors import MRopeError
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -122,7 +122,7 @@ def compare_runs(cfg: Config, console: Console) -> tuple[TrainResult, TrainResul
     return on, off
 
 
-def load_run_rows(cfg: Config) -> Rows:
+def load_run_rows(cfg: Config) -> RowDataset:
     """Return the rows that a config's run reads."""
     return load_rows(cfg, cfg.spec(), load_model_config(cfg))
 
@@ -207,7 +207,7 @@ def _switched(cfg: Config, enabled: bool) -> Config:
     return cfg.model_copy(update={"model": model, "rope": rope, "train": train})
 
 
-def _run(cfg: Config, rows: Rows, console: Console) -> TrainResult:
+def _run(cfg: Config, rows: RowDataset, console: Console) -> TrainResult:
     torch.manual_seed(cfg.train.seed)
     device = _device(cfg.train.device)
     model = build_model(cfg).to(device)

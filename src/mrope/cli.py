@@ -1,0 +1,266 @@
+"""The command line: `mrope train`, `explain`, `bench` and `syncs`.
+
+Each command imports what it needs when it runs, so that `mrope explain` works without transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as missing:
+    sys.stderr.write(f"mrope: no module {missing.name!r}; pip install 'mrope[cli]'\n")
+    raise SystemExit(2) from missing
+
+from mrope import __version__
+from mrope.errors import MRopeError
+
+# Packages that a command may find missing, by import name, and the extra that brings each.
+_EXTRAS = {
+    "pydantic": "cli",
+    "omegaconf": "cli",
+    "yaml": "cli",
+    "typing_extensions": "cli",
+    "transformers": "hf",
+    "datasets": "train",
+    "PIL": "train",
+    "skimage": "train",
+    "sklearn": "train",
+    "tokenizers": "train",
+    "matplotlib": "plot",
+}
+
+app = typer.Typer(
+    name="mrope",
+    help="M-RoPE positions in the DataLoader's workers: train with them, look at them, measure them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench_app = typer.Typer(
+    help="Measure, print a table, and keep the result as JSON or as a picture.",
+    no_args_is_help=True,
+)
+app.add_typer(bench_app, name="bench")
+
+
+def _in_a_folder(file: Path | None) -> Path | None:
+    """Refuse a file that could not be written in the end, before anything is measured."""
+    if file is not None and not file.parent.is_dir():
+        raise typer.BadParameter(f"no folder {file.parent}")
+    return file
+
+
+def _plottable(file: Path | None) -> Path | None:
+    if file is not None:
+        importlib.import_module("matplotlib")
+    return _in_a_folder(file)
+
+
+class Device(str, Enum):
+    """Where `mrope bench step` runs the model."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+# typer evaluates these annotations: on Python 3.10 they must be of its own older kind.
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A training config, YAML.")]
+Overrides = Annotated[
+    Optional[list[str]],
+    typer.Argument(metavar="[KEY=VALUE]...", help="Values in place of the config's."),
+]
+JsonFile = Annotated[
+    Optional[Path],
+    typer.Option("--json", metavar="FILE", callback=_in_a_folder, help="Write the result as JSON."),
+]
+PlotFile = Annotated[
+    Optional[Path],
+    typer.Option("--plot", metavar="FILE.png", callback=_plottable, help="Save a picture."),
+]
+Repeats = Annotated[
+    int, typer.Option(min=1, help="Turns of each function; 15 or more for figures to keep.")
+]
+Quick = Annotated[bool, typer.Option("--quick", help="The smallest cases only, to try it out.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; the entry point of `mrope`.
+
+    Args:
+        arguments: words after `mrope`; None: those of the process.
+
+    Raises:
+        SystemExit: always. 0: done; 1: compared losses differ; 2: wrong usage or wrong input, said
+            in one red message on standard error.
+    """
+    try:
+        app(args=None if arguments is None else list(arguments))
+    except MRopeError as error:
+        message = str(error)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        message = f"no module {package!r}; pip install 'mrope[{_EXTRAS[package]}]'"
+    Console(stderr=True, soft_wrap=True).print(
+        f"mrope: {message}", style="red", markup=False, highlight=False
+    )
+    raise SystemExit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mrope {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Train twice from one seed, positions from the workers and from the model; exit "
+            "with 1 unless every loss is equal.",
+        ),
+    ] = False,
+) -> None:
+    """Train as a config says."""
+    from mrope.config import load_config
+
+    cfg = load_config(config, overrides or ())
+    from mrope import train as loop
+
+    if not compare:
+        loop.train(cfg)
+    elif not loop.compare(cfg):
+        raise typer.Exit(1)
+
+
+@app.command()
+def explain(
+    spans: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SPAN...",
+            help="text:N in tokens; image:HxW and video:TxHxW in patches, as in *_grid_thw: "
+            "image:4x6 has 2x3 tokens, since 2x2 patches make one.",
+        ),
+    ],
+    family: Annotated[str, typer.Option(help="The config's model_type.")],
+    reference: Annotated[
+        str, typer.Option(metavar="NAME", help="The release to follow; auto: the installed one.")
+    ] = "auto",
+    seconds: Annotated[
+        Optional[float],
+        typer.Option(help="Seconds between two temporal positions of a video (qwen2_5_vl)."),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show every token of long spans.")
+    ] = False,
+    plot_file: PlotFile = None,
+) -> None:
+    """Show the positions of a sample: mrope explain --family qwen3_vl text:3 image:4x6 text:2."""
+    from mrope.explain import number, plot, show
+
+    numbered = number(spans, family, reference, seconds)
+    show(numbered, Console(), everything)
+    if plot_file is not None:
+        plot(numbered, plot_file)
+
+
+@bench_app.command()
+def positions(
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
+    repeats: Repeats = 15,
+    quick: Quick = False,
+) -> None:
+    """Time the positions against transformers, a loop over spans, and a copy of the output."""
+    from mrope.bench.positions import run
+
+    run(repeats, quick, json_file, plot_file)
+
+
+@bench_app.command()
+def vision(
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
+    repeats: Repeats = 15,
+    quick: Quick = False,
+) -> None:
+    """Time the vision tensors against transformers and a copy of the output."""
+    from mrope.bench.vision import run
+
+    run(repeats, quick, json_file, plot_file)
+
+
+@bench_app.command()
+def step(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG... [KEY=VALUE]...", help="Training configs, and values in their place."
+        ),
+    ],
+    device: Annotated[Device, typer.Option(help="auto: CUDA where there is one.")] = Device.auto,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 20,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
+) -> None:
+    """Time whole training steps."""
+    configs, overrides = _split(words)
+    if not configs:
+        raise typer.BadParameter("give at least one CONFIG")
+    from mrope.bench.step import run
+
+    run(configs, overrides, device.value, steps, json_file, plot_file)
+
+
+@app.command()
+def syncs(
+    words: Annotated[
+        Optional[list[str]],
+        typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A training config, and overrides."),
+    ] = None,
+    model: Annotated[
+        Optional[str],
+        typer.Option(metavar="FOLDER_OR_CONFIG", help="A model, in place of a training config."),
+    ] = None,
+) -> None:
+    """Count what makes the host wait for the device."""
+    configs, overrides = _split(words or [])
+    if len(configs) + (model is not None) != 1:
+        raise typer.BadParameter("give one CONFIG, or --model")
+    from mrope.syncs import run
+
+    run(configs[0] if configs else None, overrides, model)
+
+
+def _split(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Tell configs from overrides: `KEY=VALUE` is an override, every other word a path."""
+    configs = [Path(word) for word in words if "=" not in word]
+    return configs, [word for word in words if "=" in word]
