@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 try:
     import typer
@@ -39,7 +39,7 @@ _EXTRAS = {
 
 app = typer.Typer(
     name="mrope",
-    help="M-RoPE positions in the DataLoader's workers: train with them, look at them, measure them.",
+    help="M-RoPE positions in the DataLoader's workers: train, look, measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -72,18 +72,17 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
-# typer evaluates these annotations: on Python 3.10 they must be of its own older kind.
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A training config, YAML.")]
 Overrides = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Values in place of the config's."),
 ]
 JsonFile = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option("--json", metavar="FILE", callback=_in_a_folder, help="Write the result as JSON."),
 ]
 PlotFile = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option("--plot", metavar="FILE.png", callback=_plottable, help="Save a picture."),
 ]
 Repeats = Annotated[
@@ -175,7 +174,7 @@ def explain(
         str, typer.Option(metavar="NAME", help="The release to follow; auto: the installed one.")
     ] = "auto",
     seconds: Annotated[
-        Optional[float],
+        float | None,
         typer.Option(help="Seconds between two temporal positions of a video (qwen2_5_vl)."),
     ] = None,
     everything: Annotated[
@@ -227,7 +226,7 @@ def step(
         ),
     ],
     device: Annotated[Device, typer.Option(help="auto: CUDA where there is one.")] = Device.auto,
-    steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 20,
+    steps: Annotated[int, typer.Option(min=2, help="Steps to time, after a warm-up.")] = 20,
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
 ) -> None:
@@ -243,11 +242,11 @@ def step(
 @app.command()
 def syncs(
     words: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A training config, and overrides."),
     ] = None,
     model: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(metavar="FOLDER_OR_CONFIG", help="A model, in place of a training config."),
     ] = None,
 ) -> None:

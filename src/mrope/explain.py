@@ -20,7 +20,8 @@ COLOURS = {"text": "white", "start": "yellow", "image": "cyan", "video": "magent
 """Kinds of tokens, and the colour of each in the table."""
 
 _INK = {"text": "0.35", "start": "goldenrod", "image": "teal", "video": "darkmagenta"}
-_SIZES = {"text": "text:N", "image": "image:HxW", "video": "video:TxHxW"}
+# Numbers in the size of a word.
+_SIZES = {"text": 1, "image": 2, "video": 3}
 _TEXT_ID = 7
 _MOST_TOKENS = 2**20
 # A word with more tokens than this is shown by its first and last ones.
@@ -117,24 +118,23 @@ def to_sample(words: Sequence[str], spec: MRopeSpec) -> Sample:
         if kind == "text":
             _append(sample, [_TEXT_ID], size[0], repeats=1)
             continue
-        frames, height, width = thw = size if kind == "video" else (1, *size)
+        frames, height, width = size if kind == "video" else (1, *size)
         sample.grids[kind].append((frames, height, width))
         area = (height // spec.spatial_merge_size) * (width // spec.spatial_merge_size)
         spans = frames if spec.traits.frames_apart else 1
         marker = [spec.vision_start_token_id]
-        _append(sample, [placeholders[kind]], thw[0] // spans * area, spans, marker)
+        _append(sample, [placeholders[kind]], frames // spans * area, spans, marker)
     return sample
 
 
 def _read(word: str) -> tuple[str, tuple[int, ...]]:
     kind, _, size = word.partition(":")
     numbers = size.split("x")
-    wanted = _SIZES.get(kind, "").count("x") + 1
     sound = all(re.fullmatch("[1-9][0-9]{0,8}", number) for number in numbers)
-    if kind not in _SIZES or len(numbers) != wanted or not sound:
+    if len(numbers) != _SIZES.get(kind) or not sound:
         raise MRopeError(
-            f"cannot read {word!r}: a span is text:N in tokens, image:HxW or video:TxHxW in patches, "
-            "with sizes of at least 1"
+            f"cannot read {word!r}: a span is text:N in tokens, image:HxW or video:TxHxW in "
+            "patches, with sizes of at least 1"
         )
     return kind, tuple(map(int, numbers))
 
@@ -158,10 +158,7 @@ def show(numbered: Numbered, console: Console, everything: bool = False) -> None
         everything: show all tokens of long words too.
     """
     spec = numbered.spec
-    table = Table(
-        title=f"{spec.family}, {spec.reference}, {spec.spatial_merge_size} x "
-        f"{spec.spatial_merge_size} patches to a token"
-    )
+    table = Table(title=f"{spec.family}, {spec.reference}")
     for heading in ("token", "kind", "t", "h", "w"):
         table.add_column(heading, justify="left" if heading == "kind" else "right")
     for token, ends_word in _shown_tokens(numbered.lengths, everything):
@@ -175,7 +172,8 @@ def show(numbered: Numbered, console: Console, everything: bool = False) -> None
     tokens = len(numbered.kinds)
     console.print(
         f"delta {numbered.rope_delta}: the next token, number {tokens}, has position "
-        f"{tokens + numbered.rope_delta}",
+        f"{tokens + numbered.rope_delta}; {spec.spatial_merge_size} x {spec.spatial_merge_size} "
+        "patches make a token",
         highlight=False,
     )
 

@@ -1,0 +1,63 @@
+"""Run the guard's snippets on a GPU, and compare what the guard expects with CUDA's own verdict.
+
+    PYTHONPATH=src:tests python tests/cuda/check_guard.py RESULT.json
+
+Exit code 1 where they disagree. Needs torch, numpy and a CUDA device.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from mrope.guard import HostSyncError, SyncGuard
+from snippets import SNIPPETS
+
+
+def main(result: Path) -> int:
+    """Return the number of disagreements, at most 1."""
+    rows = []
+    for snippet in SNIPPETS:
+        snippet.make("cuda")()  # first use of a kernel may wait for other reasons
+        torch.cuda.synchronize()
+        body = snippet.make("cuda")
+        with SyncGuard() as guard:
+            body()
+        torch.cuda.synchronize()
+        raised = False
+        body = snippet.make("cuda")
+        try:
+            with SyncGuard(mode="error"):
+                body()
+        except HostSyncError:
+            raised = True
+        seen = guard.count > 0
+        agree = seen == raised == snippet.cuda_waits
+        rows.append(
+            {
+                "snippet": snippet.name,
+                "guard_on_cpu": snippet.waits,
+                "expected_on_cuda": snippet.cuda_waits,
+                "cuda_warnings": guard.count,
+                "cuda_error": raised,
+                "agree": agree,
+            }
+        )
+        print(f"{'ok ' if agree else 'NOT'} {snippet.name}: {rows[-1]}")
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "snippets": rows,
+    }
+    result.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    bad = sum(not row["agree"] for row in rows)
+    print(f"{len(rows)} snippets, {bad} disagree")
+    return min(bad, 1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1])))

@@ -1,0 +1,395 @@
+"""Small pieces of code, and what the guard must say of each; the same list runs against CUDA.
+
+A snippet takes a device, makes its tensors there, and returns the code to watch. It needs torch
+alone, so that it runs wherever a GPU is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Body = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """Code to watch.
+
+    Attributes:
+        make: makes the tensors on a device, and returns the code.
+        waits: how many waits the guard counts, each named by an operator below.
+        ops: the operators that it names, sorted.
+        cuda: whether CUDA's own debug mode sees a wait; it differs from `waits` only where the mode
+            is known not to look.
+    """
+
+    name: str
+    make: Callable[[str], Body]
+    ops: tuple[str, ...] = ()
+    cuda: bool | None = None
+
+    @property
+    def waits(self) -> int:
+        return len(self.ops)
+
+    @property
+    def cuda_waits(self) -> bool:
+        return bool(self.ops) if self.cuda is None else self.cuda
+
+
+SNIPPETS: list[Snippet] = []
+
+
+def snippet(*ops: str, cuda: bool | None = None) -> Callable[[Callable[[str], Body]], None]:
+    """Add a function to the list."""
+
+    def add(make: Callable[[str], Body]) -> None:
+        name = make.__name__.replace("_", " ")
+        SNIPPETS.append(Snippet(name, make, tuple(sorted(ops)), cuda))
+
+    return add
+
+
+def numbers(device: str, *shape: int, grad: bool = False) -> torch.Tensor:
+    """Return 0, 1, 2, ... as floats on a device."""
+    count = 1
+    for side in shape:
+        count *= side
+    made = torch.arange(count, dtype=torch.float32).reshape(shape).to(device)
+    return made.requires_grad_(grad)
+
+
+# Code that waits.
+
+
+@snippet("scalar read")
+def item(device: str) -> Body:
+    x = numbers(device, 1)
+    return lambda: x.item()
+
+
+@snippet("scalar read")
+def if_tensor(device: str) -> Body:
+    x = numbers(device, 3)
+    return lambda: 1 if x.sum() > 2 else 0
+
+
+@snippet("scalar read", "scalar read", "scalar read")
+def int_float_and_bool(device: str) -> Body:
+    x = numbers(device, 1)
+    return lambda: (int(x), float(x), bool(x))
+
+
+@snippet("scalar read")
+def a_tensor_as_a_slice_bound(device: str) -> Body:
+    x, n = numbers(device, 5), torch.tensor(3).to(device)
+    return lambda: x[:n]
+
+
+@snippet("scalar read")
+def a_tensor_as_a_range(device: str) -> Body:
+    n = torch.tensor(3).to(device)
+    return lambda: list(range(n))  # type: ignore[call-overload]
+
+
+@snippet("scalar read")
+def a_zero_dimensional_index(device: str) -> Body:
+    x, at = numbers(device, 5), torch.tensor(3).to(device)
+    return lambda: x[at]
+
+
+@snippet("tolist")
+def tolist(device: str) -> Body:
+    x = numbers(device, 3)
+    return lambda: x.tolist()
+
+
+@snippet("tolist")
+def split_by_the_values_of_a_tensor(device: str) -> Body:
+    x, sizes = numbers(device, 5), torch.tensor([2, 3]).to(device)
+    return lambda: x.split(sizes.tolist())
+
+
+@snippet("format")
+def a_scalar_in_a_message(device: str) -> Body:
+    x = numbers(device, 3)
+    return lambda: f"{x.sum()}"
+
+
+@snippet("repr")
+def printing(device: str) -> Body:
+    x = numbers(device, 3)
+    return lambda: repr(x)
+
+
+@snippet("copy from the device")
+def cpu(device: str) -> Body:
+    x = numbers(device, 3)
+    return lambda: x.cpu()
+
+
+@snippet("copy from the device")
+def to_cpu_and_numpy(device: str) -> Body:
+    x = numbers(device, 3)
+    return lambda: x.to("cpu").numpy().sum()
+
+
+@snippet("copy from the device")
+def read_often_after_one_copy(device: str) -> Body:
+    x = numbers(device, 3)
+
+    def body() -> list[float]:
+        on_host = x.cpu()
+        return [on_host[k].item() for k in range(3)]
+
+    return body
+
+
+@snippet("indexing by a mask")
+def indexing_by_a_mask(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: x[x > 1]
+
+
+@snippet("indexing by a mask")
+def assigning_a_tensor_by_a_mask(device: str) -> Body:
+    x, values = numbers(device, 4), numbers(device, 2)
+
+    def body() -> None:
+        x[x > 1] = values
+
+    return body
+
+
+@snippet("indexing by a mask", "indexing by a mask (backward of IndexBackward0)")
+def the_backward_of_indexing_by_a_mask(device: str) -> Body:
+    x = numbers(device, 4, grad=True)
+    return lambda: x[x > 1].sum().backward()
+
+
+@snippet("nonzero")
+def nonzero(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: x.nonzero()
+
+
+@snippet("nonzero")
+def where_with_one_argument(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: torch.where(x > 1)
+
+
+@snippet("nonzero")
+def argwhere(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: torch.argwhere(x)
+
+
+@snippet("masked_select")
+def masked_select(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: x.masked_select(x > 1)
+
+
+@snippet("masked_select (backward of MaskedScatterBackward0)")
+def the_backward_of_masked_scatter(device: str) -> Body:
+    x, mask = numbers(device, 4), numbers(device, 4) > 1
+    source = numbers(device, 4, grad=True)
+    return lambda: x.masked_scatter(mask, source).sum().backward()
+
+
+@snippet("unique")
+def unique(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: x.unique()
+
+
+@snippet("unique")
+def unique_consecutive(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: x.unique_consecutive()
+
+
+@snippet("repeat_interleave without output_size")
+def repeat_interleave_by_a_tensor(device: str) -> Body:
+    x, counts = numbers(device, 2), torch.tensor([1, 2]).to(device)
+    return lambda: x.repeat_interleave(counts)
+
+
+@snippet("equal")
+def torch_equal(device: str) -> Body:
+    x, y = numbers(device, 4), numbers(device, 4)
+    return lambda: torch.equal(x, y)
+
+
+@snippet("allclose")
+def allclose(device: str) -> Body:
+    x, y = numbers(device, 4), numbers(device, 4)
+    return lambda: torch.allclose(x, y)
+
+
+@snippet("bincount")
+def bincount(device: str) -> Body:
+    x = torch.tensor([0, 1, 1]).to(device)
+    return lambda: x.bincount()
+
+
+@snippet("copy to the device")
+def a_tensor_of_python_numbers(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: torch.tensor([1, 2], device=x.device)
+
+
+@snippet("copy to the device")
+def a_host_tensor_to_the_device(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: torch.arange(3).to(x.device)
+
+
+# The driver stages pageable memory before the call returns; the debug mode does not look there.
+@snippet("copy to the device", cuda=False)
+def a_host_tensor_to_the_device_without_pinning(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: torch.arange(3).to(x.device, non_blocking=True)
+
+
+@snippet("copy of an index to the device")
+def indexing_by_a_python_list(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: x[[0, 2]]
+
+
+@snippet("copy of an index to the device")
+def indexing_by_a_host_tensor(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: x[torch.tensor([0, 2])]
+
+
+# Code that does not.
+
+
+@snippet()
+def arithmetic_and_its_backward(device: str) -> Body:
+    x = numbers(device, 3, 3, grad=True)
+    return lambda: ((x @ x).softmax(-1) * 2).sum().backward()
+
+
+@snippet()
+def factories_on_the_device(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: (
+        torch.zeros(3, device=x.device) + torch.arange(3, device=x.device) + x.new_ones(3)
+    )
+
+
+@snippet()
+def indexing_by_a_device_tensor(device: str) -> Body:
+    x, index = numbers(device, 4, 2, grad=True), torch.tensor([2, 0]).to(device)
+    return lambda: x[index].sum().backward()
+
+
+@snippet()
+def slices_by_python_ints(device: str) -> Body:
+    x = numbers(device, 4, 4)
+    return lambda: (x[1:3, 0], x[-1], x[:, None], x[..., 2])
+
+
+@snippet()
+def index_copy_and_index_add(device: str) -> Body:
+    x, rows = numbers(device, 4, 2), numbers(device, 2, 2, grad=True)
+    index = torch.tensor([2, 0]).to(device)
+    return lambda: x.index_copy(0, index, rows).index_add(0, index, rows).sum().backward()
+
+
+@snippet()
+def masked_fill_and_three_armed_where(device: str) -> Body:
+    x = numbers(device, 4, grad=True)
+    return lambda: torch.where(x > 1, x, x.masked_fill(x > 2, 0.0)).sum().backward()
+
+
+@snippet()
+def filling_a_number_by_a_mask(device: str) -> Body:
+    x = numbers(device, 4)
+
+    def body() -> None:
+        x[x > 1] = 0.0
+
+    return body
+
+
+@snippet()
+def the_forward_of_masked_scatter(device: str) -> Body:
+    x, mask = numbers(device, 4), numbers(device, 4) > 1
+    return lambda: x.masked_scatter(mask, x)
+
+
+@snippet()
+def repeat_interleave_with_its_output_size(device: str) -> Body:
+    x, counts = numbers(device, 2), torch.tensor([1, 2]).to(device)
+    return lambda: x.repeat_interleave(counts, output_size=3)
+
+
+@snippet()
+def repeat_interleave_by_an_int(device: str) -> Body:
+    x = numbers(device, 2)
+    return lambda: x.repeat_interleave(3)
+
+
+@snippet()
+def split_by_python_ints(device: str) -> Body:
+    x = numbers(device, 5)
+    return lambda: x.split([2, 3])
+
+
+@snippet()
+def a_change_of_dtype(device: str) -> Body:
+    x = numbers(device, 3)
+    return lambda: (x.to(torch.float16), x.long(), x.to(x.device), x.type_as(x.double()))
+
+
+@snippet()
+def an_empty_tensor_on_the_device(device: str) -> Body:
+    x = numbers(device, 3)
+    return lambda: torch.tensor([], device=x.device)
+
+
+@snippet()
+def host_tensors_read_on_the_host(device: str) -> Body:
+    grid = [[1, 4, 4], [2, 2, 2]]
+
+    def body() -> list[int]:
+        on_host = torch.tensor(grid)
+        areas = on_host[:, 1] * on_host[:, 2]
+        lengths = areas.repeat_interleave(on_host[:, 0])
+        return [*lengths.cumsum(0).tolist(), int(areas.max()), *areas[areas > 4].tolist()]
+
+    return body
+
+
+@snippet()
+def a_host_scalar_beside_a_device_tensor(device: str) -> Body:
+    x = numbers(device, 3)
+    return lambda: x * torch.tensor(2.0)
+
+
+@snippet()
+def shapes_and_devices(device: str) -> Body:
+    x = numbers(device, 3, 2)
+    return lambda: (x.shape[0] + len(x) + x.numel(), x.device == x.device, x.dtype)
+
+
+@snippet()
+def sdpa_and_its_backward(device: str) -> Body:
+    x = numbers(device, 1, 1, 4, 8, grad=True)
+    attend: Any = torch.nn.functional.scaled_dot_product_attention
+    return lambda: attend(x, x, x, is_causal=True).sum().backward()
+
+
+@snippet()
+def cross_entropy_and_its_backward(device: str) -> Body:
+    x, labels = numbers(device, 3, 4, grad=True), torch.tensor([1, -100, 2]).to(device)
+    return lambda: torch.nn.functional.cross_entropy(x, labels).backward()

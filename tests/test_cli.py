@@ -1,0 +1,267 @@
+"""The command line, as its entry point runs it: what is printed, written, and exited with."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import mrope
+from mrope import MRopeError
+from mrope.cli import main
+from mrope.explain import number, plot, show
+
+SAMPLE = ["text:3", "image:4x6", "text:2", "video:2x4x4"]
+DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
+
+
+class Command:
+    """Runs `mrope` in this process and keeps what it said."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+        self.out = self.err = ""
+
+    def __call__(self, *words: str) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        self.out, self.err = self.capsys.readouterr()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return code
+
+    def rows(self) -> list[list[str]]:
+        """Return the cells of the printed table's body."""
+        lines = [line for line in self.out.splitlines() if line.startswith("│")]
+        return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(capsys)
+
+
+def test_version(command: Command) -> None:
+    assert command("--version") == 0
+    assert command.out == f"mrope {mrope.__version__}\n"
+
+
+def test_explain_prints_every_token_of_a_short_sample(command: Command) -> None:
+    assert command("explain", "--family", "qwen3_vl", *SAMPLE) == 0
+    rows = command.rows()
+    text, image, video = ["text"], ["start", *["image"] * 6], ["start", *["video"] * 4]
+    assert [row[1] for row in rows] == [*text * 3, *image, *text * 2, *video * 2]
+    assert [row[0] for row in rows] == [str(token) for token in range(22)]
+    numbers = [list(map(int, row[2:])) for row in rows]
+    assert numbers[2:10] == [
+        [2, 2, 2], [3, 3, 3], [4, 4, 4], [4, 4, 5], [4, 4, 6], [4, 5, 4], [4, 5, 5], [4, 5, 6],
+    ]  # fmt: skip
+    assert numbers[10:14] == [[7, 7, 7], [8, 8, 8], [9, 9, 9], [10, 10, 10]]
+    assert numbers[16:18] == [[10, 11, 11], [12, 12, 12]]
+    assert numbers[21] == [13, 14, 14]
+    assert "delta -7: the next token, number 22, has position 15" in command.out
+
+
+def test_explain_gives_a_whole_clip_one_marker_where_frames_stand_together() -> None:
+    numbered = number(["video:3x4x4"], "qwen2_vl", "transformers-5.23")
+    assert numbered.kinds == ["start", *["video"] * 12]
+    assert numbered.position_ids[0].tolist() == [0, *[1] * 4, *[2] * 4, *[3] * 4]
+
+
+@pytest.mark.parametrize(
+    ("reference", "seconds", "time", "text"),
+    [
+        ("transformers-4.57", 0.5, [1, 1, 1], 3),
+        ("transformers-5.23", 0.5, [1, 2, 3], 3),
+        ("transformers-4.57", None, [1, 3, 5], 6),
+        ("transformers-5.23", None, [1, 3, 5], 3),
+    ],
+)
+def test_explain_follows_the_reference_and_the_seconds(
+    reference: str, seconds: float | None, time: list[int], text: int
+) -> None:
+    numbered = number(["video:3x4x4", "text:1"], "qwen2_5_vl", reference, seconds)
+    assert numbered.position_ids[0, 1:13:4].tolist() == time
+    assert numbered.position_ids[:, -1].tolist() == [text] * 3
+
+
+def test_explain_shortens_long_spans_unless_asked_for_all(command: Command) -> None:
+    words = ("explain", "--family", "qwen3_vl", "text:1", "image:16x16", "text:1")
+    assert command(*words) == 0
+    short = command.rows()
+    assert [row[0] for row in short] == [
+        *map(str, range(7)), "...", *map(str, range(62, 67)),
+    ]  # fmt: skip
+    assert short[7][1] == "55 more"
+    assert command(*words, "--all") == 0
+    assert [row[0] for row in command.rows()] == [str(token) for token in range(67)]
+
+
+def test_explain_colours_the_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+    show(number(SAMPLE, "qwen3_vl"), Console(force_terminal=True, color_system="standard"))
+    out = capsys.readouterr().out
+    assert re.search(r"\x1b\[36m[^\x1b]*image", out)
+    assert re.search(r"\x1b\[35m[^\x1b]*video", out)
+
+
+def test_explain_saves_a_picture(command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "rows.png"
+    assert command("explain", "--family", "qwen3_vl", *SAMPLE, "--plot", str(file)) == 0
+    from matplotlib.image import imread
+
+    pixels = imread(file)
+    assert min(pixels.shape[:2]) > 300
+    colours = {tuple(colour) for colour in pixels.reshape(-1, pixels.shape[2]).round(2).tolist()}
+    assert len(colours) > 20
+
+
+def test_a_picture_of_an_unknown_format_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(MRopeError, match="cannot write the plot .*rows.nope"):
+        plot(number(["text:1"], "qwen3_vl"), tmp_path / "rows.nope")
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["text", "text:", "text:0", "text:-1", "text:2x2", "image:4", "image:4x", "image:4x4x4",
+     "video:4x4", "video:1x4xa", "audio:3", "image:4X4", ""],
+)  # fmt: skip
+def test_explain_refuses_malformed_words(command: Command, word: str) -> None:
+    assert command("explain", "--family", "qwen3_vl", "text:1", word) == 2
+    assert f"cannot read {word!r}: a span is text:N" in command.err
+    assert command.out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--family", "qwen3_v", "text:1"], "did you mean 'qwen3_vl'?"),
+        (["--family", "qwen3_vl", "image:3x4"], "must be multiples of spatial_merge_size=2"),
+        (["--family", "qwen3_vl", "text:1", "--reference", "4.57"], "unknown reference '4.57'"),
+        (["--family", "qwen3_vl", "text:1", "--seconds", "0.5"], "qwen3_vl does not read seconds"),
+        (["--family", "qwen2_5_vl", "video:1x4x4", "--seconds", "-1"], "must be finite"),
+        (["--family", "qwen3_vl", "video:9999x999x999"], "more than 1,048,576 tokens"),
+    ],
+)
+def test_explain_refuses_wrong_values(command: Command, words: list[str], message: str) -> None:
+    assert command("explain", *words) == 2
+    assert message in command.err
+
+
+def test_errors_are_one_message_without_a_traceback(command: Command) -> None:
+    assert command("train", "no/such.yaml") == 2
+    assert command.err == "mrope: no/such.yaml: cannot be read: No such file or directory\n"
+
+
+def test_an_error_is_red_on_a_terminal(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert command("explain", "--family", "qwen3_vl", "[bold]:3") == 2
+    assert command.err.startswith("\x1b[31mmrope: cannot read '[bold]:3'")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["nonsense"],
+        ["explain", "--family", "qwen3_vl"],
+        ["bench", "positions", "--repeats", "0"],
+        ["bench", "positions", "--json", "no/such/folder/x.json"],
+        ["bench", "step", "train.steps=3"],
+        ["bench", "step", DEMO, "--device", "abacus"],
+        ["syncs"],
+        ["syncs", DEMO, "--model", "somewhere"],
+        ["syncs", DEMO, DEMO],
+    ],
+)
+def test_wrong_usage_exits_with_2(command: Command, words: list[str]) -> None:
+    assert command(*words) == 2
+    assert "Usage" in command.err
+
+
+@pytest.mark.parametrize(("equal", "code"), [(True, 0), (False, 1)])
+def test_train_compares(
+    command: Command, monkeypatch: pytest.MonkeyPatch, equal: bool, code: int
+) -> None:
+    seen = []
+
+    def compare(cfg: Any) -> bool:
+        seen.append(cfg.train.steps)
+        return equal
+
+    monkeypatch.setattr("mrope.train.compare", compare)
+    assert command("train", DEMO, "train.steps=3", "--compare") == code
+    assert seen == [3]
+
+
+def test_train_hands_the_config_on(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("mrope.train.train", lambda cfg: seen.append(cfg.rope.enabled))
+    assert command("train", DEMO, "rope.enabled=false") == 0
+    assert seen == [False]
+
+
+def test_bench_step_and_syncs_tell_configs_from_overrides(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+    module = SimpleNamespace(run=lambda *arguments: seen.append(arguments))
+    monkeypatch.setitem(sys.modules, "mrope.bench.step", module)
+    monkeypatch.setitem(sys.modules, "mrope.syncs", module)
+    words = ("a.yaml", "train.seed=1", "b.yaml")
+    assert command("bench", "step", *words, "--device", "cpu", "--steps", "4") == 0
+    assert command("syncs", "a.yaml", "train.seed=1") == 0
+    assert command("syncs", "--model", "folder") == 0
+    assert seen == [
+        ([Path("a.yaml"), Path("b.yaml")], ["train.seed=1"], "cpu", 4, None, None),
+        (Path("a.yaml"), ["train.seed=1"], None),
+        (None, [], "folder"),
+    ]
+
+
+def test_bench_positions_writes_json(command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "positions.json"
+    words = ("bench", "positions", "--quick", "--repeats", "1", "--json", str(file))
+    assert command(*words) == 0
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert report["repeats"] == 1
+    assert len(report["cases"]) == 3
+    assert all(entry["seconds"]["kernel"] > 0 for entry in report["cases"])
+    assert report["cases"][0]["name"] in command.out
+
+
+def _without(package: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run `mrope` in a process that cannot import `package`."""
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        f"from mrope.cli import main; main({list(words)!r})"
+    )
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("package", "words", "extra"),
+    [
+        ("typer", ["--version"], "cli"),
+        ("pydantic", ["train", DEMO], "cli"),
+        ("datasets", ["train", DEMO], "train"),
+        ("matplotlib", ["bench", "positions", "--plot", "x.png"], "plot"),
+    ],
+)
+def test_a_missing_extra_is_named(package: str, words: list[str], extra: str) -> None:
+    done = _without(package, *words)
+    assert done.returncode == 2
+    assert done.stderr == f"mrope: no module {package!r}; pip install 'mrope[{extra}]'\n"
+
+
+def test_explain_needs_no_transformers() -> None:
+    done = _without("transformers", "explain", "--family", "qwen3_vl", "text:1")
+    assert done.returncode == 0, done.stderr
+    assert "delta 0" in done.stdout

@@ -1,0 +1,60 @@
+"""What the documentation says holds: its code runs, its links lead somewhere."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+from sybil.document import Document
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src"
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")]
+)
+# Text and target of a Markdown link or picture; the text may run over a line's end.
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def _having(needle: str, files: list[Path]) -> list[str]:
+    return [
+        str(file.relative_to(ROOT)) for file in files if needle in file.read_text(encoding="utf-8")
+    ]
+
+
+@pytest.mark.parametrize("page", _having("```python", PAGES))
+def test_code_blocks_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    document = Document.parse(page, PythonCodeBlockParser())
+    examples = list(document.examples())
+    blocks = (ROOT / page).read_text(encoding="utf-8").count("```python")
+    assert len(examples) == blocks
+    for example in examples:
+        example.evaluate()
+
+
+@pytest.mark.parametrize("file", _having(">>> ", sorted(SOURCE.rglob("*.py"))))
+def test_docstring_examples_run(file: str) -> None:
+    parts = Path(file).relative_to("src").with_suffix("").parts
+    result = doctest.testmod(importlib.import_module(".".join(parts)))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES])
+def test_relative_links_lead_to_files(page: str) -> None:
+    file = ROOT / page
+    prose = re.sub(r"```.*?```", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = [target for target in LINK.findall(prose) if not re.match(r"\w+:|#", target)]
+    missing = [target for target in targets if not (file.parent / target.split("#")[0]).exists()]
+    assert missing == []
+
+
+def test_code_blocks_and_links_are_found() -> None:
+    assert "README.md" in _having("```python", PAGES)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(LINK.findall(readme)) > 5

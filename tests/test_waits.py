@@ -1,0 +1,85 @@
+"""An attached model never waits: forward and backward, every family, every row of the table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from models import MODEL_FAMILIES, tiny_model
+from mrope.guard import SyncGuard
+from mrope.hf import attach
+from test_reading import MEDIA, make_batches
+
+
+def waits(model: torch.nn.Module, batch: dict[str, Any]) -> SyncGuard:
+    """Return the guard of one training step."""
+    model.zero_grad()
+    with SyncGuard() as guard:
+        model(**batch).loss.backward()
+    return guard
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
+@pytest.mark.parametrize("media", MEDIA)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_an_attached_model_does_not_wait(
+    family: str, attention: str, media: str, padded: bool
+) -> None:
+    _, batch = make_batches(family, media, padded)
+    guard = waits(attach(tiny_model(family, attention).train()), batch)
+    assert guard.count == 0, guard.report()
+
+
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_each_step_of_the_way_takes_waits_off_the_forward(family: str) -> None:
+    plain_batch, batch = make_batches(family)
+    model = tiny_model(family).train()
+    positions = plain_batch | {"position_ids": batch["position_ids"]}
+    counts = [waits(model, one).count for one in (plain_batch, positions, batch)]
+    assert counts[0] > counts[1] > counts[2] > 0
+
+
+def test_the_sites_of_a_plain_model_are_those_known() -> None:
+    plain_batch, _ = make_batches("qwen3_vl")
+    report = waits(tiny_model("qwen3_vl").train(), plain_batch).report()
+    for function in (
+        "get_rope_index: tolist",
+        "get_placeholder_mask: format",
+        "get_image_features: tolist",
+        "_deepstack_process: indexing by a mask",
+        "_ignore_causal_mask_sdpa via modeling_qwen3_vl.py",
+        "get_vision_position_ids via modeling_qwen3_vl.py",
+        "masked_select (backward of MaskedScatterBackward0)",
+    ):
+        assert function in report
+
+
+@pytest.mark.parametrize(
+    ("dropped", "site"),
+    [
+        ("image_split_sizes", "tolist"),
+        ("has_padding", "_ignore_causal_mask_sdpa"),
+        ("_deepstack_process", "_deepstack_process"),
+    ],
+)
+def test_without_one_of_its_parts_the_model_waits_again(dropped: str, site: str) -> None:
+    _, batch = make_batches("qwen3_vl")
+    model = attach(tiny_model("qwen3_vl").train(), strict=False)
+    text = model.model.language_model
+    if dropped in batch:
+        del batch[dropped]
+    else:
+        del text._deepstack_process
+        mask = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+        index = batch["image_scatter_index"]
+        mask.view(-1)[index] = True
+        with SyncGuard() as guard:
+            text._deepstack_process(torch.zeros(*mask.shape, 4), mask, torch.zeros(len(index), 4))
+        assert site in guard.report()
+        return
+    assert site in waits(model, batch).report()
