@@ -18,7 +18,7 @@ from rich.console import Console
 
 from mrope import MRopeError, build_collator, load_config
 from mrope.config import Config, ConfigError
-from mrope.data import make_loader
+from mrope.data import Rows, make_loader
 from mrope.demo.dataset import photographs
 from mrope.demo.processing import Processing, build_processing
 from mrope.families import FAMILIES

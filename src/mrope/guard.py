@@ -33,7 +33,7 @@ from mrope.errors import MRopeError
 
 _HOST = torch.device("cpu")
 _DEVICE = torch.device("cpu", 0)
-_HIDDEN = (str(Path(torch.__file__).parent), __file__, contextlib.__file__)
+_HIDDEN = (str(Path(torch.__file__).parent), __file__, contextlib.__file__, warnings.__file__)
 
 # Operators whose result's size, or whose result itself, the host must read.
 _WAITING = {

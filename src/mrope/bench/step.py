@@ -8,8 +8,9 @@ Five ways to run the same steps of the same model, one after another in one proc
 - vision: they compute the vision tower's tensors too;
 - attached: and the model only reads them.
 
-Host time is from the call of the forward until it returns, with an idle device before it; on CUDA
-the step is timed by events, forward and backward. Waits are counted by `mrope.guard`.
+Host time is from the call of the forward until it returns, with an idle device before it. Step time
+is forward and backward from one step to the next, with nothing waiting in between but what the
+variant itself waits for. Waits are counted by `mrope.guard`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ from rich.table import Table
 
 from mrope.bench.conditions import conditions
 from mrope.bench.known_fix import RowsOnHost
+from mrope.bench.on_device import time_on_device
 from mrope.config import Config, build_collator, load_config
 from mrope.data import RowDataset, make_loader
 from mrope.guard import SyncGuard
 from mrope.hf import attach, detach
+from mrope.padding import PaddingCollator
 from mrope.train import build_model, load_run_rows, to_device
 
 VARIANTS = ("plain", "rows", "positions", "vision", "attached")
@@ -52,6 +55,7 @@ class Measured:
     loss: list[float] = field(default_factory=list)
     waits: int = 0
     sites: str = ""
+    passed_error_mode: bool = False
     batch_bytes: int = 0
     device: dict[str, float] = field(default_factory=dict)
 
@@ -59,6 +63,7 @@ class Measured:
         """Return medians, quartiles and counts as JSON takes them."""
         table: dict[str, Any] = {
             "waits": self.waits,
+            "passed_error_mode": self.passed_error_mode,
             "batch_bytes": self.batch_bytes,
             "losses": self.loss[:3],
             "sites": self.sites.splitlines(),
@@ -86,15 +91,23 @@ def run(
         configs: training configs; `rope` and `model.attach` are set by the variants.
         overrides: as `load_config` takes them.
         device: auto, cpu or cuda.
-        steps: timed steps of each variant, after 5 to warm up.
+        steps: timed steps of each variant, after 5 to warm up; at least 2. Host time is taken in
+            half as many steps of their own.
     """
     console = Console(width=None if sys.stdout.isatty() else 150)
-    report: dict[str, Any] = {"conditions": _conditions(device), "steps": steps, "cases": {}}
+    report: dict[str, Any] = {
+        "conditions": _conditions(device),
+        "steps": steps,
+        "cases": {},
+        "positions_on_device": {},
+    }
     console.print(", ".join(f"{key} {value}" for key, value in report["conditions"].items()))
     for path in configs:
         cfg = load_config(path, [*overrides, f"train.device={device}"])
         case = _measure_case(cfg, steps)
         report["cases"][path.stem] = case
+        if _on_cuda(device) and {"image", "video"} <= _modalities(cfg):
+            report["positions_on_device"][path.stem] = _measure_on_device(cfg)
         console.print(_table(path.stem, case))
         if json_file is not None:
             json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -106,12 +119,20 @@ def _measure_case(cfg: Config, steps: int) -> dict[str, Any]:
     where = torch.device("cuda" if _on_cuda(cfg.train.device) else "cpu")
     torch.manual_seed(cfg.train.seed)
     rows = load_run_rows(cfg)
-    model = build_model(cfg).to(where)
+    with where:  # random weights are drawn where they will be: minutes faster for large models
+        model = build_model(cfg)
     case = {}
     for variant in VARIANTS:
         with _prepared(cfg, model, variant) as prepared:
             case[variant] = _measure(prepared, model, rows, where, steps).summary()
     return case
+
+
+def _measure_on_device(cfg: Config) -> dict[str, float]:
+    """Return how long the alternative takes: positions by torch operations on the GPU."""
+    rows = load_run_rows(cfg)
+    batch = PaddingCollator()([rows[index] for index in range(cfg.dataloader.batch_size)])
+    return time_on_device(cfg.spec(), to_device(batch, torch.device("cuda")))
 
 
 @contextmanager
@@ -142,16 +163,16 @@ def _measure(
     measured = Measured()
     loader = make_loader(cfg, rows, build_collator(cfg))
     batches = (to_device(batch, where) for batch, _ in _endless(loader))
-    with ExitStack() as stack:
-        stopwatch = stack.enter_context(_stage_in_forward(model))
-        for number, batch in enumerate(islice(batches, _WARM_UP + steps)):
+    for batch in islice(batches, _WARM_UP):
+        _step(model, batch)
+    with _stage_in_forward(model) as stopwatch:
+        for batch in islice(batches, max(2, steps // 2)):
             stopwatch.seconds = 0.0
-            host, step, loss = _timed_step(model, batch, where)
-            if number >= _WARM_UP:
-                measured.host.append(host)
-                measured.step.append(step)
-                measured.stage.append(stopwatch.seconds)
-                measured.loss.append(loss)
+            host, loss = _host_time(model, batch, where)
+            measured.host.append(host)
+            measured.stage.append(stopwatch.seconds)
+            measured.loss.append(loss)
+    measured.step = _step_times(model, islice(batches, steps + 1), where)
     batch = next(batches)
     measured.batch_bytes = sum(
         value.nbytes for value in batch.values() if isinstance(value, torch.Tensor)
@@ -159,72 +180,95 @@ def _measure(
     with SyncGuard() as guard:
         _step(model, batch)
     measured.waits, measured.sites = guard.count, guard.report()
+    if not measured.waits:
+        with SyncGuard(mode="error"):  # a step without waits must not be stopped either
+            _step(model, batch)
+        measured.passed_error_mode = True
     if where.type == "cuda":
-        measured.device = _profile(model, batches)
+        measured.device = _profile(model, islice(batches, _PROFILED))
     return measured
 
 
-def _timed_step(
+def _host_time(
     model: torch.nn.Module, batch: Mapping[str, Any], where: torch.device
-) -> tuple[float, float, float]:
-    """Return seconds of the host in the forward, seconds of the step, and the loss."""
+) -> tuple[float, float]:
+    """Return seconds until the forward returns, from an idle device on, and the loss."""
     model.zero_grad()
-    cuda = where.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
-        begin, end = _events()
-        begin.record()
+    _finish(where)
     start = time.perf_counter()
     loss = model(**batch).loss
     host = time.perf_counter() - start
     loss.backward()
-    step = time.perf_counter() - start
-    if cuda:
-        end.record()
+    return host, loss.item()
+
+
+def _step_times(
+    model: torch.nn.Module, batches: Iterator[dict[str, Any]], where: torch.device
+) -> list[float]:
+    """Return seconds from one step to the next, as a trainer has them: nothing waits in between.
+
+    On CUDA by events on the stream; the host runs ahead as far as the forward lets it.
+    """
+    marks = []
+    _finish(where)
+    for batch in batches:
+        marks.append(_mark(where))
+        _step(model, batch)
+    _finish(where)
+    if where.type == "cuda":
+        return [one.elapsed_time(other) / 1e3 for one, other in pairwise(marks)]
+    return [other - one for one, other in pairwise(marks)]
+
+
+def _mark(where: torch.device) -> Any:
+    if where.type != "cuda":
+        return time.perf_counter()
+    kind: Any = torch.cuda.Event
+    event = kind(enable_timing=True)
+    event.record()
+    return event
+
+
+def _finish(where: torch.device) -> None:
+    if where.type == "cuda":
         torch.cuda.synchronize()
-        step = begin.elapsed_time(end) / 1e3
-    return host, step, loss.item()
-
-
-def _events() -> tuple[Any, Any]:
-    event: Any = torch.cuda.Event
-    return event(enable_timing=True), event(enable_timing=True)
 
 
 def _step(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
+    model.zero_grad()
     model(**batch).loss.backward()
 
 
 def _profile(model: torch.nn.Module, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
-    """Return what the device did in a few steps, by the profiler: busy time and copies to it."""
+    """Return what the device did in a few steps, by the profiler: busy time and copies to it.
+
+    Only the device's activity is recorded, so that the host is hardly slowed down.
+    """
     from torch.profiler import ProfilerActivity, profile
 
-    ready = list(islice(batches, _PROFILED))
+    ready = list(batches)
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        start = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for batch in ready:
-            model.zero_grad()
             _step(model, batch)
         torch.cuda.synchronize()
-        wall = time.perf_counter() - start
-    spans = []
-    copies = 0
-    for event in profiler.events():
-        if event.device_type.name == "CUDA":
-            spans.append((event.time_range.start, event.time_range.end))
-            copies += event.name.startswith("Memcpy HtoD")
-    first, last = min(spans)[0], max(end for _, end in spans)
+    result: Any = profiler.profiler
+    events = [one for one in result.kineto_results.events() if one.duration_ns()]
+    on_device = [one for one in events if one.device_type().name == "CUDA"]
+    spans = [(one.start_ns(), one.start_ns() + one.duration_ns()) for one in on_device]
     busy = _union(spans)
+    wall = max(end for _, end in spans) - min(start for start, _ in spans)
+    copies = sum(one.name().startswith("Memcpy HtoD") for one in on_device)
     return {
-        "gpu_idle_share": 1 - busy / (last - first),
-        "gpu_busy_ms": busy / 1e3 / _PROFILED,
-        "profiled_step_ms": 1e3 * wall / _PROFILED,
-        "copies_to_device_per_step": copies / _PROFILED,
+        "gpu_idle_share": 1 - busy / wall,
+        "gpu_busy_ms": busy / 1e6 / len(ready),
+        "profiled_step_ms": wall / 1e6 / len(ready),
+        "kernels_per_step": len(spans) / len(ready),
+        "copies_in_step": copies / len(ready),
     }
 
 
-def _union(spans: list[tuple[float, float]]) -> float:
+def _union(spans: list[tuple[int, int]]) -> float:
     """Return the length that intervals cover: (0, 2), (1, 3) and (5, 6) cover 4."""
     covered, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
@@ -277,6 +321,12 @@ def _stage_in_forward(model: torch.nn.Module) -> Iterator[_Stopwatch]:
             base.get_rope_index = own
 
 
+def _modalities(cfg: Config) -> set[str]:
+    shape = cfg.data.shape
+    given = {"image": shape and shape.images, "video": shape and shape.videos}
+    return {modality for modality, count in given.items() if count}
+
+
 def _endless(loader: Any) -> Iterator[Any]:
     while True:
         yield from loader
@@ -297,7 +347,7 @@ def _conditions(device: str) -> dict[str, str]:
 def _table(name: str, case: Mapping[str, Mapping[str, Any]]) -> Table:
     columns = ["waits", "host in forward, ms", "step, ms", "step / plain", "stage in forward"]
     on_device = "gpu_idle_share" in case["plain"]
-    table = Table("", *columns, *(["GPU idle", "copies"] if on_device else []), title=name)
+    table = Table("", *columns, *(["GPU idle", "GPU busy, ms"] if on_device else []), title=name)
     for variant, entry in case.items():
         low, high = entry["host_quartiles_ms"]
         cells = [
@@ -310,7 +360,7 @@ def _table(name: str, case: Mapping[str, Mapping[str, Any]]) -> Table:
         if on_device:
             cells += [
                 f"{100 * entry['gpu_idle_share']:.1f} %",
-                f"{entry['copies_to_device_per_step']:.0f}",
+                f"{entry['gpu_busy_ms']:.1f}",
             ]
         table.add_row(variant, *cells)
     return table

@@ -1,0 +1,47 @@
+"""The rivals that the benches measure compute the same numbers: a ratio to wrong numbers is none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mrope import MRopeSpec, rope_index
+from mrope.bench.known_fix import RowsOnHost
+from mrope.bench.on_device import rope_index_on_device
+from mrope.bench.per_span import per_span_rope_index
+from mrope.bench.positions import Case, make_batch
+from mrope.bench.step import _union
+from mrope.families import example_config
+from mrope.guard import SyncGuard
+
+SPEC = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
+CASES = [Case("both", 2, 512, 3, 2, 4), Case("images", 3, 300, 5), Case("clips", 1, 700, 0, 2, 9)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_rival_computes_what_the_kernel_does(case: Case) -> None:
+    batch = make_batch(case, SPEC)
+    expected = rope_index(SPEC, **batch)
+    tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
+    frames = int(batch["video_grid_thw"][:, 0].sum())
+    rivals = [
+        per_span_rope_index(SPEC, **batch),
+        RowsOnHost(SPEC)(**tensors),
+        rope_index_on_device(SPEC, **tensors, frames=frames),
+    ]
+    for outputs in rivals:
+        for theirs, ours in zip(outputs, expected, strict=True):
+            np.testing.assert_array_equal(np.asarray(theirs), ours)
+
+
+def test_the_alternative_on_the_device_does_not_wait() -> None:
+    batch = make_batch(CASES[0], SPEC)
+    tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
+    with SyncGuard() as guard:
+        rope_index_on_device(SPEC, **tensors, frames=16)
+    assert guard.count == 0, guard.report()
+
+
+def test_busy_time_counts_overlaps_once() -> None:
+    assert _union([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
