@@ -41,7 +41,7 @@ from mrope.padding import PaddingCollator
 from mrope.train import build_model, load_run_rows, to_device
 
 VARIANTS = ("plain", "rows", "positions", "vision", "attached")
-_WARM_UP = 5
+_WARM_UP = 3
 _PROFILED = 3
 
 
@@ -91,8 +91,8 @@ def run(
         configs: training configs; `rope` and `model.attach` are set by the variants.
         overrides: as `load_config` takes them.
         device: auto, cpu or cuda.
-        steps: timed steps of each variant, after 5 to warm up; at least 2. Host time is taken in
-            half as many steps of their own.
+        steps: timed steps of each variant, after 3 to warm up; at least 2. Host time is taken in
+            a quarter as many steps of their own.
     """
     console = Console(width=None if sys.stdout.isatty() else 150)
     report: dict[str, Any] = {
@@ -166,7 +166,7 @@ def _measure(
     for batch in islice(batches, _WARM_UP):
         _step(model, batch)
     with _stage_in_forward(model) as stopwatch:
-        for batch in islice(batches, max(2, steps // 2)):
+        for batch in islice(batches, max(2, steps // 4)):
             stopwatch.seconds = 0.0
             host, loss = _host_time(model, batch, where)
             measured.host.append(host)

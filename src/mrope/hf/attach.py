@@ -9,7 +9,7 @@ import torch
 
 from mrope import families
 from mrope.errors import MRopeError
-from mrope.hf.reading import READERS, add_by_index
+from mrope.hf.reading import READERS, add_by_index, attend_segments
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -21,10 +21,10 @@ def attach(model: Model, strict: bool = True) -> Model:
     """Make `model` take everything from the batches of a `MRopeCollator` with vision tensors.
 
     Only instances are touched: the `forward` of the base model (the module with `visual` and
-    `language_model`) and, for Qwen3-VL, its text model's `_deepstack_process`. Classes and modules
-    of
-    transformers stay as they are, and so do parameters, names and the state dict. Outputs are those
-    of the model before: see `docs/reading.md` for what is bit-equal.
+    `language_model`), those of its tower's attention layers and, for Qwen3-VL, the text model's
+    `_deepstack_process`. Classes and modules of transformers stay as they are, and so do
+    parameters, names and the state dict. Outputs are those of the model before:
+    `docs/reading.md` says what is bit-equal.
 
     Args:
         model: a `...ForConditionalGeneration`, its base model, or a PEFT model around one. Attach
@@ -57,6 +57,8 @@ def attach(model: Model, strict: bool = True) -> Model:
         )
     base.mrope_strict = strict
     base.forward = types.MethodType(READERS[base.config.model_type], base)
+    for block in base.visual.blocks:
+        block.attn.forward = types.MethodType(attend_segments, block.attn)
     if hasattr(text, "_deepstack_process"):
         text._deepstack_process = types.MethodType(add_by_index, text)  # noqa: SLF001
     return model
@@ -72,6 +74,8 @@ def detach(model: Model) -> Model:
     if not hasattr(base, "mrope_strict"):
         raise MRopeError(f"{type(base).__name__} is not attached")
     del base.mrope_strict, base.forward
+    for block in base.visual.blocks:
+        del block.attn.forward
     vars(base.language_model).pop("_deepstack_process", None)
     return model
 

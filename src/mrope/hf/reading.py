@@ -5,22 +5,23 @@ Each stands in for the `forward` of a transformers base model (the module that h
 on an instance. What they do is what transformers does, with the same operations in the same order
 wherever that is possible; what differs is where a decision is made:
 
-- Features go to their tokens by index (`image_scatter_index`), where transformers compresses a
-mask.
-- The tower's attention chunks are split by host ints (`image_split_sizes`), where transformers
-reads
-  `cu_seqlens` back, three times a layer.
-- The attention mask is decided by a host bool (`has_padding`), where transformers reduces the mask.
-- Tokens and features were counted in the worker, where transformers counts them again.
+- Features go to their tokens by index (`image_scatter_index`); transformers compresses a mask.
+- The tower attends within segments whose lengths are host ints (`image_split_sizes`), and takes
+  equal ones together; transformers reads `cu_seqlens` back, three times a layer, and loops.
+- The attention mask is decided by a host bool (`has_padding`); transformers reduces the mask.
+- Tokens and features were counted in the worker; transformers counts them again.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, MutableMapping
+from itertools import groupby
 from typing import Any
 
 import torch
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from mrope.errors import MRopeError
@@ -81,6 +82,57 @@ def add_by_index(
     return flat.index_add(0, index, features.to(flat.dtype)).view_as(hidden_states)
 
 
+def attend_segments(
+    self: Any,
+    hidden_states: torch.Tensor,
+    cu_seqlens: tuple[tuple[int, int], ...] | torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    max_seqlen: int | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Attend within each segment of a tower's patches; stands in for the tower's attention.
+
+    Segments of one length that stand side by side, such as the frames of a clip, are one call of
+    the attention function, where transformers makes a call for each: 256 frames in 24 layers are
+    24 calls instead of 6,144.
+
+    Args:
+        cu_seqlens: the segments as (how many, patches of each), on the host; borders as a tensor,
+            which flash attention takes, go to the tower's own attention.
+    """
+    if isinstance(cu_seqlens, torch.Tensor):
+        own = type(self).forward
+        result: torch.Tensor = own(
+            self, hidden_states, cu_seqlens, position_embeddings, max_seqlen, **kwargs
+        )
+        return result
+    modelling: Any = sys.modules[type(self).__module__]
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+        self.config._attn_implementation,  # noqa: SLF001 - no public name
+        modelling.eager_attention_forward,
+    )
+    patches = len(hidden_states)
+    query, key, value = self.qkv(hidden_states).reshape(patches, 3, self.num_heads, -1).unbind(1)
+    query, key = modelling.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+    outputs = []
+    sizes = [count * size for count, size in cu_seqlens]
+    parts = (tensor.split(sizes) for tensor in (query, key, value))
+    for (count, size), *run in zip(cu_seqlens, *parts, strict=True):
+        batched = (one.unflatten(0, (count, size)).transpose(1, 2) for one in run)
+        output, _ = attend(
+            self,
+            *batched,
+            attention_mask=None,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            is_causal=False,
+            **kwargs,
+        )
+        outputs.append(output.reshape(count * size, -1))
+    attended: torch.Tensor = self.proj(torch.cat(outputs))
+    return attended
+
+
 def _is_precomputed(self: Any, inputs: Tensors) -> bool:
     """Whether the batch carries what the reading needs; raises where it should and does not."""
     modalities = _given(inputs)
@@ -132,10 +184,10 @@ def _encode(self: Any, modality: str, inputs: Tensors) -> tuple[torch.Tensor, An
         "cu_window_seqlens": inputs.pop(f"{modality}_window_split_sizes", None),
     }
     if not _is_flash(self.visual.config):
-        # Eager and sdpa only turn the borders into a list of lengths: on the host that is free.
+        # The tower hands these on to its attention, where `attend_segments` knows them.
         for name, sizes in splits.items():
             if sizes is not None:
-                known[name] = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0)
+                known[name] = tuple((len(list(run)), size) for size, run in groupby(sizes))
     grid_thw = inputs.pop(f"{modality}_grid_thw")
     return index, self.visual(pixels, grid_thw=grid_thw, return_dict=True, **known)
 
