@@ -4,6 +4,8 @@ A snippet takes a device, makes its tensors there, and returns the code to watch
 alone, so that it runs wherever a GPU is.
 """
 
+# ruff: noqa: PLW0108 - the site of a wait is the line of the lambda
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 Body = Callable[[], Any]
 
@@ -54,13 +57,22 @@ def snippet(*ops: str, cuda: bool | None = None) -> Callable[[Callable[[str], Bo
     return add
 
 
-def numbers(device: str, *shape: int, grad: bool = False) -> torch.Tensor:
+def numbers(device: str, *shape: int, grad: bool = False) -> Any:
     """Return 0, 1, 2, ... as floats on a device."""
     count = 1
     for side in shape:
         count *= side
     made = torch.arange(count, dtype=torch.float32).reshape(shape).to(device)
     return made.requires_grad_(grad)
+
+
+def pinned(device: str) -> torch.Tensor:
+    """Return a host tensor in pinned memory; without CUDA it only says so."""
+    made = torch.ones(4)
+    if device == "cuda":
+        return made.pin_memory()
+    made.is_pinned = lambda: True  # type: ignore[method-assign,assignment,misc]
+    return made
 
 
 # Code that waits.
@@ -93,7 +105,7 @@ def a_tensor_as_a_slice_bound(device: str) -> Body:
 @snippet("scalar read")
 def a_tensor_as_a_range(device: str) -> Body:
     n = torch.tensor(3).to(device)
-    return lambda: list(range(n))  # type: ignore[call-overload]
+    return lambda: list(range(n))
 
 
 @snippet("scalar read")
@@ -269,6 +281,161 @@ def indexing_by_a_host_tensor(device: str) -> Body:
     return lambda: x[torch.tensor([0, 2])]
 
 
+@snippet("scalar read")
+def split_by_a_tensor(device: str) -> Body:
+    x, size = numbers(device, 4), torch.tensor(2).to(device)
+    return lambda: x.split(size)
+
+
+@snippet("scalar read")
+def is_nonzero(device: str) -> Body:
+    x = numbers(device, 1)
+    return lambda: torch.is_nonzero(x)
+
+
+@snippet("scalar read")
+def contains(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: 3.0 in x
+
+
+@snippet("scalar read")
+def a_tensor_of_device_scalars(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: torch.tensor([x.sum(), x.max()])
+
+
+@snippet("scalar read")
+def masked_fill_by_a_device_scalar(device: str) -> Body:
+    x, value = numbers(device, 4), torch.tensor(2.0).to(device)
+    return lambda: x.masked_fill(x > 1, value)
+
+
+@snippet("indexing by a mask")
+def a_slice_and_a_mask(device: str) -> Body:
+    x, mask = numbers(device, 2, 4), numbers(device, 4) > 1
+    return lambda: x[:, mask]
+
+
+@snippet(
+    "indexing by a mask",
+    "indexing by a mask (backward of IndexPutBackward0)",
+    "indexing by a mask (backward of IndexPutBackward0)",
+)
+def the_backward_of_assigning_by_a_mask(device: str) -> Body:
+    x, values = numbers(device, 4, grad=True), numbers(device, 2, grad=True)
+
+    def body() -> None:
+        y = x * 2
+        y[x > 1] = values
+        y.sum().backward()
+
+    return body
+
+
+@snippet("one_hot without num_classes")
+def one_hot_without_its_number_of_classes(device: str) -> Body:
+    x = torch.tensor([0, 2]).to(device)
+    return lambda: torch.nn.functional.one_hot(x)
+
+
+@snippet("error check")
+def a_matrix_inverse(device: str) -> Body:
+    x = torch.eye(3).to(device)
+    return lambda: torch.linalg.inv(x)
+
+
+@snippet("copy to the device")
+def new_tensor(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: x.new_tensor([1.0, 2.0])
+
+
+@snippet("copy to the device")
+def copying_a_host_tensor_into_a_device_tensor(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: x.copy_(torch.arange(4.0))
+
+
+@snippet("copy from the device")
+def copying_a_device_tensor_into_a_host_tensor(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: torch.empty(4).copy_(x).tolist()
+
+
+@snippet("copy to the device")
+def a_blocking_copy_of_pinned_memory(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: pinned(device).to(x.device)
+
+
+# A single element has the shape of the number, which is then copied; a slice is filled instead.
+@snippet("copy to the device")
+def a_number_to_one_element(device: str) -> Body:
+    x = numbers(device, 4)
+
+    def body() -> None:
+        x[0] = 1.0
+
+    return body
+
+
+@snippet("copy to the device", "copy to the device (backward of IndexPutBackward0)")
+def a_number_at_device_indices_and_its_backward(device: str) -> Body:
+    x, index = numbers(device, 4, grad=True), torch.tensor([2, 0]).to(device)
+
+    def body() -> None:
+        y = x * 2
+        y[index] = 1.0
+        y.sum().backward()
+
+    return body
+
+
+@snippet("copy of an index to the device")
+def a_python_list_and_its_backward(device: str) -> Body:
+    x = numbers(device, 4, grad=True)
+    return lambda: x[[0, 2]].sum().backward()
+
+
+@snippet(
+    "copy of an index to the device",
+    "copy of an index to the device (backward of IndexBackward0)",
+)
+def a_host_index_and_its_backward(device: str) -> Body:
+    x = numbers(device, 4, grad=True)
+    return lambda: x[torch.tensor([0, 2])].sum().backward()
+
+
+@snippet("copy of an index to the device", "indexing by a mask")
+def a_python_list_as_a_mask(device: str) -> Body:
+    x = numbers(device, 3)
+    return lambda: x[[True, False, True]]
+
+
+@snippet("copy to the device", "copy from the device (backward of CloneBackward0)")
+def the_backward_of_a_copy(device: str) -> Body:
+    x = numbers(device, 4)
+
+    def body() -> None:
+        weight = torch.zeros(4, requires_grad=True)
+        (weight.to(x.device) * x).sum().backward()
+
+    return body
+
+
+@snippet("tolist", "tolist (backward of ExpBackward0)")
+def a_checkpoint_reads_twice(device: str) -> Body:
+    x = numbers(device, 3, grad=True)
+
+    def forward(y: torch.Tensor) -> torch.Tensor:
+        y.tolist()
+        return (y * torch.arange(3, device=y.device)).exp()
+
+    run: Any = checkpoint
+    return lambda: run(forward, x, use_reentrant=False).sum().backward()
+
+
 # Code that does not.
 
 
@@ -308,7 +475,8 @@ def index_copy_and_index_add(device: str) -> Body:
 @snippet()
 def masked_fill_and_three_armed_where(device: str) -> Body:
     x = numbers(device, 4, grad=True)
-    return lambda: torch.where(x > 1, x, x.masked_fill(x > 2, 0.0)).sum().backward()
+    choose: Any = torch.where
+    return lambda: choose(x > 1, x, x.masked_fill(x > 2, 0.0)).sum().backward()
 
 
 @snippet()
@@ -392,4 +560,90 @@ def sdpa_and_its_backward(device: str) -> Body:
 @snippet()
 def cross_entropy_and_its_backward(device: str) -> Body:
     x, labels = numbers(device, 3, 4, grad=True), torch.tensor([1, -100, 2]).to(device)
-    return lambda: torch.nn.functional.cross_entropy(x, labels).backward()
+    loss: Any = torch.nn.functional.cross_entropy
+    return lambda: loss(x, labels).backward()
+
+
+@snippet()
+def filling_a_number_by_a_mask_and_its_backward(device: str) -> Body:
+    x = numbers(device, 4, grad=True)
+
+    def body() -> None:
+        y = x * 2
+        y[x > 1] = 0.0
+        y.sum().backward()
+
+    return body
+
+
+@snippet()
+def filling_a_number_by_a_slice_and_a_mask(device: str) -> Body:
+    x, mask = numbers(device, 2, 4), numbers(device, 4) > 1
+
+    def body() -> None:
+        x[:, mask] = 0.0
+
+    return body
+
+
+@snippet()
+def filling_a_host_scalar_by_a_mask(device: str) -> Body:
+    x = numbers(device, 4)
+
+    def body() -> None:
+        x[x > 1] = torch.tensor(0.0)
+
+    return body
+
+
+@snippet()
+def a_number_to_a_slice(device: str) -> Body:
+    x = numbers(device, 4)
+
+    def body() -> None:
+        x[1:3] = 0.0
+
+    return body
+
+
+@snippet()
+def copies_that_do_not_block(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: (
+        pinned(device).to(x.device, non_blocking=True),
+        x.to("cpu", non_blocking=True),
+    )
+
+
+@snippet()
+def one_hot_with_its_number_of_classes(device: str) -> Body:
+    x = torch.tensor([0, 2]).to(device)
+    return lambda: torch.nn.functional.one_hot(x, 3)
+
+
+@snippet()
+def padding_and_vmap(device: str) -> Body:
+    x = numbers(device, 3, 2)
+    pad: Any = torch.nn.utils.rnn.pad_sequence
+    return lambda: (pad([x, x[:2]]), torch.vmap(lambda row: row + row.sum())(x))
+
+
+@snippet()
+def sampling_sorting_and_membership(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: (torch.multinomial(x + 1, 2), x.sort(), x.topk(2), torch.isin(x, x[:2]))
+
+
+@snippet()
+def the_first_steps_of_an_optimizer(device: str) -> Body:
+    x = numbers(device, 4, grad=True)
+    optimizer = torch.optim.AdamW([x])
+
+    def body() -> None:
+        for _ in range(2):
+            (x * x).sum().backward()
+            torch.nn.utils.clip_grad_norm_([x], 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return body

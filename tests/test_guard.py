@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from mrope import MRopeError
+from mrope import MRopeError, guard_cuda
 from mrope.guard import HostSyncError, SyncGuard
 from snippets import SNIPPETS, Snippet
-
-on_cpu_only = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="CUDA judges there: tests/cuda/check_guard.py"
-)
-pytestmark = on_cpu_only
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.name)
@@ -41,9 +39,11 @@ def test_mode_error_raises_at_the_first_wait(snippet: Snippet) -> None:
         with SyncGuard(mode="error"):
             body()
         return
-    with pytest.raises(HostSyncError, match=r"waits for the device at .*snippets.py:\d+"):
-        with SyncGuard(mode="error"):
-            body()
+    with (
+        pytest.raises(HostSyncError, match=r"waits for the device at .*snippets.py:\d+"),
+        SyncGuard(mode="error"),
+    ):
+        body()
 
 
 def read_twice(x: torch.Tensor) -> float:
@@ -72,7 +72,7 @@ def test_results_are_those_without_the_guard() -> None:
         x.grad = None
         y = (x * torch.tensor([1.0, 2.0, 3.0, 4.0], device=x.device)).relu()
         loss = y[y > 0.1].sum() + y.cpu().sum() + y.to(torch.float64).sum()
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss.item(), x.grad
 
     expected_loss, expected = step()
@@ -112,10 +112,15 @@ def test_what_is_computed_with_a_device_tensor_is_on_the_device() -> None:
 
 def test_nothing_is_left_behind_after_an_error() -> None:
     x, own = torch.ones(3), torch.from_numpy
-    with pytest.raises(KeyError):
-        with SyncGuard() as guard:
+    guard = SyncGuard()
+
+    def body() -> None:
+        with guard:
             x.sum().item()
             raise KeyError
+
+    with pytest.raises(KeyError):
+        body()
     assert torch.from_numpy is own
     assert x.device == torch.device("cpu")
     x.sum().item()
@@ -135,6 +140,94 @@ def test_guards_nest_and_can_be_used_again() -> None:
     assert inner.count == 0
 
 
+def test_an_error_that_the_block_swallows_is_raised_at_its_end() -> None:
+    with (
+        pytest.raises(HostSyncError, match="scalar read"),
+        SyncGuard(mode="error"),
+        contextlib.suppress(ValueError),
+    ):
+        torch.ones(1, device="cpu:0").item()
+
+
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(MRopeError, match="mode must be 'warn' or 'error', not 'raise'"):
         SyncGuard(mode="raise")  # type: ignore[arg-type]
+
+
+def test_memory_that_views_and_moves_share_is_told_apart() -> None:
+    x = torch.arange(6.0)
+    with SyncGuard() as guard:
+        host = x.cpu()
+        host.view(2, 3)[0].sum().item()
+        host.to(x.device)
+        assert torch.zeros_like(x, device="cpu").tolist() == [0.0] * 6
+        torch.LongTensor([1, 2]).tolist()
+        x.view(2, 3)[0].sum().item()
+    assert [site.op for site in guard.sites] == [
+        "copy from the device",
+        "copy to the device",
+        "scalar read",
+    ]
+
+
+def test_a_backward_after_the_block_is_not_counted() -> None:
+    x = torch.ones(3, requires_grad=True)
+    with SyncGuard() as guard:
+        loss = x.cpu().sum()
+    torch.autograd.backward(loss)
+    assert guard.count == 1
+
+
+def test_a_checkpoint_is_watched_under_autograd_grad_too() -> None:
+    x = torch.ones(3, requires_grad=True)
+
+    def forward(y: torch.Tensor) -> torch.Tensor:
+        y.tolist()
+        return y.exp()
+
+    with SyncGuard() as guard:
+        torch.autograd.grad(checkpoint(forward, x, use_reentrant=False).sum(), x)
+    assert guard.count == 2
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str | int]:
+    """CUDA's switch and nothing else; the list holds what it was set to."""
+    settings: list[str | int] = []
+    monkeypatch.setattr(guard_cuda, "is_used", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", settings.append)
+    return settings
+
+
+def synchronize() -> None:
+    warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+
+def test_on_cuda_its_warnings_are_counted_where_they_arise(fake_cuda: list[str | int]) -> None:
+    def body() -> SyncGuard:
+        with SyncGuard() as guard:
+            synchronize()
+            synchronize()
+            warnings.warn("a warning of the user's own", stacklevel=1)
+        return guard
+
+    with pytest.warns(UserWarning, match="of the user's own"):
+        guard = body()
+    (site,) = guard.sites
+    assert (site.file, site.function, site.count) == (__file__, "synchronize", 2)
+    assert fake_cuda == ["warn", 0]
+
+
+def test_on_cuda_its_error_becomes_ours(fake_cuda: list[str | int]) -> None:
+    def fail() -> None:
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    with (
+        pytest.raises(HostSyncError, match=rf"{__file__}:\d+ fail: CUDA"),
+        SyncGuard(mode="error"),
+    ):
+        fail()
+    with pytest.raises(RuntimeError, match="of another kind"), SyncGuard(mode="error"):
+        raise RuntimeError("an error of another kind")
+    assert fake_cuda == ["error", 0, "error", 0]

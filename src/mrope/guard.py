@@ -9,14 +9,15 @@ To tell `torch.zeros(3)` from `torch.zeros(3, device=x.device)` on a machine tha
 only, a device tensor's `.device` reads `cpu:0` inside the block and a host tensor's `cpu`: torch
 takes both for the same place, and the guard does not.
 
-Where the block's tensors really are on CUDA, `torch.cuda.set_sync_debug_mode` is the judge instead.
+Where this process holds tensors on a CUDA device, `torch.cuda.set_sync_debug_mode` is the judge
+instead.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-import traceback
 import types
 import warnings
 from collections import Counter
@@ -24,34 +25,28 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
+import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from mrope import guard_cuda
 from mrope.errors import MRopeError
+from mrope.guard_cuda import HOST_VALUE, Operators, Places, address_of, tensors_in
 
 _HOST = torch.device("cpu")
 _DEVICE = torch.device("cpu", 0)
-_HIDDEN = (str(Path(torch.__file__).parent), __file__, contextlib.__file__, warnings.__file__)
-
-# Operators whose result's size, or whose result itself, the host must read.
-_WAITING = {
-    "_local_scalar_dense": "scalar read",
-    "_unique": "unique",
-    "_unique2": "unique",
-    "allclose": "allclose",
-    "bincount": "bincount",
-    "equal": "equal",
-    "masked_scatter_backward": "masked_select",
-    "masked_select": "masked_select",
-    "nonzero": "nonzero",
-    "unique_consecutive": "unique",
-    "unique_dim": "unique",
-    "unique_dim_consecutive": "unique",
-}
-_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
-_MASKS = (torch.bool, torch.uint8)
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+# Frames that are never the place to look at: torch, this guard, and how warnings reach it.
+_HIDDEN = (
+    _TORCH,
+    __file__,
+    guard_cuda.__file__,
+    contextlib.__file__,
+    warnings.__file__,
+)
 
 
 class HostSyncError(MRopeError):
@@ -108,23 +103,27 @@ class SyncGuard:
         self._declared = tuple(host)
         self._stack: contextlib.ExitStack | None = None
 
-    def __enter__(self) -> SyncGuard:
+    def __enter__(self) -> SyncGuard:  # noqa: PYI034 - Self needs Python 3.11
         self._found.clear()
         with contextlib.ExitStack() as stack:
-            if torch.cuda.is_available():
-                stack.enter_context(_cuda_verdict(self))
+            if guard_cuda.is_used():
+                stack.enter_context(guard_cuda.verdict(self.found, self.mode))
             else:
-                places = _Places(self._declared)
-                stack.enter_context(_Operators(self, places))
-                stack.enter_context(_Calls(self, places))
-                stack.enter_context(_from_numpy_is_host(places))
+                places = Places(self._declared)
+                stack.enter_context(Operators(self.found, places))
+                calls = stack.enter_context(_Calls(self, places))
+                stack.enter_context(_patched(calls))
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: Any) -> None:  # noqa: PYI036 - handed on as it is
         assert self._stack is not None
-        self._stack.__exit__(*exception)
-        self._stack = None
+        try:
+            self._stack.__exit__(*exception)
+        finally:
+            self._stack = None
+        if self.mode == "error" and self._found and exception[0] is not HostSyncError:
+            raise self._error()  # the block caught it: `except ValueError` is common
 
     @property
     def count(self) -> int:
@@ -141,111 +140,29 @@ class SyncGuard:
         lines = [str(site) for site in self.sites]
         return "\n".join([*lines, f"{self.count} waits at {len(lines)} sites"])
 
-    def found(self, op: str, frames: Iterable[tuple[str, int, str]] | None = None) -> None:
+    def found(self, op: str, frames: guard_cuda.Frames | None = None) -> None:
         """Record one wait, at the innermost of the given frames or of the present ones.
 
         Raises:
             HostSyncError: under `mode="error"`.
         """
-        file, line, function = _site(_frames() if frames is None else frames)
+        if self._stack is None:
+            return  # a hook of the guard's in a backward that runs after the block
+        op += guard_cuda.in_backward()
+        place: tuple[str, int, str, str] = (*_site(_frames() if frames is None else frames), op)
+        self._found[place] += 1
         if self.mode == "error":
-            raise HostSyncError(f"the host waits for the device at {file}:{line} {function}: {op}")
-        self._found[file, line, function, op] += 1
+            raise self._error()
 
-
-class _Places:
-    """Which tensors are on the host; everything else is on the device.
-
-    Views share a storage, so that is what is remembered; it is kept alive until the block ends, or
-    its address could be given to another tensor.
-    """
-
-    def __init__(self, host: Iterable[torch.Tensor]) -> None:
-        self._storages: dict[int, Any] = {}
-        self.muted = 0
-        for tensor in host:
-            self.put(tensor, on_host=True)
-
-    def on_host(self, tensor: torch.Tensor) -> bool:
-        return _address(tensor) in self._storages
-
-    def put(self, tensor: Any, *, on_host: bool) -> None:
-        if not isinstance(tensor, torch.Tensor):
-            return
-        if on_host:
-            self._storages[_address(tensor)] = tensor.untyped_storage()
-        else:
-            self._storages.pop(_address(tensor), None)
-
-    @contextlib.contextmanager
-    def mute(self) -> Iterator[None]:
-        """Do not count what is below a call that has been counted, or that CUDA does otherwise."""
-        self.muted += 1
-        try:
-            yield
-        finally:
-            self.muted -= 1
-
-
-def _address(tensor: torch.Tensor) -> int:
-    address: int = tensor.untyped_storage()._cdata  # noqa: SLF001 - the storage's identity
-    return address
-
-
-class _Operators(TorchDispatchMode):
-    """Sees every operator that runs, in the backward too."""
-
-    def __init__(self, guard: SyncGuard, places: _Places) -> None:
-        super().__init__()
-        self.guard = guard
-        self.places = places
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        inputs = list(_tensors((args, kwargs)))
-        op = _waits(func, args, kwargs)
-        if op and not self.places.muted and not all(map(self.places.on_host, inputs)):
-            self.guard.found(op + _node())
-        result = func(*args, **kwargs)
-        self._place(inputs, kwargs, result)
-        return result
-
-    def _place(self, inputs: list[torch.Tensor], kwargs: Any, result: Any) -> None:
-        """Results of host tensors alone are on the host; so are those of factories without one."""
-        if inputs:
-            # A number of the host may stand beside a device tensor: 0-d tensors do not decide.
-            deciding = [one for one in inputs if one.ndim] or inputs
-            on_host = all(map(self.places.on_host, deciding))
-        else:
-            on_host = "device" in kwargs and kwargs["device"] in (None, _HOST)
-        for tensor in _tensors(result):
-            self.places.put(tensor, on_host=on_host)
-
-
-def _waits(func: Any, args: tuple[Any, ...], kwargs: Any) -> str | None:
-    """Return what an operator waits for, or None."""
-    name = func.overloadpacket.__name__
-    if name in _INDEXING:
-        indices = args[1] if len(args) > 1 else kwargs.get("indices", ())
-        masks = [one for one in indices if one is not None and one.dtype in _MASKS]
-        return "indexing by a mask" if masks else None
-    if name == "repeat_interleave":
-        size = args[1] if len(args) > 1 else kwargs.get("output_size")
-        return "repeat_interleave without output_size" if size is None else None
-    return _WAITING.get(name)
-
-
-def _node() -> str:
-    node = torch._C._current_autograd_node()  # noqa: SLF001 - no public name
-    return f" (backward of {node.name()})" if node is not None else ""
+    def _error(self) -> HostSyncError:
+        file, line, function, op = next(iter(self._found))
+        return HostSyncError(f"the host waits for the device at {file}:{line} {function}: {op}")
 
 
 class _Calls(TorchFunctionMode):
     """Sees the calls that leave no trace in the operators of a machine with one device."""
 
-    def __init__(self, guard: SyncGuard, places: _Places) -> None:
+    def __init__(self, guard: SyncGuard, places: Places) -> None:
         super().__init__()
         self.guard = guard
         self.places = places
@@ -254,89 +171,134 @@ class _Calls(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        handler = _HANDLERS.get(func)
-        if handler is None or self.places.muted:
+        if self.places.muted:
             return func(*args, **kwargs)
+        handler: Callable[..., Any] = _HANDLERS.get(func, _Calls.call)
         return handler(self, func, args, kwargs)
 
-    def device(self, func: Any, args: Any, kwargs: Any) -> torch.device:
-        """`x.device`: tells both places apart."""
-        return _HOST if self.places.on_host(args[0]) else _DEVICE
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Any other call: a named device decides, else its tensors, else it is a host factory."""
+        device = kwargs.get("device")
+        if device is not None:
+            on_host = _is_host(device)
+            kwargs = kwargs | {"device": _HOST}
+        else:
+            on_host = self.places.all_on_host(list(tensors_in((args, kwargs))))
+        with self.places.below(factories=on_host):
+            result = func(*args, **kwargs)
+        if device is not None:
+            for tensor in tensors_in(result):
+                self.places.put(tensor, on_host=on_host)
+        return result
+
+    def device(self, _func: Any, args: Any, _kwargs: Any) -> torch.device:
+        """`x.device`: tells both places apart.
+
+        But not to `torch.utils.checkpoint`, which compares what it saw with this mode and without.
+        """
+        if self.places.on_host(args[0]) or _asked_by(2) == torch.utils.checkpoint.__file__:
+            return _HOST
+        return _DEVICE
 
     def read(self, func: Any, args: Any, kwargs: Any) -> Any:
         """`tolist`, `numpy`, formatting: one wait, whatever it takes below."""
         if not self.places.on_host(args[0]):
             self.guard.found(func.__name__.strip("_"))
-        with self.places.mute():
+        with self.places.below(muted=True):
             return func(*args, **kwargs)
 
     def move(self, func: Any, args: Any, kwargs: Any) -> Any:
         """`to`, `cpu`, `cuda`: a copy where the place changes, and a new storage then."""
-        source = args[0]
-        target = _target(func, args, kwargs, self.places)
-        was_host = self.places.on_host(source)
-        with self.places.mute():
+        from_host = self.places.on_host(args[0])
+        to_host = _target(func, args, kwargs, self.places)
+        if to_host and func is torch.Tensor.to and _asked_by(2).startswith(_TORCH):
+            to_host = None  # a device that torch's own code read below Python, where it has no mark
+        with self.places.below(muted=True):
             result = func(*_without_place(args), **_without_place(kwargs))
-        if target is None or (target == _HOST) == was_host:
-            self.places.put(result, on_host=was_host)
+        if to_host is None or to_host == from_host:
+            self.places.put(result, on_host=from_host)
             return result
-        # Blocking copies wait; others only where the memory is not pinned, for the driver's staging.
-        staged = was_host and not source.is_pinned()
-        if source.numel() and (staged or not kwargs.get("non_blocking", False)):
-            self.guard.found(f"copy {'to' if was_host else 'from'} the device")
-        with self.places.mute():
-            result = result.clone() if _address(result) == _address(source) else result
-        self.places.put(result, on_host=not was_host)
-        return result
+        flags = [one for one in args[1:] if isinstance(one, bool)]
+        non_blocking = flags[0] if flags else kwargs.get("non_blocking", False)
+        if guard_cuda.blocks(args[0], non_blocking, from_host):
+            self._copied(from_host)
+        return self._apart(result, args[0], to_host)
 
     def from_data(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """`torch.tensor`, `torch.as_tensor`: made on the host, and copied where a device is named."""
-        data, device = args[0], kwargs.get("device")
-        given_on_device = isinstance(data, torch.Tensor) and not self.places.on_host(data)
-        with self.places.mute():
+        """`torch.tensor` and its like: made on the host, and copied where a device is named."""
+        data = args[0] if args else next(iter(kwargs.values()))
+        return self._made(func, args, kwargs, data, like=data)
+
+    def new_tensor(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`x.new_tensor(data)`: goes to where `x` is."""
+        return self._made(func, args, kwargs, args[1], like=args[0])
+
+    def _made(self, func: Any, args: Any, kwargs: Any, data: Any, like: Any) -> Any:
+        is_tensor = isinstance(data, torch.Tensor)
+        from_host = not is_tensor or self.places.on_host(data)
+        if kwargs.get("device") is not None:
+            to_host = _is_host(kwargs["device"])
+        else:
+            to_host = not isinstance(like, torch.Tensor) or self.places.on_host(like)
+        if not is_tensor and not all(map(self.places.on_host, tensors_in(data))):
+            self.guard.found("scalar read")
+        with self.places.below(muted=True):
             result = func(*args, **_without_place(kwargs))
-        to_device = device is not None and torch.device(device) != _HOST
-        if to_device and not given_on_device and result.numel():
-            self.guard.found("copy to the device")
-        on_host = not to_device and not (device is None and given_on_device)
-        if isinstance(data, torch.Tensor) and _address(result) == _address(data):
+        if from_host == to_host:
+            self.places.put(result, on_host=to_host)
             return result
-        self.places.put(result, on_host=on_host)
+        if result.numel():
+            self._copied(from_host)
+        return self._apart(result, data, to_host)
+
+    def _copied(self, from_host: bool) -> None:
+        self.guard.found(guard_cuda.TO_DEVICE if from_host else guard_cuda.FROM_DEVICE)
+
+    def _apart(self, result: torch.Tensor, source: Any, to_host: bool) -> torch.Tensor:
+        """Return a copy that shares no storage with its source, whose backward copies back."""
+        if isinstance(source, torch.Tensor) and address_of(result) == address_of(source):
+            with self.places.below(muted=True):
+                result = result.clone()
+        self.places.put(result, on_host=to_host)
+
+        def copied_back(gradients: Any, _: Any) -> None:
+            for gradient in tensors_in(gradients):
+                self._copied(to_host)
+                self.places.put(gradient, on_host=not to_host)
+
+        if result.grad_fn is not None:
+            result.grad_fn.register_hook(copied_back)
         return result
 
     def get_item(self, func: Any, args: Any, kwargs: Any) -> Any:
         """`x[...]`: an index made of host numbers is copied to the device first."""
-        self._index(args[0], args[1])
-        return func(*args, **kwargs)
+        on_host = self.places.on_host(args[0])
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        if not on_host and any(map(_is_host_data, index)):
+            self.guard.found(guard_cuda.INDEX_COPY)
+        with self.places.below(factories=on_host):
+            return func(*args, **kwargs)
 
-    def set_item(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """`x[...] = value`: by one mask, a Python number is filled in without compressing it."""
-        self._index(args[0], args[1])
-        is_fill = isinstance(args[2], (int, float, complex)) and isinstance(args[1], torch.Tensor)
-        if is_fill and args[1].dtype == torch.bool:
-            with self.places.mute():
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+    def set_item(self, func: Any, args: Any, kwargs: Any) -> None:
+        """`x[...] = value`: a Python number stays on the host, in the backward as well."""
+        self.get_item(func, args, kwargs)
+        target, _, value = args
+        on_host = not isinstance(value, torch.Tensor) or self.places.on_host(value)
+        if on_host and target.grad_fn is not None:
+            target.grad_fn.metadata[HOST_VALUE] = True
 
-    def unchecked(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """`one_hot` with a number of classes: only the CPU kernel looks at the values."""
+    def one_hot(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """`one_hot`: with a number of classes only the CPU kernel looks at the values."""
         classes = kwargs.get("num_classes", args[1] if len(args) > 1 else -1)
-        if classes < 0:
+        on_host = self.places.on_host(args[0])
+        if classes < 0 and not on_host:
+            self.guard.found("one_hot without num_classes")
+        with self.places.below(muted=True, factories=on_host):
             return func(*args, **kwargs)
-        with self.places.mute():
-            return func(*args, **kwargs)
-
-    def _index(self, tensor: torch.Tensor, index: Any) -> None:
-        if self.places.on_host(tensor):
-            return
-        for part in index if isinstance(index, tuple) else (index,):
-            on_host = isinstance(part, torch.Tensor) and part.ndim and self.places.on_host(part)
-            if isinstance(part, list) or on_host:
-                self.guard.found("copy of an index to the device")
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
-    torch.Tensor.device.__get__: _Calls.device,  # type: ignore[attr-defined]
+    torch.Tensor.device.__get__: _Calls.device,
     torch.Tensor.tolist: _Calls.read,
     torch.Tensor.numpy: _Calls.read,
     torch.Tensor.__array__: _Calls.read,
@@ -345,26 +307,33 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.to: _Calls.move,
     torch.Tensor.cpu: _Calls.move,
     torch.Tensor.cuda: _Calls.move,
+    torch.Tensor.type_as: _Calls.move,
     torch.tensor: _Calls.from_data,
     torch.as_tensor: _Calls.from_data,
+    torch.asarray: _Calls.from_data,
+    torch.Tensor.new_tensor: _Calls.new_tensor,
     torch.Tensor.__getitem__: _Calls.get_item,
     torch.Tensor.__setitem__: _Calls.set_item,
-    torch.nn.functional.one_hot: _Calls.unchecked,
+    torch.nn.functional.one_hot: _Calls.one_hot,
 }
 
 
-def _target(func: Any, args: Any, kwargs: Any, places: _Places) -> torch.device | None:
-    """Return where a move goes to; None where it only changes the dtype."""
+def _target(func: Any, args: Any, kwargs: Any, places: Places) -> bool | None:
+    """Tell whether a move goes to the host; None where it only changes the dtype."""
     if func is torch.Tensor.cpu:
-        return _HOST
+        return True
     if func is torch.Tensor.cuda:
-        return _DEVICE
+        return False
     for value in (*args[1:], kwargs.get("device"), kwargs.get("other")):
         if isinstance(value, torch.Tensor):
-            return _HOST if places.on_host(value) else _DEVICE
-        if isinstance(value, (str, torch.device)):
-            return _HOST if torch.device(value) == _HOST else _DEVICE
+            return places.on_host(value)
+        if isinstance(value, torch.device) or _names_a_device(value):
+            return _is_host(value)
     return None
+
+
+def _is_host(device: Any) -> bool:
+    return bool(torch.device(device) == _HOST)
 
 
 def _without_place(values: Any) -> Any:
@@ -381,59 +350,40 @@ def _names_a_device(value: Any) -> bool:
     return isinstance(value, str) and value.partition(":")[0] in ("cpu", "cuda")
 
 
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    if isinstance(values, torch.Tensor):
-        yield values
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _tensors(value)
-    elif isinstance(values, dict):
-        yield from _tensors(list(values.values()))
+def _is_host_data(index: Any) -> bool:
+    """Tell whether an index is made of numbers that are not in a tensor yet."""
+    return isinstance(index, (list, range, np.ndarray)) and np.size(index) > 0
 
 
 @contextlib.contextmanager
-def _from_numpy_is_host(places: _Places) -> Iterator[None]:
-    """Note what `torch.from_numpy` makes: it is the one factory that no mode sees."""
-    own = torch.from_numpy
+def _patched(calls: _Calls) -> Iterator[None]:
+    """Replace the two functions of torch that no mode sees from within.
 
-    def from_numpy(array: Any) -> torch.Tensor:
-        tensor = own(array)
-        places.put(tensor, on_host=True)
+    `torch.from_numpy` is no call of torch's to a mode. The autograd engine is: but for its length
+    the mode is off, and the forward of a checkpoint runs there a second time.
+    """
+    own_from_numpy = torch.from_numpy
+    own_run = torch.autograd._engine_run_backward  # type: ignore[attr-defined]  # noqa: SLF001
+
+    def from_numpy(ndarray: Any) -> torch.Tensor:
+        tensor = own_from_numpy(ndarray)
+        calls.places.put(tensor, on_host=True)
         return tensor
 
-    torch.from_numpy = from_numpy
-    try:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with calls.places.below(), calls:
+            return own_run(*args, **kwargs)
+
+    with (
+        mock.patch.object(torch, "from_numpy", from_numpy),
+        mock.patch.object(torch.autograd, "_engine_run_backward", run),
+    ):
         yield
-    finally:
-        torch.from_numpy = own
 
 
-@contextlib.contextmanager
-def _cuda_verdict(guard: SyncGuard) -> Iterator[None]:
-    """Let CUDA say where the host waits.
-
-    Its warnings of a backward come from the autograd thread, and reach Python when that is done.
-    """
-
-    def showwarning(message: Warning | str, *_: Any, **__: Any) -> None:
-        if "synchronizing CUDA operation" in str(message):
-            guard.found("CUDA synchronizes")
-
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("always", message=".*synchronizing CUDA operation")
-        warnings.showwarning = showwarning
-        torch.cuda.set_sync_debug_mode(guard.mode)
-        try:
-            yield
-        except RuntimeError as error:
-            if "synchronizing CUDA operation" not in str(error):
-                raise
-            frames = traceback.extract_tb(error.__traceback__)
-            places = [(one.filename, one.lineno or 0, one.name) for one in reversed(frames)]
-            guard.found("CUDA synchronizes", places)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
+def _asked_by(depth: int) -> str:
+    """Return the file of the frame so many above the caller's."""
+    return sys._getframe(depth + 1).f_code.co_filename  # noqa: SLF001
 
 
 def _frames() -> Iterator[tuple[str, int, str]]:
@@ -444,8 +394,8 @@ def _frames() -> Iterator[tuple[str, int, str]]:
         frame = frame.f_back
 
 
-def _site(frames: Iterable[tuple[str, int, str]]) -> tuple[str, int, str]:
-    """Return the innermost frame outside torch; a transformers helper with the model that calls it."""
+def _site(frames: guard_cuda.Frames) -> tuple[str, int, str]:
+    """Return the innermost frame outside torch; for a helper of transformers name its model too."""
     visible = [frame for frame in frames if not frame[0].startswith(_HIDDEN)]
     if not visible:
         return "?", 0, "?"
