@@ -258,8 +258,8 @@ def test_an_attached_model_needs_the_vision_tensors(tmp_path: Path) -> None:
 
 
 def test_vision_tensors_are_switched_on_by_one_key() -> None:
-    off = build_collator(load_config(CONFIGS / "demo.yaml"))
-    on = build_collator(load_config(CONFIGS / "demo.yaml", ["rope.vision=true"]))
+    off = build_collator(load_config(CONFIGS / "qwen3_vl.yaml"))
+    on = build_collator(load_config(CONFIGS / "qwen3_vl.yaml", ["rope.vision=true"]))
     assert isinstance(off, MRopeCollator)
     assert isinstance(on, MRopeCollator)
     assert off.vision is None

@@ -458,11 +458,23 @@ def test_a_folder_that_carries_its_class(
     named = f"model.config={model_folder}"
     with pytest.raises(ConfigError, match=r"set model\.trust_remote_code: true to run that code"):
         train(config("demo", named), silent())
-    on, off = runs(config("demo", named, "model.trust_remote_code=true"))
+    unattached = ("model.attach=false", "rope.vision=false")
+    on, off = runs(config("demo", named, "model.trust_remote_code=true", *unattached))
     assert on.losses == off.losses
+    assert on.waits > 0
 
 
 def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(MRopeError, match="torch sees no CUDA device"):
         train(config("demo", "train.device=cuda"), silent())
+
+
+def test_the_demo_attaches_its_model_and_counts_the_waits_of_both_runs() -> None:
+    cfg = config("demo")
+    assert cfg.model.attach
+    console = silent()
+    assert compare(cfg, console)
+    (row,) = (line for line in printed(console).splitlines() if "host waits in a step" in line)
+    on, off = (int(cell) for cell in row.replace("┃", "│").split("│")[2:4])
+    assert on == 0 < off

@@ -57,6 +57,7 @@ def source_of_positions(result: TrainResult) -> str:
 def _summary(results: list[TrainResult]) -> Table:
     table = Table("", *(f"rope {'on' if result.rope_enabled else 'off'}" for result in results))
     table.add_row("positions from", *map(source_of_positions, results))
+    table.add_row("host waits in a step", *(str(result.waits) for result in results))
     table.add_row("data, median ms", *(_ms(result.data_median) for result in results))
     table.add_row("forward, median ms", *(_ms(result.forward_median) for result in results))
     table.add_row("parameters", *(f"{result.parameters:,}" for result in results))

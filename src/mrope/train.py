@@ -21,6 +21,7 @@ from mrope import report
 from mrope.config import Config, ConfigError, build_collator, model_table
 from mrope.data import RowDataset, load_rows, make_loader
 from mrope.errors import MRopeError
+from mrope.guard import SyncGuard
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -59,6 +60,8 @@ class TrainResult:
         rope_index_calls: how often the model called its own `get_rope_index`; None where it has no
             such method, so that nothing could be counted.
         loop_pid: id of the process that trained.
+        waits: places where one more step, forward and backward, makes the host wait for a CUDA
+            device, counted by `mrope.guard`.
     """
 
     rope_enabled: bool
@@ -66,6 +69,7 @@ class TrainResult:
     parameters: int
     rope_index_calls: int | None
     loop_pid: int
+    waits: int
 
     @property
     def losses(self) -> list[float]:
@@ -236,7 +240,16 @@ def _run(cfg: Config, rows: RowDataset, console: Console) -> TrainResult:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         rope_index_calls=calls[0] if calls else None,
         loop_pid=os.getpid(),
+        waits=_count_waits(model, loader, device),
     )
+
+
+def _count_waits(model: torch.nn.Module, loader: DataLoader[Any], device: torch.device) -> int:
+    batch, _ = next(iter(loader))
+    batch = to_device(batch, device)
+    with SyncGuard() as guard:
+        model(**batch).loss.backward()
+    return guard.count
 
 
 def _steps(
