@@ -106,7 +106,8 @@ class ModelSection(_Section):
             they are random.
         attn_implementation: what transformers is told under the same name.
         trust_remote_code: a folder that carries its own model class may run its code.
-        attach: the model only reads (`mrope.hf.attach`); needs `rope.vision`.
+        attach: the model only reads (`mrope.hf.attach`); needs `rope.vision`. With `rope.enabled:
+            false` it has no effect: the model computes for itself.
     """
 
     config: Annotated[dict[str, Any] | str, BeforeValidator(_model_config)]
@@ -227,8 +228,8 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _attached_models_need_the_stage(self) -> Self:
-        if self.model.attach and not (self.rope.enabled and self.rope.vision):
-            raise ValueError("model.attach: true needs rope.enabled: true and rope.vision: true")
+        if self.model.attach and self.rope.enabled and not self.rope.vision:
+            raise ValueError("model.attach: true needs rope.vision: true")
         return self
 
     def spec(self) -> MRopeSpec:

@@ -207,15 +207,14 @@ def _switched(cfg: Config, enabled: bool) -> Config:
         name = f"{file.stem}.{'on' if enabled else 'off'}{file.suffix}"
         train = train.model_copy(update={"log_file": str(file.with_name(name))})
     rope = cfg.rope.model_copy(update={"enabled": enabled})
-    model = cfg.model.model_copy(update={"attach": cfg.model.attach and enabled})
-    return cfg.model_copy(update={"model": model, "rope": rope, "train": train})
+    return cfg.model_copy(update={"rope": rope, "train": train})
 
 
 def _run(cfg: Config, rows: RowDataset, console: Console) -> TrainResult:
     torch.manual_seed(cfg.train.seed)
     device = _device(cfg.train.device)
     model = build_model(cfg).to(device)
-    if cfg.model.attach:
+    if cfg.model.attach and cfg.rope.enabled:
         from mrope.hf import attach
 
         attach(model)
