@@ -15,6 +15,7 @@ from batches import random_batch
 from mrope import MRopeCollator, MRopeError, MRopeSpec, SpanMismatchError, rope_index
 from mrope.families import FAMILIES, example_config
 from mrope.padding import PaddingCollator
+from mrope.vision import VisionSpec
 
 START, IMAGE, VIDEO = 101, 102, 103
 
@@ -133,8 +134,8 @@ def test_seconds_under_both_names_must_agree() -> None:
     [
         ([1, 2], "must return a mapping with input_ids, not list"),
         ({"tokens": 1}, r"must return a mapping with input_ids, not dict with \['tokens'\]"),
-        ({"input_ids": torch.ones(1, 2), "position_ids": 1}, "already gave position_ids"),
-        ({"input_ids": torch.ones(1, 2), "rope_deltas": 1}, "already gave rope_deltas"),
+        ({"input_ids": torch.tensor([[7]]), "position_ids": 1}, "already gave position_ids"),
+        ({"input_ids": torch.tensor([[7]]), "rope_deltas": 1}, "already gave rope_deltas"),
         ({"input_ids": torch.ones(1, 2)}, "input_ids must hold integers, not float32"),
         ({"input_ids": [[1, 2], [3]]}, "input_ids is ragged"),
         ({"input_ids": torch.ones(1, 2, dtype=torch.int64, device="meta")}, "is on meta: collate"),
@@ -211,6 +212,55 @@ def test_torch_keeps_its_thread_count() -> None:
     before = torch.get_num_threads(), torch.get_num_interop_threads()
     MRopeCollator(None, spec_of())([{"input_ids": [7, 8]}])
     assert (torch.get_num_threads(), torch.get_num_interop_threads()) == before
+
+
+def test_vision_tensors_and_what_the_reading_model_decides_by() -> None:
+    vision = VisionSpec(spatial_merge_size=2, window_side=1)
+    examples = [
+        example([START, IMAGE, IMAGE, 7], [[1, 2, 4]]),
+        {"input_ids": [VIDEO, VIDEO], "video_grid_thw": np.array([[2, 2, 2]])},
+    ]
+    # Padding that looks like a placeholder is padding all the same.
+    inner = PaddingCollator(pad_token_id=IMAGE)
+    batch = MRopeCollator(inner, spec_of("qwen2_vl"), vision)(examples)
+    assert batch["has_padding"] is True
+    assert batch["image_scatter_index"].tolist() == [1, 2]
+    assert batch["video_scatter_index"].tolist() == [4, 5]
+    assert batch["image_split_sizes"] == [8]
+    assert batch["video_split_sizes"] == [4, 4]
+    assert batch["image_window_split_sizes"] == [4, 4]
+    assert batch["image_cu_seqlens"].tolist() == [0, 8]
+    assert batch["image_cu_seqlens"].dtype == torch.int32
+    assert (batch["image_max_seqlen"], batch["video_max_seqlen"]) == (8, 4)
+    assert batch["image_position_ids"].shape == (8, 2)
+
+
+def test_a_text_batch_has_no_vision_tensors_but_says_whether_it_is_padded() -> None:
+    collator = MRopeCollator(None, spec_of(), VisionSpec(spatial_merge_size=2, table_side=4))
+    for rows, padded in (([[7, 8], [9]], True), ([[7, 8], [9, 7]], False)):
+        batch = collator([{"input_ids": row} for row in rows])
+        assert batch["has_padding"] is padded
+        added = {"position_ids", "rope_deltas", "has_padding"}
+        assert set(batch) == {"input_ids", "attention_mask"} | added
+
+
+def test_vision_tensors_of_the_inner_function_are_a_mistake_too() -> None:
+    inner = Given(
+        {
+            "input_ids": torch.tensor([[IMAGE]]),
+            "image_grid_thw": torch.tensor([[1, 2, 2]]),
+            "image_cu_seqlens": torch.tensor([0, 4]),
+        }
+    )
+    with pytest.raises(MRopeError, match="already gave image_cu_seqlens; two sources"):
+        MRopeCollator(inner, spec_of(), VisionSpec(spatial_merge_size=2))([])
+
+
+def test_an_old_transformers_is_refused_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mrope.vision.installed_transformers", lambda: "5.6.0")
+    with pytest.raises(MRopeError, match=r"transformers 5.6.0 does not read the vision tensors"):
+        MRopeCollator(None, spec_of(), VisionSpec(spatial_merge_size=2))
+    MRopeCollator(None, spec_of())
 
 
 class TestPaddingCollator:

@@ -17,7 +17,6 @@ from mrope.vision import VisionSpec, check_release, vision_tensors
 
 Collate = Callable[[Any], Any]
 
-_OUTPUTS = ("position_ids", "rope_deltas")
 _OPTIONAL = ("attention_mask", "image_grid_thw", "video_grid_thw", "mm_token_type_ids")
 # transformers' processors and models do not agree on the name of the same numbers.
 _SECONDS = ("second_per_grid_ts", "video_second_per_grid")
@@ -100,6 +99,7 @@ class MRopeCollator:
             added |= _tower_inputs(self.vision, arguments)
             added |= _reader_inputs(self.spec, arguments, added)
         for name, value in added.items():
+            _refuse_second_source(batch, name)
             batch[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         return batch
 
@@ -143,13 +143,15 @@ def _as_batch(batch: Any) -> MutableMapping[str, Any]:
             "the inner collate function must return a mapping with input_ids, "
             f"not {type(batch).__name__}{_keys(batch)}"
         )
-    for name in _OUTPUTS:
-        if batch.get(name) is not None:
-            raise MRopeError(
-                f"the inner collate function already gave {name}; two sources of positions in one "
-                "batch are a mistake: remove one"
-            )
     return batch
+
+
+def _refuse_second_source(batch: Mapping[str, Any], name: str) -> None:
+    if batch.get(name) is not None:
+        raise MRopeError(
+            f"the inner collate function already gave {name}; two sources of one tensor in one "
+            "batch are a mistake: remove one"
+        )
 
 
 def _keys(batch: Any) -> str:
