@@ -9,9 +9,7 @@ is called as often as fits into a few milliseconds, so that all of them meet war
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-import timeit
 import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,20 +18,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from mrope.bench.conditions import conditions
 from mrope.bench.per_span import per_span_rope_index
+from mrope.bench.timing import interleaved_medians, one_thread
 from mrope.families import MRopeSpec, example_config
 from mrope.positions import rope_index
 
 IntArray = npt.NDArray[np.int64]
-Medians = dict[str, float]
 
 _TEXT_ID = 7
-_TURN_SECONDS = 0.004
 
 
 @dataclass(frozen=True)
@@ -70,16 +66,12 @@ def run(repeats: int, quick: bool, json_file: Path | None, plot_file: Path | Non
         repeats: turns of each function, at least 1; 15 or more for figures to keep.
         quick: leave out the two largest cases and most of the sweep, to try the command.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    report: dict[str, Any] = {"conditions": conditions(), "repeats": repeats}
+    with one_thread():
         cases = CASES[:3] if quick else CASES
         sweep = SWEEP[::4] if quick else SWEEP
-        report: dict[str, Any] = {"conditions": conditions(), "repeats": repeats}
         report["cases"] = [_measure(case, repeats) for case in cases]
         report["sweep"] = [_measure(case, repeats) for case in sweep]
-    finally:
-        torch.set_num_threads(threads)
     _print(report)
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -128,7 +120,7 @@ def _measure(case: Case, repeats: int) -> dict[str, Any]:
             np.testing.assert_array_equal(theirs, ours)
     source, target = np.zeros_like(expected[0]), np.empty_like(expected[0])
     contenders["ceiling"] = lambda: np.copyto(target, source)
-    medians = _interleaved_medians(contenders, repeats)
+    medians = interleaved_medians(contenders, repeats)
     return {
         "name": case.name,
         "rows": case.rows,
@@ -152,19 +144,6 @@ def _transformers(spec: MRopeSpec, batch: Mapping[str, IntArray]) -> Callable[[]
     ids = batch["input_ids"]
     types = (ids == spec.image_token_id) * 1 + (ids == spec.video_token_id) * 2
     return lambda: reference_rope_index(spec, {**batch, "mm_token_type_ids": types})
-
-
-def _interleaved_medians(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> Medians:
-    timers = {name: timeit.Timer(function) for name, function in contenders.items()}
-    calls = {
-        name: max(1, int(_TURN_SECONDS / max(timer.timeit(1), 1e-7)))
-        for name, timer in timers.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(repeats):
-        for name, timer in timers.items():
-            times[name].append(timer.timeit(calls[name]) / calls[name])
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _peak_extra_bytes(kernel: Callable[[], Any]) -> int:

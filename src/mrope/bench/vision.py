@@ -23,7 +23,7 @@ from rich.table import Table
 
 from mrope import vision
 from mrope.bench.conditions import conditions
-from mrope.bench.positions import _interleaved_medians
+from mrope.bench.timing import interleaved_medians, one_thread
 from mrope.errors import MRopeError
 
 Arrays = tuple[npt.NDArray[Any], ...]
@@ -71,15 +71,11 @@ def run(repeats: int, quick: bool, json_file: Path | None, plot_file: Path | Non
         MRopeError: transformers, or the functions to compare with, are not installed.
     """
     questions = _questions()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        report: dict[str, Any] = {"conditions": conditions(), "repeats": repeats}
+    report: dict[str, Any] = {"conditions": conditions(), "repeats": repeats}
+    with one_thread():
         report["cases"] = [
             _measure(case, questions, repeats) for case in (CASES[:1] if quick else CASES)
         ]
-    finally:
-        torch.set_num_threads(threads)
     _print(report)
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -157,7 +153,7 @@ def _answer(question: Question, grid_thw: npt.NDArray[np.int64], repeats: int) -
         for target, array in zip(targets, expected, strict=True):
             np.copyto(target, array)
 
-    seconds = _interleaved_medians(
+    seconds = interleaved_medians(
         {
             "transformers": lambda: question.theirs(tensor),
             "cold": cold,
