@@ -262,6 +262,12 @@ def a_host_tensor_to_the_device(device: str) -> Body:
     return lambda: torch.arange(3).to(x.device)
 
 
+@snippet("copy to the device", "copy to the device")
+def the_cuda_method(device: str) -> Body:
+    x = numbers(device, 4)
+    return lambda: (x.cuda(), torch.arange(3).cuda(), torch.tensor(5, device=x.cuda().device))
+
+
 # The driver stages pageable memory before the call returns; the debug mode does not look there.
 @snippet("copy to the device", cuda=False)
 def a_host_tensor_to_the_device_without_pinning(device: str) -> Body:

@@ -97,6 +97,7 @@ def test_declared_host_tensors_and_their_views_and_results_are_silent() -> None:
         assert grid.device == torch.device("cpu") != x.device
         torch.arange(sizes[0], device=grid.device).tolist()
         assert torch.from_numpy(np.ones(2)).sum().item() == 2
+        assert torch.frombuffer(bytearray(2), dtype=torch.uint8).tolist() == [0, 0]
     assert guard.count == 0, guard.report()
 
 
@@ -131,13 +132,50 @@ def test_guards_nest_and_can_be_used_again() -> None:
     x = torch.ones(3)
     with SyncGuard() as outer:
         with SyncGuard() as inner:
-            x.sum().item()
-        x.sum().item()
-    assert inner.count == 1
-    assert outer.count >= 1
+            made = torch.zeros(3, device=x.device)
+            made.tolist()
+            x.cpu().tolist()
+        made.tolist()
+    assert (inner.count, outer.count) == (2, 3)
     with inner:
         pass
     assert inner.count == 0
+
+
+def test_an_inner_guard_that_raises_has_told_the_outer_one() -> None:
+    x = torch.ones(3)
+
+    def body() -> None:
+        with SyncGuard(mode="error"):
+            x.tolist()
+
+    with SyncGuard() as outer, contextlib.suppress(HostSyncError):
+        body()
+    assert outer.count == 1
+
+
+def test_a_guard_watches_one_block_at_a_time() -> None:
+    guard, x = SyncGuard(), torch.ones(3)
+
+    def body() -> None:
+        with guard, guard:
+            raise AssertionError("not reached")
+
+    with pytest.raises(MRopeError, match="watches a block already"):
+        body()
+    x.tolist()
+    assert x.device == torch.device("cpu")
+    assert guard.count == 0
+
+
+def test_every_way_to_name_a_cuda_device_is_understood() -> None:
+    x = torch.ones(3)
+    with SyncGuard() as guard:
+        for moved in (x.cuda(), x.cuda(0), x.to(0), x.to("cuda:0"), x.to(device="cuda")):
+            assert moved.device == x.device
+        torch.nn.Linear(2, 2, device=0).cuda().requires_grad_()
+        torch.tensor(5, device="cpu").tolist()
+    assert guard.count == 0, guard.report()
 
 
 def test_an_error_that_the_block_swallows_is_raised_at_its_end() -> None:

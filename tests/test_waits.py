@@ -9,7 +9,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from models import MODEL_FAMILIES, tiny_model
+from models import CONFIGS, MODEL_FAMILIES, tiny_model
+from mrope.bench.waits import count_row, markdown
+from mrope.config import load_config
 from mrope.guard import SyncGuard
 from mrope.hf import attach
 from test_reading import MEDIA, make_batches
@@ -83,3 +85,14 @@ def test_without_one_of_its_parts_the_model_waits_again(dropped: str, site: str)
         assert site in guard.report()
         return
     assert site in waits(model, batch).report()
+
+
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_the_table_in_the_docs_is_what_is_counted(family: str) -> None:
+    """Two rows of each family; `mrope bench waits` counts all of them, and writes the table."""
+    page = (CONFIGS.parent / "docs" / "guard.md").read_text(encoding="utf-8")
+    for attention, media, padded in (("sdpa", "both", True), ("eager", "images", False)):
+        cfg = load_config(CONFIGS / f"{family}.yaml", [f"model.attn_implementation={attention}"])
+        row = count_row(cfg, media, padded)
+        assert row["attached"] == 0
+        assert markdown([row]).splitlines()[-1] in page

@@ -239,6 +239,20 @@ def step(
     run(configs, overrides, device.value, steps, json_file, plot_file)
 
 
+@bench_app.command()
+def waits(
+    configs: Annotated[list[Path], typer.Argument(help="Training configs, a family each.")],
+    json_file: JsonFile = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", help="Page whose table is replaced.")
+    ] = None,
+) -> None:
+    """Count the host waits of a step: plain, with positions, with vision tensors, attached."""
+    from mrope.bench.waits import run
+
+    run(configs, json_file, markdown_file)
+
+
 @app.command()
 def syncs(
     words: Annotated[

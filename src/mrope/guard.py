@@ -104,15 +104,17 @@ class SyncGuard:
         self._stack: contextlib.ExitStack | None = None
 
     def __enter__(self) -> SyncGuard:  # noqa: PYI034 - Self needs Python 3.11
+        if self._stack is not None:
+            raise MRopeError(
+                "this SyncGuard watches a block already; make another for a block in it"
+            )
         self._found.clear()
         with contextlib.ExitStack() as stack:
             if guard_cuda.is_used():
                 stack.enter_context(guard_cuda.verdict(self.found, self.mode))
             else:
-                places = Places(self._declared)
-                stack.enter_context(Operators(self.found, places))
-                calls = stack.enter_context(_Calls(self, places))
-                stack.enter_context(_patched(calls))
+                calls = _outer_calls() or stack.enter_context(_watching())
+                stack.enter_context(calls.telling(self, self._declared))
             self._stack = stack.pop_all()
         return self
 
@@ -162,10 +164,26 @@ class SyncGuard:
 class _Calls(TorchFunctionMode):
     """Sees the calls that leave no trace in the operators of a machine with one device."""
 
-    def __init__(self, guard: SyncGuard, places: Places) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.guard = guard
-        self.places = places
+        self.guards: list[SyncGuard] = []
+        self.places = Places()
+
+    @contextlib.contextmanager
+    def telling(self, guard: SyncGuard, host: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Tell a guard, too, what is found in a block, where these tensors are on the host."""
+        for tensor in host:
+            self.places.put(tensor, on_host=True)
+        self.guards.append(guard)
+        try:
+            yield
+        finally:
+            self.guards.remove(guard)
+
+    def found(self, op: str) -> None:
+        """Tell every guard; last those that raise."""
+        for guard in sorted(self.guards, key=lambda one: one.mode == "error"):
+            guard.found(op)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -203,7 +221,7 @@ class _Calls(TorchFunctionMode):
     def read(self, func: Any, args: Any, kwargs: Any) -> Any:
         """`tolist`, `numpy`, formatting: one wait, whatever it takes below."""
         if not self.places.on_host(args[0]):
-            self.guard.found(func.__name__.strip("_"))
+            self.found(func.__name__.strip("_"))
         with self.places.below(muted=True):
             return func(*args, **kwargs)
 
@@ -214,7 +232,7 @@ class _Calls(TorchFunctionMode):
         if to_host and func is torch.Tensor.to and _asked_by(2).startswith(_TORCH):
             to_host = None  # a device that torch's own code read below Python, where it has no mark
         with self.places.below(muted=True):
-            result = func(*_without_place(args), **_without_place(kwargs))
+            result = _on_this_machine(func, args, kwargs)
         if to_host is None or to_host == from_host:
             self.places.put(result, on_host=from_host)
             return result
@@ -241,9 +259,9 @@ class _Calls(TorchFunctionMode):
         else:
             to_host = not isinstance(like, torch.Tensor) or self.places.on_host(like)
         if not is_tensor and not all(map(self.places.on_host, tensors_in(data))):
-            self.guard.found("scalar read")
+            self.found("scalar read")
         with self.places.below(muted=True):
-            result = func(*args, **_without_place(kwargs))
+            result = _on_this_machine(func, args, kwargs)
         if from_host == to_host:
             self.places.put(result, on_host=to_host)
             return result
@@ -252,7 +270,7 @@ class _Calls(TorchFunctionMode):
         return self._apart(result, data, to_host)
 
     def _copied(self, from_host: bool) -> None:
-        self.guard.found(guard_cuda.TO_DEVICE if from_host else guard_cuda.FROM_DEVICE)
+        self.found(guard_cuda.TO_DEVICE if from_host else guard_cuda.FROM_DEVICE)
 
     def _apart(self, result: torch.Tensor, source: Any, to_host: bool) -> torch.Tensor:
         """Return a copy that shares no storage with its source, whose backward copies back."""
@@ -275,7 +293,7 @@ class _Calls(TorchFunctionMode):
         on_host = self.places.on_host(args[0])
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         if not on_host and any(map(_is_host_data, index)):
-            self.guard.found(guard_cuda.INDEX_COPY)
+            self.found(guard_cuda.INDEX_COPY)
         with self.places.below(factories=on_host):
             return func(*args, **kwargs)
 
@@ -292,7 +310,7 @@ class _Calls(TorchFunctionMode):
         classes = kwargs.get("num_classes", args[1] if len(args) > 1 else -1)
         on_host = self.places.on_host(args[0])
         if classes < 0 and not on_host:
-            self.guard.found("one_hot without num_classes")
+            self.found("one_hot without num_classes")
         with self.places.below(muted=True, factories=on_host):
             return func(*args, **kwargs)
 
@@ -327,27 +345,37 @@ def _target(func: Any, args: Any, kwargs: Any, places: Places) -> bool | None:
     for value in (*args[1:], kwargs.get("device"), kwargs.get("other")):
         if isinstance(value, torch.Tensor):
             return places.on_host(value)
-        if isinstance(value, torch.device) or _names_a_device(value):
+        if _names_a_device(value):
             return _is_host(value)
     return None
 
 
 def _is_host(device: Any) -> bool:
+    if isinstance(device, int):
+        return False  # the ordinal of an accelerator
     return bool(torch.device(device) == _HOST)
 
 
-def _without_place(values: Any) -> Any:
-    """Return arguments with every device replaced by the only one of this machine."""
-    if isinstance(values, dict):
-        return {name: _without_place((value,))[0] for name, value in values.items()}
-    return tuple(
-        _HOST if isinstance(value, torch.device) or _names_a_device(value) else value
-        for value in values
-    )
+def _on_this_machine(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    """Make a call with the only device of this machine in place of the one that is named."""
+    if func is torch.Tensor.cuda:  # refused by a torch that was built without CUDA
+        form = kwargs.get("memory_format", torch.preserve_format)
+        return torch.Tensor.to(args[0], _HOST, memory_format=form)
+    data, *rest = args or [None]
+    rest = [_HOST if _names_a_device(value) else value for value in rest]
+    kwargs = {
+        name: _HOST if name == "device" and value is not None else value
+        for name, value in kwargs.items()
+    }
+    result: torch.Tensor = func(*([data, *rest] if args else []), **kwargs)
+    return result
 
 
 def _names_a_device(value: Any) -> bool:
-    return isinstance(value, str) and value.partition(":")[0] in ("cpu", "cuda")
+    """Tell whether an argument is a device: an object, a name, or a number (a flag is none)."""
+    if isinstance(value, str):
+        return value.partition(":")[0] in ("cpu", "cuda")
+    return isinstance(value, torch.device) or type(value) is int
 
 
 def _is_host_data(index: Any) -> bool:
@@ -355,27 +383,43 @@ def _is_host_data(index: Any) -> bool:
     return isinstance(index, (list, range, np.ndarray)) and np.size(index) > 0
 
 
+def _outer_calls() -> _Calls | None:
+    """Return the mode of a guard around this one: two would hide devices from each other."""
+    modes: Callable[[], list[Any]] = torch.overrides._get_current_function_mode_stack  # noqa: SLF001
+    return next((mode for mode in modes() if isinstance(mode, _Calls)), None)
+
+
+@contextlib.contextmanager
+def _watching() -> Iterator[_Calls]:
+    calls = _Calls()
+    with Operators(calls.found, calls.places), calls, _patched(calls):
+        yield calls
+
+
 @contextlib.contextmanager
 def _patched(calls: _Calls) -> Iterator[None]:
-    """Replace the two functions of torch that no mode sees from within.
+    """Replace the functions of torch that no mode sees from within.
 
-    `torch.from_numpy` is no call of torch's to a mode. The autograd engine is: but for its length
-    the mode is off, and the forward of a checkpoint runs there a second time.
+    `torch.from_numpy` and `torch.frombuffer` are no calls of torch's to a mode. The autograd engine
+    is: but for its length the mode is off, and the forward of a checkpoint runs there once more.
     """
-    own_from_numpy = torch.from_numpy
     own_run = torch.autograd._engine_run_backward  # type: ignore[attr-defined]  # noqa: SLF001
 
-    def from_numpy(ndarray: Any) -> torch.Tensor:
-        tensor = own_from_numpy(ndarray)
-        calls.places.put(tensor, on_host=True)
-        return tensor
+    def on_host(own: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = own(*args, **kwargs)
+            calls.places.put(tensor, on_host=True)
+            return tensor
+
+        return make
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with calls.places.below(), calls:
             return own_run(*args, **kwargs)
 
     with (
-        mock.patch.object(torch, "from_numpy", from_numpy),
+        mock.patch.object(torch, "from_numpy", on_host(torch.from_numpy)),
+        mock.patch.object(torch, "frombuffer", on_host(torch.frombuffer)),
         mock.patch.object(torch.autograd, "_engine_run_backward", run),
     ):
         yield

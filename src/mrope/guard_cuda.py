@@ -114,12 +114,10 @@ class Places:
             is not known.
     """
 
-    def __init__(self, host: Iterable[torch.Tensor]) -> None:
+    def __init__(self) -> None:
         self._storages: dict[int, Any] = {}
         self.muted = False
         self.factories: bool | None = None
-        for tensor in host:
-            self.put(tensor, on_host=True)
 
     def on_host(self, tensor: torch.Tensor) -> bool:
         """Tell whether a tensor is on the host."""

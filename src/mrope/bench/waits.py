@@ -1,0 +1,108 @@
+"""How often does the host wait in a training step? Counted, not timed: `mrope bench waits`.
+
+One step, forward and backward, of each given config's model, on made-up batches with images, videos
+or both, padded and not, under sdpa and eager: of the plain model, with positions in the batch, with
+the vision tensors too, and attached.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mrope.bench.conditions import conditions
+from mrope.bench.tiny import tiny_examples
+from mrope.collator import MRopeCollator
+from mrope.config import Config, load_config, model_table
+from mrope.guard import SyncGuard
+from mrope.hf import attach
+from mrope.padding import PaddingCollator
+from mrope.train import build_model
+from mrope.vision import VisionSpec
+
+COLUMNS = ("plain", "+ positions", "+ vision tensors", "attached")
+_MEDIA = {"images": (True, False), "videos": (False, True), "both": (True, True)}
+_MARKS = "<!-- waits -->", "<!-- /waits -->"
+
+Row = dict[str, Any]
+
+
+def run(configs: list[Path], json_file: Path | None, markdown_file: Path | None) -> None:
+    """Count the waits of every config; print a table, and write it where asked.
+
+    Args:
+        configs: training configs; their `model.config` is used, with random weights.
+        json_file: where to write the counts and the conditions.
+        markdown_file: page in which the lines between `<!-- waits -->` and `<!-- /waits -->` are
+            replaced by the table.
+    """
+    rows = [row for path in configs for row in count(load_config(path))]
+    table = Table(*rows[0], title="host waits of a training step")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if json_file is not None:
+        report = {"conditions": conditions(), "rows": rows}
+        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if markdown_file is not None:
+        before, _, rest = markdown_file.read_text(encoding="utf-8").partition(_MARKS[0])
+        after = rest.partition(_MARKS[1])[2]
+        page = f"{before}{_MARKS[0]}\n\n{markdown(rows)}\n\n{_MARKS[1]}{after}"
+        markdown_file.write_text(page, encoding="utf-8")
+
+
+def count(cfg: Config) -> Iterator[Row]:
+    """Yield a row for each attention, media and padding."""
+    for attention, media, padded in itertools.product(("sdpa", "eager"), _MEDIA, (True, False)):
+        model = cfg.model.model_copy(update={"attn_implementation": attention})
+        yield count_row(cfg.model_copy(update={"model": model}), media, padded)
+
+
+def count_row(cfg: Config, media: str, padded: bool) -> Row:
+    """Return the waits of one step in each of the four ways, with what they were counted on."""
+    torch.manual_seed(cfg.train.seed)
+    model = build_model(cfg)
+    plain, batch = _batches(cfg, media, padded)
+    positions = plain | {"position_ids": batch["position_ids"]}
+    counts = [_waits(model, one) for one in (plain, positions, batch)]
+    counts.append(_waits(attach(model), batch))
+    return {
+        "family": cfg.spec().family,
+        "attention": cfg.model.attn_implementation,
+        "media": media,
+        "padding": "yes" if padded else "no",
+        **dict(zip(COLUMNS, counts, strict=True)),
+    }
+
+
+def markdown(rows: list[Row]) -> str:
+    """Return the rows as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _batches(cfg: Config, media: str, padded: bool) -> tuple[Row, Row]:
+    """Return what an inner collate function makes, and the same with all that the stage adds."""
+    spec = cfg.spec()
+    images, videos = _MEDIA[media]
+    examples = tiny_examples(model_table(cfg.model.config), spec, images=images, videos=videos)
+    if not padded:
+        examples = [examples[0]] * 2
+    inner = PaddingCollator()
+    collate = MRopeCollator(inner, spec, VisionSpec.from_config(cfg.model.config))
+    return inner(examples), collate(examples)
+
+
+def _waits(model: torch.nn.Module, batch: Mapping[str, Any]) -> int:
+    model.zero_grad()
+    with SyncGuard() as guard:
+        model(**batch).loss.backward()
+    return guard.count
