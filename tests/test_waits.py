@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -14,15 +12,8 @@ from mrope.bench.waits import count_row, markdown
 from mrope.config import load_config
 from mrope.guard import SyncGuard
 from mrope.hf import attach
+from mrope.train import guarded_step
 from test_reading import MEDIA, make_batches
-
-
-def waits(model: torch.nn.Module, batch: dict[str, Any]) -> SyncGuard:
-    """Return the guard of one training step."""
-    model.zero_grad()
-    with SyncGuard() as guard:
-        model(**batch).loss.backward()
-    return guard
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
@@ -33,7 +24,7 @@ def test_an_attached_model_does_not_wait(
     family: str, attention: str, media: str, padded: bool
 ) -> None:
     _, batch = make_batches(family, media, padded)
-    guard = waits(attach(tiny_model(family, attention).train()), batch)
+    guard = guarded_step(attach(tiny_model(family, attention).train()), batch)
     assert guard.count == 0, guard.report()
 
 
@@ -42,13 +33,13 @@ def test_each_step_of_the_way_takes_waits_off_the_forward(family: str) -> None:
     plain_batch, batch = make_batches(family)
     model = tiny_model(family).train()
     positions = plain_batch | {"position_ids": batch["position_ids"]}
-    counts = [waits(model, one).count for one in (plain_batch, positions, batch)]
+    counts = [guarded_step(model, one).count for one in (plain_batch, positions, batch)]
     assert counts[0] > counts[1] > counts[2] > 0
 
 
 def test_the_sites_of_a_plain_model_are_those_known() -> None:
     plain_batch, _ = make_batches("qwen3_vl")
-    report = waits(tiny_model("qwen3_vl").train(), plain_batch).report()
+    report = guarded_step(tiny_model("qwen3_vl").train(), plain_batch).report()
     for function in (
         "get_rope_index: tolist",
         "get_placeholder_mask: format",
@@ -84,7 +75,7 @@ def test_without_one_of_its_parts_the_model_waits_again(dropped: str, site: str)
             text._deepstack_process(torch.zeros(*mask.shape, 4), mask, torch.zeros(len(index), 4))
         assert site in guard.report()
         return
-    assert site in waits(model, batch).report()
+    assert site in guarded_step(model, batch).report()
 
 
 @pytest.mark.parametrize("family", MODEL_FAMILIES)

@@ -79,8 +79,8 @@ class MRopeCollator:
             (B, 1) added as torch tensors and no other key changed. With `vision`, also:
 
             - what `vision_tensors` returns for the images and for the videos, each under the
-            tower's
-              own name with `image_` or `video_` before it, as transformers' models take them;
+              tower's own name with `image_` or `video_` before it, as transformers' models take
+              them;
             - for the reading model of `mrope.hf`: `image_scatter_index` int64 (features,), which of
               the B * S tokens each feature row goes to; `image_split_sizes` and
               `image_window_split_sizes`, lists of ints, the patches of each attention segment; the

@@ -1,14 +1,13 @@
 """The training config: a YAML file with overrides, validated as a whole before anything runs.
 
-An edge of the package: it needs the `train` extra (pydantic, OmegaConf), and no worker imports it.
+An edge of the package: it needs the `cli` extra (pydantic, OmegaConf), and no worker imports it.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -30,7 +29,7 @@ from yaml import YAMLError
 
 from mrope.collator import Collate, MRopeCollator
 from mrope.errors import MRopeError
-from mrope.families import REFERENCES, MRopeSpec
+from mrope.families import REFERENCES, MRopeSpec, nearest
 from mrope.padding import PaddingCollator
 from mrope.vision import VisionSpec
 
@@ -88,7 +87,7 @@ def _folder(value: str, info: ValidationInfo) -> str:
 def _reference(value: str) -> str:
     known = ("auto", *REFERENCES)
     if value not in known:
-        raise ValueError(f"must be one of {', '.join(known)}{_nearest(value, known)}")
+        raise ValueError(f"must be one of {', '.join(known)}{nearest(value, known)}")
     return value
 
 
@@ -365,7 +364,7 @@ def _problem(entry: Mapping[str, Any]) -> str:
         known = _known_keys(keys[:-1])
         if entry["type"] == "missing":
             return f"{name}: missing; it has no default"
-        return f"{name}: unknown key{_nearest(keys[-1], known)}; known: {', '.join(known)}"
+        return f"{name}: unknown key{nearest(keys[-1], known)}; known: {', '.join(known)}"
     if entry["type"] == "model_type":
         return f"{name}: must be a section with the keys {', '.join(_known_keys(keys))}"
     if entry["type"] == "value_error":
@@ -386,8 +385,3 @@ def _known_keys(sections: Sequence[str]) -> list[str]:
 
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mrope.collator import Collate
 from mrope.errors import MRopeError
+from mrope.spans import token_kinds
 from mrope.synthetic import SyntheticRows, patch_values
 
 if TYPE_CHECKING:
@@ -104,8 +105,7 @@ def load_rows(cfg: Config, spec: MRopeSpec, model_config: Any) -> RowDataset:
 
 def token_types(input_ids: npt.NDArray[np.int64], spec: MRopeSpec) -> npt.NDArray[np.int64]:
     """Return `mm_token_type_ids`: 1 at image placeholders, 2 at video placeholders, else 0."""
-    is_image, is_video = input_ids == spec.image_token_id, input_ids == spec.video_token_id
-    return np.where(is_video, 2, is_image.astype(np.int64))
+    return token_kinds(spec, input_ids).astype(np.int64)
 
 
 def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[Any]:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ def resolve_reference(name: str = "auto", installed: str | None = None) -> str:
     if name != "auto":
         if name not in REFERENCES:
             raise MRopeError(
-                f"unknown reference {name!r}{_nearest(name, REFERENCES)}; "
+                f"unknown reference {name!r}{nearest(name, REFERENCES)}; "
                 f"known: auto, {', '.join(REFERENCES)}"
             )
         return name
@@ -342,9 +342,10 @@ def _unknown_family(name: object) -> str:
         return f"the config has no model_type, so its family cannot be told; {known}"
     if re.search(r"_(text|vision)$", name):
         return f"model_type {name!r} is a part of a model; give the whole model's config; {known}"
-    return f"unknown model_type {name!r}{_nearest(name, FAMILIES)}; {known}"
+    return f"unknown model_type {name!r}{nearest(name, FAMILIES)}; {known}"
 
 
-def _nearest(name: str, known: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the known name that is most like `name`; nothing where none is."""
+    close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -53,8 +53,8 @@ def to_grids(
     Raises:
         MRopeError: a grid of a wrong shape, dtype or size; counts that do not add up.
     """
-    image_N3 = _as_grid("image_grid_thw", image_grid_thw)
-    video_N3 = _as_grid("video_grid_thw", video_grid_thw)
+    image_N3 = as_grid("image_grid_thw", image_grid_thw)
+    video_N3 = as_grid("video_grid_thw", video_grid_thw)
     images = len(image_N3)
     size_3G = np.concatenate((image_N3, video_N3)).T.copy()
     _check_sizes(size_3G, images, spec.spatial_merge_size, shape)
@@ -90,7 +90,8 @@ def as_integers(name: str, values: npt.ArrayLike, hint: str) -> IntArray:
 _NO_GRID = np.empty((0, 3), np.int64)
 
 
-def _as_grid(name: str, grid_thw: npt.ArrayLike | None) -> npt.NDArray[np.int64]:
+def as_grid(name: str, grid_thw: npt.ArrayLike | None) -> npt.NDArray[np.int64]:
+    """Return grids as int64 (N, 3), no rows for None; sizes are not looked at."""
     if grid_thw is None:
         return _NO_GRID
     array = as_integers(name, grid_thw, "frames, height and width in patches")
@@ -109,7 +110,7 @@ def _check_sizes(size_3G: IntArray, images: int, merge: int, shape: tuple[int, i
     if size_3G.shape[1] == 0:
         return
     limit = merge * shape[0] * shape[1]
-    # Seen as unsigned, size - 1 is huge for 0 and below: one maximum checks both ends.
+    # Seen as unsigned, size - 1 is huge for 0 and below: one comparison checks both ends.
     outside = np.count_nonzero((size_3G - 1).view(np.uint64) >= limit)
     if not outside and not np.count_nonzero(size_3G[1:] % merge):
         return

@@ -51,7 +51,7 @@ def find_runs(
     Raises:
         SpanMismatchError: tokens, types and grids do not fit together.
     """
-    kind_T = _token_kinds(spec, stream.tokens_T)
+    kind_T = token_kinds(spec, stream.tokens_T)
     if types_T is not None and not np.array_equal(kind_T, types_T):
         raise type_mismatch(stream, kind_T, types_T)
     whole = _runs_of_one_kind(kind_T, stream.start_D)
@@ -75,7 +75,7 @@ def find_runs(
     return Runs(*cut, first_D, runs_D, vision_V, grid_V, kind_T == TEXT)
 
 
-def _token_kinds(spec: MRopeSpec, tokens_T: IntArray) -> npt.NDArray[np.uint8]:
+def token_kinds(spec: MRopeSpec, tokens_T: IntArray) -> npt.NDArray[np.uint8]:
     """Return TEXT, IMAGE or VIDEO for each token."""
     kind_T: npt.NDArray[np.uint8] = (tokens_T == spec.video_token_id).view(np.uint8)
     np.add(kind_T, kind_T, out=kind_T)

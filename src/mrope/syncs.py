@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from rich.table import Table
 from mrope.config import Config, build_collator, load_config
 from mrope.data import RowDataset
 from mrope.errors import MRopeError
-from mrope.guard import Site, SyncGuard
+from mrope.guard import Site
 from mrope.hf import attach, detach
-from mrope.train import build_model, load_run_rows, to_device
+from mrope.train import build_model, guarded_step, load_run_rows, to_device
 
 
 def run(config: Path | None, overrides: list[str], model: str | None) -> None:
@@ -52,16 +51,9 @@ def step_sites(cfg: Config) -> tuple[list[Site], list[Site]]:
             if attached:
                 attach(model)
                 stack.callback(detach, model)
-            found.append(_sites(model, to_device(batch, device)))
+            found.append(guarded_step(model, to_device(batch, device)).sites)
     before, after = found
     return before, after
-
-
-def _sites(model: torch.nn.Module, batch: Mapping[str, Any]) -> list[Site]:
-    model.zero_grad()
-    with SyncGuard() as guard:
-        model(**batch).loss.backward()
-    return guard.sites
 
 
 def _first_batch(cfg: Config, rows: RowDataset) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mrope.errors import MRopeError
+from mrope.spans import token_kinds
 
 if TYPE_CHECKING:
     from mrope.config import ShapeSection
@@ -48,7 +49,7 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
                 f"width={shape.width}"
             )
         self.text = shape.width - len(self.template)
-        self.vision_ids = torch.tensor([spec.image_token_id, spec.video_token_id])
+        self.spec = spec
         self.columns: dict[str, torch.Tensor] = {}
         for name, pixels, grid, count in (
             ("image_grid_thw", "pixel_values", image, shape.images),
@@ -66,11 +67,11 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
         generator = torch.Generator().manual_seed(index)
         text = torch.randint(10, _VOCABULARY, (self.text,), generator=generator)
         input_ids = torch.cat([torch.tensor(self.template), text])
-        is_image, is_video = (input_ids == token for token in self.vision_ids)
+        types = torch.from_numpy(token_kinds(self.spec, input_ids.numpy())).long()
         return {
             "input_ids": input_ids,
-            "labels": input_ids.masked_fill(is_image | is_video, -100),
-            "mm_token_type_ids": is_image.long() + 2 * is_video.long(),
+            "labels": input_ids.masked_fill(types > 0, -100),
+            "mm_token_type_ids": types,
             **self.columns,
         }
 

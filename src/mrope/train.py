@@ -245,10 +245,15 @@ def _run(cfg: Config, rows: RowDataset, console: Console) -> TrainResult:
 
 def _count_waits(model: torch.nn.Module, loader: DataLoader[Any], device: torch.device) -> int:
     batch, _ = next(iter(loader))
-    batch = to_device(batch, device)
+    return guarded_step(model, to_device(batch, device)).count
+
+
+def guarded_step(model: torch.nn.Module, batch: Mapping[str, Any]) -> SyncGuard:
+    """Return the guard of one step, forward and backward; gradients are set anew."""
+    model.zero_grad()
     with SyncGuard() as guard:
         model(**batch).loss.backward()
-    return guard.count
+    return guard
 
 
 def _steps(
@@ -259,7 +264,7 @@ def _steps(
     device: torch.device,
 ) -> Iterator[Step]:
     """Train for `count` steps and yield each when it is done."""
-    batches = _endless(loader)
+    batches = endless(loader)
     for number in range(1, count + 1):
         start = time.perf_counter()
         batch, worker = next(batches)
@@ -269,7 +274,7 @@ def _steps(
         batch = to_device(batch, device)
         start = time.perf_counter()
         loss = model(**batch).loss
-        _wait(device)
+        finish(device)
         forward_seconds = time.perf_counter() - start
         loss.backward()
         optimizer.step()
@@ -285,12 +290,14 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
-def _endless(loader: DataLoader[Any]) -> Iterator[tuple[dict[str, Any], int]]:
+def endless(loader: DataLoader[Any]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield batches and the process that made each, pass after pass."""
     while True:
         yield from loader
 
 
-def _wait(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
+    """Wait for a CUDA device to be done; others are."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

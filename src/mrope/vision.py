@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from mrope.errors import MRopeError
 from mrope.families import as_mapping, installed_transformers, read_int
-from mrope.grids import as_integers
+from mrope.grids import as_grid
 
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
@@ -290,13 +290,7 @@ def _window_side(vision: Mapping[str, Any], where: str, merge: int) -> int:
 
 
 def _as_grids(grid_thw: npt.ArrayLike | None, merge: int) -> Int64Array:
-    if grid_thw is None:
-        return np.empty((0, 3), np.int64)
-    grid_N3 = as_integers("grid_thw", grid_thw, "frames, height and width in patches")
-    if grid_N3.shape == (0,):
-        return np.empty((0, 3), np.int64)
-    if grid_N3.ndim != 2 or grid_N3.shape[1] != 3:
-        raise MRopeError(f"grid_thw must have shape (N, 3), not {grid_N3.shape}")
+    grid_N3 = as_grid("grid_thw", grid_thw)
     wrong_N = (grid_N3 < 1).any(axis=1) | (grid_N3[:, 1:] % merge != 0).any(axis=1)
     if wrong_N.any():
         ordinal = int(wrong_N.argmax())
@@ -305,7 +299,7 @@ def _as_grids(grid_thw: npt.ArrayLike | None, merge: int) -> Int64Array:
             f"and width multiples of spatial_merge_size={merge}; usual cause: a grid of another "
             "processor"
         )
-    return grid_N3.astype(np.int64, copy=False)
+    return grid_N3
 
 
 def _join(build: Callable[..., Piece], grid_N3: Int64Array, *numbers: int) -> Piece:

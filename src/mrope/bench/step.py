@@ -37,8 +37,16 @@ from mrope.config import Config, build_collator, load_config
 from mrope.data import RowDataset, make_loader
 from mrope.guard import SyncGuard
 from mrope.hf import attach, detach
+from mrope.hf.attach import base_model
 from mrope.padding import PaddingCollator
-from mrope.train import build_model, load_run_rows, to_device
+from mrope.train import (
+    build_model,
+    endless,
+    finish,
+    guarded_step,
+    load_run_rows,
+    to_device,
+)
 
 VARIANTS = ("plain", "rows", "positions", "vision", "attached")
 _WARM_UP = 3
@@ -143,7 +151,7 @@ def _prepared(cfg: Config, model: torch.nn.Module, variant: str) -> Iterator[Con
         "vision": variant in ("vision", "attached"),
     }
     section = cfg.rope.model_copy(update=rope)
-    base: Any = next(part for part in reversed(list(model.modules())) if hasattr(part, "visual"))
+    base = base_model(model)
     if variant == "attached":
         attach(model)
     elif variant == "rows":
@@ -162,7 +170,7 @@ def _measure(
 ) -> Measured:
     measured = Measured()
     loader = make_loader(cfg, rows, build_collator(cfg))
-    batches = (to_device(batch, where) for batch, _ in _endless(loader))
+    batches = (to_device(batch, where) for batch, _ in endless(loader))
     for batch in islice(batches, _WARM_UP):
         _step(model, batch)
     with _stage_in_forward(model) as stopwatch:
@@ -177,8 +185,7 @@ def _measure(
     measured.batch_bytes = sum(
         value.nbytes for value in batch.values() if isinstance(value, torch.Tensor)
     )
-    with SyncGuard() as guard:
-        _step(model, batch)
+    guard = guarded_step(model, batch)
     measured.waits, measured.sites = guard.count, guard.report()
     if not measured.waits:
         with SyncGuard(mode="error"):  # a step without waits must not be stopped either
@@ -194,7 +201,7 @@ def _host_time(
 ) -> tuple[float, float]:
     """Return seconds until the forward returns, from an idle device on, and the loss."""
     model.zero_grad()
-    _finish(where)
+    finish(where)
     start = time.perf_counter()
     loss = model(**batch).loss
     host = time.perf_counter() - start
@@ -210,11 +217,11 @@ def _step_times(
     On CUDA by events on the stream; the host runs ahead as far as the forward lets it.
     """
     marks = []
-    _finish(where)
+    finish(where)
     for batch in batches:
         marks.append(_mark(where))
         _step(model, batch)
-    _finish(where)
+    finish(where)
     if where.type == "cuda":
         return [one.elapsed_time(other) / 1e3 for one, other in pairwise(marks)]
     return [other - one for one, other in pairwise(marks)]
@@ -227,11 +234,6 @@ def _mark(where: torch.device) -> Any:
     event = kind(enable_timing=True)
     event.record()
     return event
-
-
-def _finish(where: torch.device) -> None:
-    if where.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _step(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
@@ -300,7 +302,7 @@ def _stage_in_forward(model: torch.nn.Module) -> Iterator[_Stopwatch]:
     module are replaced until the end. Where a key is precomputed they only look it up.
     """
     stopwatch = _Stopwatch()
-    base: Any = next(part for part in reversed(list(model.modules())) if hasattr(part, "visual"))
+    base = base_model(model)
     own = vars(base).get("get_rope_index")
     module = sys.modules[type(base.visual).__module__]
     helpers = {
@@ -325,11 +327,6 @@ def _modalities(cfg: Config) -> set[str]:
     shape = cfg.data.shape
     given = {"image": shape and shape.images, "video": shape and shape.videos}
     return {modality for modality, count in given.items() if count}
-
-
-def _endless(loader: Any) -> Iterator[Any]:
-    while True:
-        yield from loader
 
 
 def _on_cuda(device: str) -> bool:

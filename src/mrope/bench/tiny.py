@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mrope.data import token_types
 from mrope.families import MRopeSpec
 
 TEXT_IDS = range(20, 300)
@@ -51,10 +52,11 @@ def _example(
             tokens += _text(rng, 2)
     tokens += _text(rng, int(rng.integers(1, 6)))
     ids = np.array(tokens)
+    types = token_types(ids, spec)
     example: dict[str, Any] = {
         "input_ids": ids,
-        "labels": np.where(np.isin(ids, [spec.image_token_id, spec.video_token_id]), -100, ids),
-        "mm_token_type_ids": (ids == spec.image_token_id) + 2 * (ids == spec.video_token_id),
+        "labels": np.where(types, -100, ids),
+        "mm_token_type_ids": types,
     }
     for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if grids[kind]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,9 @@ from mrope.bench.conditions import conditions
 from mrope.bench.tiny import tiny_examples
 from mrope.collator import MRopeCollator
 from mrope.config import Config, load_config, model_table
-from mrope.guard import SyncGuard
 from mrope.hf import attach
 from mrope.padding import PaddingCollator
-from mrope.train import build_model
+from mrope.train import build_model, guarded_step
 from mrope.vision import VisionSpec
 
 COLUMNS = ("plain", "+ positions", "+ vision tensors", "attached")
@@ -72,8 +71,8 @@ def count_row(cfg: Config, media: str, padded: bool) -> Row:
     model = build_model(cfg)
     plain, batch = _batches(cfg, media, padded)
     positions = plain | {"position_ids": batch["position_ids"]}
-    counts = [_waits(model, one) for one in (plain, positions, batch)]
-    counts.append(_waits(attach(model), batch))
+    counts = [guarded_step(model, one).count for one in (plain, positions, batch)]
+    counts.append(guarded_step(attach(model), batch).count)
     return {
         "family": cfg.spec().family,
         "attention": cfg.model.attn_implementation,
@@ -99,10 +98,3 @@ def _batches(cfg: Config, media: str, padded: bool) -> tuple[Row, Row]:
     inner = PaddingCollator()
     collate = MRopeCollator(inner, spec, VisionSpec.from_config(cfg.model.config))
     return inner(examples), collate(examples)
-
-
-def _waits(model: torch.nn.Module, batch: Mapping[str, Any]) -> int:
-    model.zero_grad()
-    with SyncGuard() as guard:
-        model(**batch).loss.backward()
-    return guard.count

@@ -41,7 +41,7 @@ def attach(model: Model, strict: bool = True) -> Model:
             that is attached already or whose forward somebody else replaced, a text model with
             sliding windows, or an untested release of transformers.
     """
-    base = _base_model(model)
+    base = base_model(model)
     if strict:
         _check_release()
     if "forward" in vars(base):
@@ -70,7 +70,7 @@ def detach(model: Model) -> Model:
     Raises:
         MRopeError: the model is not attached.
     """
-    base = _base_model(model)
+    base = base_model(model)
     if not hasattr(base, "mrope_strict"):
         raise MRopeError(f"{type(base).__name__} is not attached")
     del base.mrope_strict, base.forward
@@ -80,7 +80,7 @@ def detach(model: Model) -> Model:
     return model
 
 
-def _base_model(model: torch.nn.Module) -> Any:
+def base_model(model: torch.nn.Module) -> Any:
     """Return the one module inside `model` that holds a vision tower and a language model."""
     _refuse_wrapped(model)
     found = [

@@ -71,8 +71,7 @@ def add_by_index(
 
     Args:
         index: (N,) int64 places among the B * S tokens; a boolean mask, which the model's own
-        forward
-            gives, goes to the model's own method.
+            forward gives, goes to the model's own method.
     """
     if index.dtype == torch.bool:
         own = type(self)._deepstack_process  # noqa: SLF001 - the method that this one stands in for
