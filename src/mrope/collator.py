@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +11,14 @@ import torch
 
 from mrope.errors import MRopeError
 from mrope.families import MRopeSpec
+from mrope.layouts import CheckedBatch, Layout, to_batch_layout
+from mrope.packing import check_packing, flatten, refuse_packed, seq_lengths
 from mrope.padding import PaddingCollator
 from mrope.positions import rope_index
 from mrope.vision import VisionSpec, check_release, vision_tensors
 
 Collate = Callable[[Any], Any]
+Packing = Literal["flatten"]
 
 _OPTIONAL = ("attention_mask", "image_grid_thw", "video_grid_thw", "mm_token_type_ids")
 # transformers' processors and models do not agree on the name of the same numbers.
@@ -36,10 +39,19 @@ class MRopeCollator:
             a dict, `BatchEncoding` or `BatchFeature`. None: `PaddingCollator()`.
         spec: the model's numbers and the reference to follow.
         vision: the vision tower's numbers, to attach its tensors too; None: positions only.
+        packing: "flatten" brings the examples of a batch into one row without padding; see
+            `mrope.packing.flatten` for what is in such a batch.
+        layout: "model", `position_ids` (3|4, B, S), as models take them; "batch", (B, 3|4, S), for
+            what cuts or joins batches on dim 0; see `mrope.layouts`.
+        pad_to_multiple_of: a flattened row is filled up to a multiple of this, by a segment of its
+            own. Padded batches: the inner collate function has a say in that.
+        pad_token_id: token id of that segment.
 
     Raises:
         TypeError: an argument of another kind.
-        MRopeError: `vision` is given, and the installed transformers would not read its tensors.
+        ValueError: an argument of another value.
+        MRopeError: `vision` is given, and the installed transformers would not read its tensors;
+            "flatten" with a model whose examples would see each other.
 
     Example:
         >>> from mrope.families import example_config
@@ -55,6 +67,11 @@ class MRopeCollator:
         inner_collate: Collate | None,
         spec: MRopeSpec,
         vision: VisionSpec | None = None,
+        *,
+        packing: Packing | None = None,
+        layout: Layout = "model",
+        pad_to_multiple_of: int = 1,
+        pad_token_id: int = 0,
     ) -> None:
         if not isinstance(spec, MRopeSpec):
             raise TypeError(f"spec must be an MRopeSpec, not {type(spec).__name__}")
@@ -63,8 +80,22 @@ class MRopeCollator:
         self.inner_collate = PaddingCollator() if inner_collate is None else inner_collate
         if vision is not None:
             check_release(vision)
+        _require("packing", packing, (None, *get_args(Packing)))
+        _require("layout", layout, get_args(Layout))
+        if packing is None and pad_to_multiple_of != 1:
+            raise ValueError("pad_to_multiple_of belongs to packing='flatten'")
+        if pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of must be at least 1, not {pad_to_multiple_of}")
+        if pad_token_id in (spec.image_token_id, spec.video_token_id):
+            raise ValueError(f"pad_token_id {pad_token_id} is a placeholder of images or videos")
+        if packing is not None:
+            check_packing(spec)
         self.spec = spec
         self.vision = vision
+        self.packing = packing
+        self.layout = layout
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.pad_token_id = pad_token_id
 
     def __call__(self, examples: Any) -> Any:
         """Collate `examples` and attach the positions of the batch.
@@ -76,7 +107,9 @@ class MRopeCollator:
 
         Returns:
             The inner function's batch, with `position_ids` int64 (3, B, S) and `rope_deltas` int64
-            (B, 1) added as torch tensors and no other key changed. With `vision`, also:
+            (B, 1) added as torch tensors and no other key changed; a dict comes back as a
+            `CheckedBatch`. With `packing="flatten"` the token columns are one row, `position_ids`
+            (4, 1, T), and the borders are added, see `mrope.packing.flatten`. With `vision`, also:
 
             - what `vision_tensors` returns for the images and for the videos, each under the
               tower's own name with `image_` or `video_` before it, as transformers' models take
@@ -93,15 +126,42 @@ class MRopeCollator:
         """
         batch = _as_batch(self.inner_collate(examples))
         arguments = _arguments(batch, examples)
-        position_ids, rope_deltas = rope_index(self.spec, **arguments)
-        added = {"position_ids": position_ids, "rope_deltas": rope_deltas}
+        if self.packing is None:
+            refuse_packed(batch, examples, arguments["input_ids"].shape)
+            position_ids, rope_deltas = rope_index(self.spec, **arguments)
+            added: dict[str, Any] = {"position_ids": position_ids, "rope_deltas": rope_deltas}
+        else:
+            added = self._flatten(batch, examples, arguments)
         if self.vision is not None:
             added |= _tower_inputs(self.vision, arguments)
             added |= _reader_inputs(self.spec, arguments, added)
         for name, value in added.items():
             _refuse_second_source(batch, name)
             batch[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        return batch
+        if self.layout == "batch":
+            batch.update(to_batch_layout(batch))
+        return CheckedBatch(batch) if type(batch) is dict else batch
+
+    def _flatten(
+        self, batch: MutableMapping[str, Any], examples: Any, arguments: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Bring `batch` into one row and return what is added; `arguments` are of that row then."""
+        ids, mask = arguments["input_ids"], arguments.pop("attention_mask", None)
+        lengths = seq_lengths(batch, examples, ids.shape, mask)
+        position_ids, rope_deltas = rope_index(
+            self.spec, **arguments, attention_mask=mask, seq_lengths=lengths
+        )
+        _refuse_second_source(batch, "position_ids")
+        added = flatten(
+            batch,
+            position_ids,
+            lengths,
+            mask,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            pad_token_id=self.pad_token_id,
+        )
+        arguments["input_ids"] = batch["input_ids"].numpy()
+        return added | {"rope_deltas": rope_deltas}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner_collate!r}, {self.spec!r})"
@@ -144,6 +204,11 @@ def _as_batch(batch: Any) -> MutableMapping[str, Any]:
             f"not {type(batch).__name__}{_keys(batch)}"
         )
     return batch
+
+
+def _require(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}")
 
 
 def _refuse_second_source(batch: Mapping[str, Any], name: str) -> None:

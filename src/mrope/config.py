@@ -188,11 +188,23 @@ class RopeSection(_Section):
         enabled: False: the batch is left alone, and the model computes for itself.
         reference: a key of `REFERENCES`, or "auto"; see `resolve_reference`.
         vision: the vision tower's tensors are computed in the workers too.
+        packing: "flatten" brings the examples of a batch into one row without padding.
+        layout: "batch" puts the batch on dim 0 of `position_ids`; see `mrope.layouts`.
+        pad_to_multiple_of: a flattened row is filled up to a multiple of this.
     """
 
     enabled: bool = True
     reference: Annotated[str, AfterValidator(_reference)] = "auto"
     vision: bool = False
+    packing: Literal["flatten"] | None = None
+    layout: Literal["model", "batch"] = "model"
+    pad_to_multiple_of: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _only_flattened_rows_are_filled_up(self) -> Self:
+        if self.pad_to_multiple_of != 1 and self.packing is None:
+            raise ValueError("rope.pad_to_multiple_of needs rope.packing: flatten")
+        return self
 
 
 class TrainSection(_Section):
@@ -299,11 +311,20 @@ def build_collator(cfg: Config, inner_collate: Collate | None = None) -> Collate
     Raises:
         ConfigError: the model's config has no M-RoPE family that is known.
     """
+    pad_token_id = _pad_token_id(cfg.model.config)
     if inner_collate is None:
-        inner_collate = PaddingCollator(pad_token_id=_pad_token_id(cfg.model.config))
+        inner_collate = PaddingCollator(pad_token_id=pad_token_id)
     if not cfg.rope.enabled:
         return inner_collate
-    return MRopeCollator(inner_collate, cfg.spec(), cfg.vision_spec())
+    return MRopeCollator(
+        inner_collate,
+        cfg.spec(),
+        cfg.vision_spec(),
+        packing=cfg.rope.packing,
+        layout=cfg.rope.layout,
+        pad_to_multiple_of=cfg.rope.pad_to_multiple_of,
+        pad_token_id=pad_token_id,
+    )
 
 
 def model_table(config: Mapping[str, Any] | str) -> Mapping[str, Any]:

@@ -5,10 +5,13 @@ Shape suffixes: B rows of the batch, S padded length, T tokens of the stream, D 
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from mrope.errors import MRopeError
 
 IntArray = npt.NDArray[np.integer[Any]]
 BoolArray = npt.NDArray[np.bool_]
@@ -18,7 +21,8 @@ class Stream(NamedTuple):
     """The valid tokens of a batch, one document after another.
 
     Attributes:
-        tokens_T: token ids of the documents, padding dropped.
+        tokens_T: token ids of the documents, padding dropped. A document is a row of the batch, or
+            one of the examples that a packed row holds.
         start_D: where each document starts in `tokens_T`, ascending; no document is empty.
         length_D: tokens of each document.
         row_D: the row of the batch that each document came from.
@@ -51,6 +55,39 @@ def to_stream(input_ids_BS: IntArray, valid_BS: BoolArray | None) -> Stream:
     row_D = length_B.nonzero()[0]
     length_D = length_B[row_D]
     return Stream(input_ids_BS[valid_BS], length_D.cumsum() - length_D, length_D, row_D, valid_BS)
+
+
+def split_rows(stream: Stream, seq_lengths: Any, rows: int) -> Stream:
+    """Cut rows that hold several examples into a document for each; borders come from lengths.
+
+        lengths of documents [5, 2], seq_lengths [[3, 2], [2]]:  lengths [3, 2, 2], row [0, 0, 1]
+
+    Args:
+        seq_lengths: for each row the tokens of its examples in their order, padding not counted.
+        rows: rows of the batch.
+
+    Raises:
+        MRopeError: lengths below 1, or lengths that are not those of a row.
+    """
+    if len(seq_lengths) != rows:
+        raise MRopeError(f"seq_lengths has {len(seq_lengths)} rows, but input_ids {rows}")
+    counts_B = np.array([len(lengths) for lengths in seq_lengths], np.int64)
+    length_D = np.array(list(chain.from_iterable(seq_lengths)))
+    if length_D.size and (length_D.dtype.kind not in "iu" or length_D.min() < 1):
+        raise MRopeError(f"seq_lengths must be integers of at least 1, not {list(seq_lengths)}")
+    length_D = length_D.astype(np.int64)
+    row_D = np.arange(rows).repeat(counts_B)
+    given_B = np.bincount(row_D, length_D, rows).astype(np.int64)
+    length_B = np.zeros(rows, np.int64)
+    length_B[stream.row_D] = stream.length_D
+    if not np.array_equal(given_B, length_B):
+        row = int((given_B != length_B).argmax())
+        raise MRopeError(
+            f"row {row}: seq_lengths {list(seq_lengths[row])} add up to {given_B[row]} tokens, but "
+            f"the row has {length_B[row]}. Likely cause: truncation after packing"
+        )
+    start_D = length_D.cumsum() - length_D
+    return stream._replace(start_D=start_D, length_D=length_D, row_D=row_D)
 
 
 def to_batch(

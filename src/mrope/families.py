@@ -29,12 +29,14 @@ class Family:
         frames_apart: every frame of a video is a span of its own, as if it were an image (Qwen3-VL
             and its kin, whose processors write a timestamp before each frame).
         timed: the temporal step of a video is `tokens_per_second * second_per_grid_ts`.
+        packs: its examples were seen to be kept apart in one row (see `mrope.packing`).
         image_keys, video_keys, start_keys: names under which a config may hold the token ids of the
             image placeholder, the video placeholder and the vision start marker.
     """
 
     frames_apart: bool
     timed: bool = False
+    packs: bool = True
     image_keys: tuple[str, ...] = ("image_token_id",)
     video_keys: tuple[str, ...] = ("video_token_id",)
     start_keys: tuple[str, ...] = ("vision_start_token_id",)
@@ -50,6 +52,7 @@ FAMILIES: dict[str, Family] = {
     # LMMs-Lab's config exposes every id under two names; a hand-written one may have either.
     "aero_realtime": Family(
         frames_apart=True,
+        packs=False,
         image_keys=("image_token_index", "image_token_id"),
         video_keys=("video_token_index", "video_token_id"),
         start_keys=("vision_start_token_index", "vision_start_token_id"),

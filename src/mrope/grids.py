@@ -109,7 +109,8 @@ def _check_sizes(size_3G: IntArray, images: int, merge: int, shape: tuple[int, i
     """
     if size_3G.shape[1] == 0:
         return
-    limit = merge * shape[0] * shape[1]
+    # Below 2**16 products do not overflow, and the error that names row and span can be had.
+    limit = merge * max(shape[0] * shape[1], 1 << 16)
     # Seen as unsigned, size - 1 is huge for 0 and below: one comparison checks both ends.
     outside = np.count_nonzero((size_3G - 1).view(np.uint64) >= limit)
     if not outside and not np.count_nonzero(size_3G[1:] % merge):

@@ -7,12 +7,13 @@ height stand still: one row of a frame. A text run counts as one line too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mrope.documents import BoolArray, IntArray, Stream, to_batch, to_stream
+from mrope.documents import BoolArray, IntArray, Stream, split_rows, to_batch, to_stream
 from mrope.errors import MRopeError
 from mrope.families import MRopeSpec
 from mrope.grids import Grids, as_integers, to_grids
@@ -36,6 +37,7 @@ def rope_index(
     mm_token_type_ids: npt.ArrayLike | None = None,
     images_per_sample: npt.ArrayLike | None = None,
     videos_per_sample: npt.ArrayLike | None = None,
+    seq_lengths: Sequence[npt.ArrayLike] | npt.ArrayLike | None = None,
     seconds_dtype: npt.DTypeLike = np.float32,
 ) -> tuple[PositionIds, PositionIds]:
     """Compute the 3-D positions of a batch, as `get_rope_index` of the spec's reference does.
@@ -55,11 +57,14 @@ def rope_index(
         mm_token_type_ids: (B, S) integers, 0 text, 1 image, 2 video; must agree with the token ids.
         images_per_sample, videos_per_sample: (B,) how many grids each row has. With them each
             row is checked on its own; without them tokens and grids must match over the batch.
+        seq_lengths: for rows that hold several examples: the tokens of each example of each row.
+            Every example is numbered as if it were alone. None: a row is an example.
         seconds_dtype: dtype of the multiplication by the frame's number. float64 is right only
             where the model itself would be given a float64 tensor of seconds.
 
     Returns:
-        `position_ids`, int64 (3, B, S), and `rope_deltas`, int64 (B, 1).
+        `position_ids`, int64 (3, B, S), and `rope_deltas`, int64 (B, 1); with `seq_lengths` one
+        row of deltas for each example, (examples, 1), taken over the example's own tokens.
 
     Raises:
         SpanMismatchError: placeholder tokens and grids do not fit together.
@@ -79,6 +84,8 @@ def rope_index(
     ids_BS = _as_ids(input_ids)
     valid_BS = _as_valid(attention_mask, ids_BS.shape, spec)
     stream = to_stream(ids_BS, valid_BS)
+    if seq_lengths is not None:
+        stream = split_rows(stream, seq_lengths, len(ids_BS))
     grids = to_grids(
         spec, image_grid_thw, video_grid_thw, images_per_sample, videos_per_sample, ids_BS.shape
     )
@@ -89,6 +96,8 @@ def rope_index(
         runs, grids.size_3G.take(runs.grid_V, axis=1), step_V, spec.rule.advance_over_time
     )
     position_ids = to_batch(positions_3T, stream, ids_BS.shape, spec.rule.fill)
+    if seq_lengths is not None:
+        return position_ids, (end_D - stream.length_D)[:, None]
     has_grids = image_grid_thw is not None or video_grid_thw is not None
     return position_ids, _deltas(spec, stream, end_D, ids_BS.shape, has_grids)
 

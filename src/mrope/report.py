@@ -25,16 +25,23 @@ def one_run(result: TrainResult) -> Group:
     return Group(table, _summary([result]))
 
 
-def two_runs(on: TrainResult, off: TrainResult) -> Group:
-    """Return both runs side by side, and whether every loss is equal to the last bit."""
+def equal_losses(on: TrainResult, off: TrainResult, tolerance: float) -> int:
+    """Return how many losses of two runs differ by no more than `tolerance`."""
+    return sum(
+        abs(one - other) <= tolerance for one, other in zip(on.losses, off.losses, strict=True)
+    )
+
+
+def two_runs(on: TrainResult, off: TrainResult, tolerance: float = 0.0) -> Group:
+    """Return both runs side by side, and how many losses are equal within `tolerance`."""
     table = Table("step", "tokens", "loss on", "loss off", "equal?")
-    equal = 0
     for one, other in zip(on.steps, off.steps, strict=True):
-        same = one.loss == other.loss
-        equal += same
-        mark = "[green]yes[/]" if same else f"[red]no, by {abs(one.loss - other.loss):.3g}[/]"
+        difference = abs(one.loss - other.loss)
+        mark = "[green]yes[/]" if difference <= tolerance else f"[red]no, by {difference:.3g}[/]"
         table.add_row(str(one.step), str(one.tokens), f"{one.loss:.6f}", f"{other.loss:.6f}", mark)
-    verdict = f"{equal} of {len(on.steps)} losses are equal to the last bit"
+    equal = equal_losses(on, off, tolerance)
+    exactness = f"within {tolerance:g}" if tolerance else "to the last bit"
+    verdict = f"{equal} of {len(on.steps)} losses are equal {exactness}"
     colour = "green" if equal == len(on.steps) else "red"
     return Group(table, _summary([on, off]), f"[bold {colour}]{verdict}[/]")
 

@@ -9,7 +9,7 @@ import torch
 
 from mrope import families
 from mrope.errors import MRopeError
-from mrope.hf.reading import READERS, add_by_index, attend_segments
+from mrope.hf.reading import READERS, add_by_index, attend_segments, mix_segments
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -59,6 +59,8 @@ def attach(model: Model, strict: bool = True) -> Model:
     base.forward = types.MethodType(READERS[base.config.model_type], base)
     for block in base.visual.blocks:
         block.attn.forward = types.MethodType(attend_segments, block.attn)
+    for mixer in _linear_layers(text):
+        mixer.forward = types.MethodType(mix_segments, mixer)
     if hasattr(text, "_deepstack_process"):
         text._deepstack_process = types.MethodType(add_by_index, text)  # noqa: SLF001
     return model
@@ -76,8 +78,14 @@ def detach(model: Model) -> Model:
     del base.mrope_strict, base.forward
     for block in base.visual.blocks:
         del block.attn.forward
+    for mixer in _linear_layers(base.language_model):
+        del mixer.forward
     vars(base.language_model).pop("_deepstack_process", None)
     return model
+
+
+def _linear_layers(text: Any) -> list[Any]:
+    return [layer.linear_attn for layer in text.layers if hasattr(layer, "linear_attn")]
 
 
 def base_model(model: torch.nn.Module) -> Any:

@@ -20,11 +20,12 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from mrope.errors import MRopeError
+from mrope.layouts import to_model_layout
 from mrope.vision import READ_SINCE
 
 Tensors = MutableMapping[str, Any]
@@ -34,6 +35,7 @@ _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 @can_return_tuple  # type: ignore[untyped-decorator]
 def read_flat(self: Any, **inputs: Any) -> Any:
     """Forward of Qwen2-VL, Qwen2.5-VL and Qwen3.5: features of one level, put where they belong."""
+    inputs = to_model_layout(inputs)
     if not _is_precomputed(self, inputs):
         return type(self).forward(self, **inputs)
     embeds = _token_embeddings(self, inputs)
@@ -46,6 +48,7 @@ def read_flat(self: Any, **inputs: Any) -> Any:
 @can_return_tuple  # type: ignore[untyped-decorator]
 def read_deepstack(self: Any, **inputs: Any) -> Any:
     """Forward of Qwen3-VL: the same, and deeper features are added to the first layers' outputs."""
+    inputs = to_model_layout(inputs)
     if not _is_precomputed(self, inputs):
         return type(self).forward(self, **inputs)
     embeds = _token_embeddings(self, inputs)
@@ -132,6 +135,29 @@ def attend_segments(
     return attended
 
 
+def mix_segments(
+    self: Any, hidden_states: torch.Tensor, segment_sizes: list[int] | None = None, **kwargs: Any
+) -> torch.Tensor:
+    """Run a linear attention layer on each segment; stands in for the layer's forward.
+
+    Its state and its convolution run along the row, over borders. transformers leaves them to
+    kernels that take borders, and raises where these are not installed; lengths on the host need
+    none, and no wait.
+
+    Args:
+        hidden_states: (1, T, hidden).
+        segment_sizes: tokens of each segment; None: the layer's own forward, on the whole rows.
+    """
+    own = type(self).forward
+    if segment_sizes is None:
+        whole: torch.Tensor = own(self, hidden_states, **kwargs)
+        return whole
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"):
+        kwargs.pop(name, None)
+    segments = torch.split(hidden_states, segment_sizes, dim=1)
+    return torch.cat([own(self, segment, **kwargs) for segment in segments], dim=1)
+
+
 def _is_precomputed(self: Any, inputs: Tensors) -> bool:
     """Whether the batch carries what the reading needs; raises where it should and does not."""
     modalities = _given(inputs)
@@ -202,7 +228,9 @@ def _decode(self: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
     if deltas is not None:
         self.rope_deltas = deltas  # where transformers' generate looks for it
     mask = inputs.pop("attention_mask", None)
-    if not isinstance(mask, dict):
+    if inputs.get("segment_sizes") is not None:
+        mask = _packed_mask(self, embeds, inputs)
+    elif not isinstance(mask, dict):
         mask = _causal_mask(self, embeds, mask if inputs["has_padding"] else None, inputs)
     for name in ("has_padding", "mm_token_type_ids", "second_per_grid_ts", "mm_encoder_outputs"):
         inputs.pop(name, None)
@@ -229,6 +257,28 @@ def _causal_mask(
     # Linear layers multiply their input by the 2-D mask; transformers first asks whether it is all
     # 1.
     return {"full_attention": full, "linear_attention": padding_mask.contiguous()}
+
+
+def _packed_mask(self: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
+    """Return the mask of one row of segments, and take from `inputs` what would make models wait.
+
+    The text row of the positions and `seq_idx` say where segments are; transformers looks for jumps
+    in the first, which waits. Here the mask is made from the second, on the device. Flash attention
+    takes `cu_seq_lens_q` and no mask.
+    """
+    config = self.language_model.config
+    seq_idx = inputs.pop("seq_idx")
+    inputs["position_ids"] = inputs["position_ids"][-3:]
+    if _is_flash(config):
+        full = None
+    else:
+        full = create_causal_mask(
+            config, embeds, None, None, and_mask_function=packed_sequence_mask_function(seq_idx)
+        )
+    if "linear_attention" not in (getattr(config, "layer_types", None) or ()):
+        inputs.pop("segment_sizes")
+        return full
+    return {"full_attention": full, "linear_attention": None}
 
 
 def _is_flash(config: Any) -> bool:
