@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 from mrope.collator import MRopeCollator
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.families import MRopeSpec
+from mrope.layouts import to_batch_layout, to_model_layout
 from mrope.positions import rope_index
+from mrope.sampler import TokenBudgetSampler
+from mrope.vision import VisionSpec
 
 if TYPE_CHECKING:
     from mrope.config import build_collator, load_config
@@ -17,9 +20,13 @@ __all__ = [
     "MRopeError",
     "MRopeSpec",
     "SpanMismatchError",
+    "TokenBudgetSampler",
+    "VisionSpec",
     "build_collator",
     "load_config",
     "rope_index",
+    "to_batch_layout",
+    "to_model_layout",
 ]
 __version__ = "0.1.0"
 
