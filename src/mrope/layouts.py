@@ -50,22 +50,18 @@ class CheckedBatch(dict[str, Any]):
     """A batch that refuses to be cut or joined where that would tear its tensors apart.
 
     accelerate's dispatcher, and everything else that maps over a batch and keeps its type, makes
-    the new one from the type of the old one; it is looked at there. Only shapes are read, and the
-    grids where they are on the CPU: it never waits for a device.
+    the new one from the type of the old one; it is looked at there. Only shapes are read, never
+    what a tensor holds: it may be on a device, or not be filled yet.
 
     Raises:
-        MRopeError: `position_ids` in model layout that no longer fit the tokens, or patches that no
-            longer fit their grids.
+        MRopeError: `position_ids` in model layout that no longer fit the tokens, or pixels that are
+            about to be dispatched.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _check_positions(self)
-        for pixels, grid in (
-            ("pixel_values", "image_grid_thw"),
-            ("pixel_values_videos", "video_grid_thw"),
-        ):
-            _check_patches(self, pixels, grid)
+        _refuse_dispatched_pixels(self)
 
 
 def _check_positions(batch: Mapping[str, Any]) -> None:
@@ -84,16 +80,12 @@ def _check_positions(batch: Mapping[str, Any]) -> None:
     )
 
 
-def _check_patches(batch: Mapping[str, Any], pixels: str, grid: str) -> None:
-    patches, grid_thw = batch.get(pixels), batch.get(grid)
-    if not (isinstance(patches, torch.Tensor) and isinstance(grid_thw, torch.Tensor)):
-        return
-    if grid_thw.device.type != "cpu" or grid_thw.ndim != 2:
-        return
-    needed = int(grid_thw.prod(dim=1).sum())
-    if len(patches) != needed:
-        raise MRopeError(
-            f"{pixels} has {len(patches)} patches, but {grid} needs {needed}: something cut or "
-            "joined the batch on dim 0, which is patches here and not the batch; batches with "
-            "pixels cannot be dispatched in any layout: use dispatch_batches=False"
-        )
+def _refuse_dispatched_pixels(batch: Mapping[str, Any]) -> None:
+    """Refuse what accelerate's dispatcher describes to the other processes before it cuts it."""
+    for name in ("pixel_values", "pixel_values_videos"):
+        if type(batch.get(name)).__name__ == "TensorInformation":
+            raise MRopeError(
+                f"accelerate is about to dispatch a batch with {name}, and to cut it on dim 0, "
+                "which is patches there and not the batch: no layout helps; let each process load "
+                "its own batches (dispatch_batches=False)"
+            )
