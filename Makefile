@@ -1,6 +1,6 @@
 # Every target does all of its own set-up: a fresh clone needs python3, make and a package index.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs parity bench lowest clean
+.PHONY: help demo test check docs parity integration bench lowest clean
 
 PYTHON ?= python3
 LOWEST_PYTHON ?= python3.10
@@ -50,6 +50,16 @@ parity: .venvs/4.57.6/.ready .venvs/5.17.0/.ready $(READY)  ## Compare with tran
 	$(PYTHON) -m venv $(@D)
 	grep -vE '^(transformers|tokenizers|huggingface.hub)==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/pip install --quiet -c $(@D)/constraints.txt torch numpy pytest pytest-timeout hypothesis transformers==$*
+	touch $@
+
+# TRL brings requirements that nothing else here has; its pins stand in constraints.txt.
+integration: .venvs/integration/.ready  ## Train with real trainers (Trainer, TRL) on padded and padding-free batches (about 2 minutes)
+	PYTHONPATH=tests .venvs/integration/bin/python -m pytest -q -p no:cacheprovider tests/integration
+
+.venvs/integration/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet -c constraints.txt torch
+	$(@D)/bin/pip install --quiet -c constraints.txt -e '.[integration]'
 	touch $@
 
 bench: $(READY)  ## Measure the positions and the vision tensors (about a minute)

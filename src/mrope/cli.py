@@ -218,6 +218,19 @@ def vision(
 
 
 @bench_app.command()
+def packing(
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
+    repeats: Repeats = 15,
+    quick: Quick = False,
+) -> None:
+    """Time the collator's stage on padded and on flattened batches, 2k to 128k tokens."""
+    from mrope.bench.packing import run
+
+    run(repeats, quick, json_file, plot_file)
+
+
+@bench_app.command()
 def step(
     words: Annotated[
         list[str],

@@ -122,27 +122,24 @@ def flatten(
     length_D = np.array([length for row in lengths for length in row], np.int64)
     if not length_D.size:
         raise MRopeError("cannot flatten a batch without a valid token")
-    valid = None if mask is None or np.all(mask) else torch.from_numpy(np.asarray(mask) != 0)
+    index_T = None if mask is None or np.all(mask) else np.flatnonzero(mask)
     tail = -int(length_D.sum()) % pad_to_multiple_of
     borders_D = np.concatenate(([0], length_D.cumsum()))
     batch.pop("attention_mask", None)
     batch.pop("seq_lengths", None)
     for name in [name for name, value in batch.items() if _is_column(name, value, shape)]:
         fill = {"input_ids": pad_token_id, "labels": _IGNORED}.get(name, 0)
-        batch[name] = _one_row(torch.as_tensor(batch[name]), valid, tail, fill)
+        batch[name] = _one_row(torch.as_tensor(batch[name]), index_T, tail, fill)
     if batch.get("labels") is not None:
         # The model shifts labels by one: this is the target of the last token of the one before.
         batch["labels"][:, borders_D[:-1]] = _IGNORED
 
-    spatial_3T = _one_row(torch.from_numpy(position_ids).movedim(0, -1), valid, tail, 0)[0].T
     if tail:
-        spatial_3T[:, -tail:] = torch.arange(tail)
         length_D = np.append(length_D, tail)
         borders_D = np.append(borders_D, borders_D[-1] + tail)
-    text_T = np.arange(borders_D[-1]) - borders_D[:-1].repeat(length_D)
     longest = int(length_D.max())
     return {
-        "position_ids": np.concatenate((text_T[None], spatial_3T.numpy()))[:, None],
+        "position_ids": _positions(position_ids, index_T, borders_D, length_D, tail),
         "cu_seq_lens_q": borders_D.astype(np.int32),
         "cu_seq_lens_k": borders_D.astype(np.int32),
         "max_length_q": longest,
@@ -186,8 +183,28 @@ def _is_column(name: str, value: Any, shape: tuple[int, ...]) -> bool:
 
 
 def _one_row(
-    column: torch.Tensor, valid: torch.Tensor | None, tail: int, fill: int
+    column: torch.Tensor, index_T: npt.NDArray[np.int64] | None, tail: int, fill: int
 ) -> torch.Tensor:
     """Return the valid tokens of (B, S, ...) and `tail` of `fill`: (1, T, ...), always a copy."""
-    tokens = column.flatten(0, 1) if valid is None else column[valid]
+    tokens = column.flatten(0, 1)
+    if index_T is not None:
+        tokens = tokens.index_select(0, torch.from_numpy(index_T))
     return torch.cat((tokens, tokens.new_full((tail, *tokens.shape[1:]), fill)))[None]
+
+
+def _positions(
+    position_ids: npt.NDArray[np.int64],
+    index_T: npt.NDArray[np.int64] | None,
+    borders_D: npt.NDArray[np.int64],
+    length_D: npt.NDArray[np.int64],
+    tail: int,
+) -> npt.NDArray[np.int64]:
+    """Return (4, 1, T): how far each token is from its border, then (3, B, S) in one row."""
+    rows_4T = np.empty((4, borders_D[-1]), np.int64)
+    rows_4T[0] = np.arange(borders_D[-1])
+    rows_4T[0] -= borders_D[:-1].repeat(length_D)
+    tokens = borders_D[-1] - tail
+    flat_3N = position_ids.reshape(3, -1)
+    rows_4T[1:, :tokens] = flat_3N if index_T is None else flat_3N.take(index_T, axis=1)
+    rows_4T[1:, tokens:] = np.arange(tail)
+    return rows_4T[:, None]

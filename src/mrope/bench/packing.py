@@ -1,0 +1,149 @@
+"""What does padding-free cost? The collator's stage on padded and on flattened batches.
+
+The stage is all that `MRopeCollator` does after the inner collate function: positions, vision
+tensors, borders, and for flattened batches the token columns in one row. Examples have lengths as
+they come, so that padded batches carry padding; figures are for each valid token of the batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mrope.bench.conditions import conditions
+from mrope.bench.timing import interleaved_medians, one_thread
+from mrope.collator import MRopeCollator
+from mrope.data import token_types
+from mrope.families import MRopeSpec, example_config
+from mrope.padding import PaddingCollator
+from mrope.vision import VisionSpec
+
+TOKENS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
+_MEAN_LENGTH = 1024
+_IMAGE_SIDE = 16  # merged patches: 256 tokens
+
+
+def run(repeats: int, quick: bool, json_file: Path | None, plot_file: Path | None) -> None:
+    """Measure every size, print one table, and write it as JSON and as a plot where asked.
+
+    Args:
+        repeats: turns of each function, at least 1; 15 or more for figures to keep.
+        quick: leave out sizes above 16k, to try the command.
+    """
+    sizes = TOKENS[:4] if quick else TOKENS
+    with one_thread():
+        cases = [_measure(tokens, repeats) for tokens in sizes]
+    report = {
+        "conditions": conditions(),
+        "repeats": repeats,
+        "cases": cases,
+        "exponents": {
+            name: fitted_exponent(
+                [case["tokens"] for case in cases], [case["seconds"][name] for case in cases]
+            )
+            for name in cases[0]["seconds"]
+        },
+    }
+    _print(report)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if plot_file is not None:
+        _plot(report, plot_file)
+
+
+def fitted_exponent(sizes: list[int], seconds: list[float]) -> float:
+    """Return k of the power law seconds = c * size**k that fits best, by least squares of logs."""
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+
+
+def make_examples(tokens: int, spec: MRopeSpec) -> list[dict[str, Any]]:
+    """Return examples of 512 to 1,536 tokens, half of them vision, `tokens` in all."""
+    rng = np.random.default_rng(tokens)
+    count = tokens // _MEAN_LENGTH
+    lengths = rng.integers(_MEAN_LENGTH // 2, _MEAN_LENGTH * 3 // 2, count)
+    lengths += (tokens - lengths.sum()) // count
+    lengths[-1] += tokens - lengths.sum()
+    return [_example(int(length), spec) for length in lengths]
+
+
+def _example(length: int, spec: MRopeSpec) -> dict[str, Any]:
+    ids = np.full(length, 7)
+    images = max(1, length // 2 // _IMAGE_SIDE**2)
+    step = length // images
+    for start in range(1, images * step, step):
+        ids[start - 1] = spec.vision_start_token_id
+        ids[start : start + _IMAGE_SIDE**2] = spec.image_token_id
+    types = token_types(ids, spec)
+    side = _IMAGE_SIDE * spec.spatial_merge_size
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "labels": torch.from_numpy(np.where(types, -100, ids)),
+        "mm_token_type_ids": torch.from_numpy(types),
+        "image_grid_thw": torch.tensor([[1, side, side]] * images),
+    }
+
+
+def _measure(tokens: int, repeats: int) -> dict[str, Any]:
+    config = example_config("qwen3_vl")
+    spec = MRopeSpec.from_config(config, "transformers-5.23")
+    config["vision_config"]["num_position_embeddings"] = 2304
+    vision = VisionSpec.from_config(config)
+    examples = make_examples(tokens, spec)
+    padded = PaddingCollator()(examples)
+    contenders: dict[str, Callable[[], Any]] = {
+        "padded": _stage(MRopeCollator(lambda _: dict(padded), spec, vision), examples),
+        "flattened": _stage(
+            MRopeCollator(lambda _: dict(padded), spec, vision, packing="flatten"), examples
+        ),
+    }
+    assert contenders["flattened"]()["input_ids"].shape == (1, tokens)
+    return {
+        "tokens": tokens,
+        "examples": len(examples),
+        "padding_share": 1 - tokens / padded["input_ids"].numel(),
+        "seconds": interleaved_medians(contenders, repeats),
+    }
+
+
+def _stage(collate: MRopeCollator, examples: list[dict[str, Any]]) -> Callable[[], Any]:
+    return lambda: collate(examples)
+
+
+def _print(report: dict[str, Any]) -> None:
+    table = Table("tokens", "examples", "padding", "padded", "flattened", "flattened / padded")
+    for case in report["cases"]:
+        padded, flattened = case["seconds"]["padded"], case["seconds"]["flattened"]
+        table.add_row(
+            f"{case['tokens']:,}",
+            str(case["examples"]),
+            f"{case['padding_share']:.0%}",
+            *(f"{one / case['tokens'] * 1e9:.0f} ns a token" for one in (padded, flattened)),
+            f"{flattened / padded:.2f}",
+        )
+    console = Console(width=110)
+    console.print(table)
+    exponents = ", ".join(f"{name} {value:.2f}" for name, value in report["exponents"].items())
+    console.print(f"time = c * tokens**k with k: {exponents} (at most 1.1)")
+    console.print(report["conditions"])
+
+
+def _plot(report: dict[str, Any], file: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    sizes = [case["tokens"] for case in report["cases"]]
+    for name, exponent in report["exponents"].items():
+        seconds = [case["seconds"][name] * 1e6 for case in report["cases"]]
+        axes.loglog(sizes, seconds, marker="o", label=f"{name}, k = {exponent:.2f}")
+    axes.set_xlabel("valid tokens of the batch")
+    axes.set_ylabel("microseconds")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
