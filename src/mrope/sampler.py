@@ -15,7 +15,7 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +27,20 @@ from mrope.errors import MRopeError
 Lengths = Sequence[int] | npt.NDArray[np.integer[Any]]
 _Ints = npt.NDArray[np.int64]
 
+_SETTINGS = (
+    "max_tokens",
+    "max_examples",
+    "pad_to_multiple_of",
+    "shuffle",
+    "seed",
+    "drop_last",
+    "num_replicas",
+)
+
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """The batches of one epoch, for all ranks.
+    """The batches of one epoch, of all ranks.
 
     Attributes:
         examples_N: int64 (N,), indices of the examples, batch after batch.
@@ -47,7 +57,9 @@ class EpochPlan:
     def batch(self, step: int, rank: int) -> list[int]:
         """Return the indices of the examples that `rank` takes at `step`."""
         number = self.grid_SR[step, rank]
-        return self.examples_N[self.borders[number] : self.borders[number + 1]].tolist()
+        start, stop = self.borders[number : number + 2]
+        examples: list[int] = self.examples_N[start:stop].tolist()
+        return examples
 
 
 class TokenBudgetSampler(Sampler[list[int]]):
@@ -146,6 +158,23 @@ class TokenBudgetSampler(Sampler[list[int]]):
             self._made = epoch, self._make(epoch)
         return self._made[1]
 
+    @property
+    def batch_size(self) -> NoReturn:
+        """Not there, as batches differ in size; who asks for it is about to deal batches out.
+
+        Raises:
+            MRopeError: the batches were dealt out to ranks already; a second time loses examples.
+            AttributeError: there is one rank.
+        """
+        if self.num_replicas == 1:
+            raise AttributeError("batches up to a token budget have no batch_size")
+        raise MRopeError(
+            f"TokenBudgetSampler has dealt its batches out to {self.num_replicas} ranks, and "
+            "something (accelerate's prepare, for one) is about to deal them out again: most "
+            "examples would be lost; use accelerate.data_loader.prepare_data_loader(loader, "
+            "num_processes=1, process_index=0), or do not prepare the loader"
+        )
+
     def _make(self, epoch: int) -> EpochPlan:
         rng = np.random.default_rng((self.seed, epoch)) if self.shuffle else None
         examples = len(self.lengths_N)
@@ -181,11 +210,10 @@ class TokenBudgetSampler(Sampler[list[int]]):
 
     def _settings(self) -> dict[str, int | None]:
         """Return what must not change between saving and resuming; the rank may."""
-        names = (
-            *("max_tokens", "max_examples", "pad_to_multiple_of", "shuffle", "seed"),
-            *("drop_last", "num_replicas"),
-        )
-        return {"examples": len(self.lengths_N), **{name: getattr(self, name) for name in names}}
+        return {
+            "examples": len(self.lengths_N),
+            **{name: getattr(self, name) for name in _SETTINGS},
+        }
 
 
 class TokenBudgetIterator(Iterator[list[int]]):
@@ -227,16 +255,19 @@ class TokenBudgetIterator(Iterator[list[int]]):
                 continue
             if name == "digest":
                 raise MRopeError(
-                    f"cannot resume: epoch {state_dict['epoch']} has other batches than when the "
-                    "state was saved, from the same arguments; the lengths of some examples, or "
-                    "their order, changed"
+                    "cannot resume: since the state was saved, the lengths of some examples, or "
+                    "their order, changed (or numpy's way of shuffling did, with its release)"
                 )
             raise MRopeError(
                 f"cannot resume: the state was saved with {name} {saved}, the sampler has {value}; "
                 "its batches are not the same"
             )
-        self._epoch, self._plan = state_dict["epoch"], own
-        self._yielded = _saved(state_dict, "yielded")
+        yielded = _saved(state_dict, "yielded")
+        if not 0 <= yielded <= len(own.grid_SR):
+            raise MRopeError(
+                f"cannot resume after batch {yielded} of an epoch of {len(own.grid_SR)} batches"
+            )
+        self._epoch, self._plan, self._yielded = state_dict["epoch"], own, yielded
 
     def _planned(self) -> EpochPlan:
         if self._plan is None:
@@ -362,10 +393,10 @@ def _checked(lengths: Lengths, capacity: int, max_tokens: int) -> _Ints:
 
 def _refuse_long(lengths_N: npt.NDArray[Any], capacity: int, max_tokens: int) -> None:
     long = (lengths_N > capacity).nonzero()[0]
-    others = f" (and {len(long) - 1} more examples)" if len(long) > 1 else ""
-    rounded = "" if capacity == max_tokens else f", {capacity} before rounding up"
+    first = f" (the first of {len(long)} such examples)" if len(long) > 1 else ""
+    rounded = "" if capacity == max_tokens else f", which is {capacity} before rounding up"
     raise MRopeError(
-        f"example {long[0]} has {lengths_N[long[0]]} tokens{others}, above the budget of "
-        f"max_tokens={max_tokens}{rounded}; nothing is dropped silently: raise max_tokens, or take "
-        "it out of the dataset or shorten it, text only, beforehand"
+        f"example {long[0]} has {lengths_N[long[0]]} tokens, above the budget of "
+        f"max_tokens={max_tokens}{rounded}{first}; raise max_tokens, or take such examples out of "
+        "the dataset beforehand: the sampler drops nothing silently"
     )
