@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from mrope import MRopeError
-from mrope.sampler import TokenBudgetSampler, first_fit
+from mrope.binning import first_fit
+from mrope.sampler import TokenBudgetSampler
 
 LENGTHS = np.random.default_rng(7).integers(1, 200, 500)
 Batches = list[list[int]]

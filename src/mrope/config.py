@@ -170,10 +170,13 @@ class DataSection(_Section):
 class DataLoaderSection(_Section):
     """Arguments of `torch.utils.data.DataLoader`.
 
-    With `num_workers: 0` the last three have no meaning and are not passed on.
+    With `num_workers: 0` the last three have no meaning and are not passed on. `max_tokens` is no
+    argument of it: batches are filled up to so many tokens by a `TokenBudgetSampler`, and
+    `batch_size` has no meaning then.
     """
 
     batch_size: Annotated[int, Field(ge=1)] = 4
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     num_workers: Annotated[int, Field(ge=0)] = 2
     pin_memory: bool = False
     start_method: Literal["spawn", "fork", "forkserver"] = "spawn"
@@ -241,6 +244,12 @@ class Config(_Section):
     def _attached_models_need_the_stage(self) -> Self:
         if self.model.attach and self.rope.enabled and not self.rope.vision:
             raise ValueError("model.attach: true needs rope.vision: true")
+        return self
+
+    @model_validator(mode="after")
+    def _budgets_are_for_flattened_rows(self) -> Self:
+        if self.dataloader.max_tokens is not None and self.rope.packing is None:
+            raise ValueError("dataloader.max_tokens needs rope.packing: flatten")
         return self
 
     def spec(self) -> MRopeSpec:

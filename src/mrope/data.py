@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mrope.collator import Collate
 from mrope.errors import MRopeError
+from mrope.sampler import TokenBudgetSampler
 from mrope.spans import token_kinds
 from mrope.synthetic import SyntheticRows, patch_values
 
@@ -45,6 +46,10 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
 
     def __len__(self) -> int:
         return len(self.columns)
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Return the tokens of each row, (N,)."""
+        return np.array([len(ids) for ids in self.columns.with_format("numpy")["input_ids"]])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = self.columns[index]
@@ -109,16 +114,37 @@ def token_types(input_ids: npt.NDArray[np.int64], spec: MRopeSpec) -> npt.NDArra
 
 
 def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[Any]:
-    """Return the DataLoader of a config: shuffled by the seed, whole batches only.
+    """Return the DataLoader of a config: shuffled by the seed; by rows, whole batches only.
 
     Raises:
-        MRopeError: there are fewer rows than one batch takes.
+        MRopeError: there are fewer rows than one batch takes, or a row is beyond the token budget.
     """
     options = cfg.dataloader
+    if options.max_tokens is not None:
+        sampler = TokenBudgetSampler(
+            rows.lengths(),
+            options.max_tokens,
+            pad_to_multiple_of=cfg.rope.pad_to_multiple_of,
+            seed=cfg.train.seed,
+        )
+        return DataLoader(rows, batch_sampler=sampler, **_common(cfg, collate))
     if len(rows) < options.batch_size:
         raise MRopeError(
             f"dataloader.batch_size is {options.batch_size}, but there are only {len(rows)} rows"
         )
+    return DataLoader(
+        rows,
+        batch_size=options.batch_size,
+        shuffle=True,
+        drop_last=True,
+        generator=torch.Generator().manual_seed(cfg.train.seed),
+        **_common(cfg, collate),
+    )
+
+
+def _common(cfg: Config, collate: Collate) -> dict[str, Any]:
+    """Return the arguments of a DataLoader that do not say which rows make a batch."""
+    options = cfg.dataloader
     workers: dict[str, Any] = {}
     if options.num_workers:
         workers = {
@@ -126,17 +152,12 @@ def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[A
             "persistent_workers": options.persistent_workers,
             "prefetch_factor": options.prefetch_factor,
         }
-    return DataLoader(
-        rows,
-        batch_size=options.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=options.num_workers,
-        pin_memory=options.pin_memory,
-        collate_fn=Stamped(collate),
-        generator=torch.Generator().manual_seed(cfg.train.seed),
+    return {
+        "num_workers": options.num_workers,
+        "pin_memory": options.pin_memory,
+        "collate_fn": Stamped(collate),
         **workers,
-    )
+    }
 
 
 def _open(section: DataSection) -> datasets.Dataset:

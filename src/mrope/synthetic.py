@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
@@ -62,6 +64,10 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
 
     def __len__(self) -> int:
         return self.rows
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Return the tokens of each row, (N,)."""
+        return np.full(len(self), len(self.template) + self.text)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(index)

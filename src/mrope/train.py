@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -23,6 +24,7 @@ from mrope.data import RowDataset, load_rows, make_loader
 from mrope.errors import MRopeError
 from mrope.guard import SyncGuard
 from mrope.layouts import to_model_layout
+from mrope.sampler import TokenBudgetSampler
 
 # Losses of a padded batch and of the same examples in one row: sums run in another order.
 PACKED_TOLERANCE = 1e-4
@@ -298,7 +300,9 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 def endless(loader: DataLoader[Any]) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield batches and the process that made each, pass after pass."""
-    while True:
+    for number in itertools.count():
+        if isinstance(loader.batch_sampler, TokenBudgetSampler):
+            loader.batch_sampler.set_epoch(number)
         yield from loader
 
 
