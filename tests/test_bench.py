@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mrope import MRopeSpec, rope_index
+from mrope import MRopeCollator, MRopeSpec, rope_index
 from mrope.bench.known_fix import RowsOnHost
 from mrope.bench.on_device import rope_index_on_device
+from mrope.bench.packing import fitted_exponent, make_examples
 from mrope.bench.per_span import per_span_rope_index
 from mrope.bench.positions import Case, make_batch
 from mrope.bench.step import _union
@@ -45,3 +46,18 @@ def test_the_alternative_on_the_device_does_not_wait() -> None:
 
 def test_busy_time_counts_overlaps_once() -> None:
     assert _union([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
+
+
+def test_the_fitted_exponent_is_that_of_a_power_law() -> None:
+    sizes = [2048, 4096, 16384, 131072]
+    assert fitted_exponent(sizes, [3e-9 * size for size in sizes]) == pytest.approx(1.0)
+    assert fitted_exponent(sizes, [2e-9 * size**1.5 for size in sizes]) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("tokens", [2048, 16384])
+def test_packing_is_measured_on_as_many_tokens_as_it_says(tokens: int) -> None:
+    examples = make_examples(tokens, SPEC)
+    lengths = [len(example["input_ids"]) for example in examples]
+    assert sum(lengths) == tokens and len(set(lengths)) > 1
+    batch = MRopeCollator(None, SPEC, packing="flatten")(examples)
+    assert batch["input_ids"].shape == (1, tokens)

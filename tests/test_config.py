@@ -76,7 +76,7 @@ train: 5
         "  dataloader.start_method: must be 'spawn', 'fork' or 'forkserver', not 'spwan' (str)",
         "  rope.reference: must be one of auto, transformers-4.57, transformers-5.17, "
         "transformers-5.23 (did you mean 'transformers-5.23'?) (is 'transformers-5.22')",
-        "  rope.enable: unknown key (did you mean 'enabled'?); known: enabled, reference, vision",
+        "  rope.enable: unknown key (did you mean 'enabled'?); known: enabled, reference, vision, packing, layout, pad_to_multiple_of",
         "  train: must be a section with the keys steps, seed, lr, weight_decay, device, dtype, "
         "log_file",
         "  tran: unknown key (did you mean 'train'?); known: model, data, dataloader, rope, train",
@@ -287,3 +287,25 @@ def test_the_shape_of_synthetic_rows_is_checked(tmp_path: Path) -> None:
     assert cfg.data.shape is not None
     with pytest.raises(MRopeError, match="take 65 tokens, more than width=8"):
         SyntheticRows(cfg.spec(), cfg.data.shape, rows=1, patch_values=4, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("dataloader.max_tokens=64", "dataloader.max_tokens needs rope.packing: flatten"),
+        ("rope.pad_to_multiple_of=8", "rope.pad_to_multiple_of needs rope.packing: flatten"),
+        ("rope.packing=pack", "rope.packing: must be 'flatten', not 'pack'"),
+        ("rope.layout=rows", "rope.layout: must be 'model' or 'batch', not 'rows'"),
+    ],
+)
+def test_packing_keys_that_make_no_sense(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(CONFIGS / "demo.yaml", [override])
+
+
+def test_packing_keys_reach_the_collator() -> None:
+    keys = ["rope.packing=flatten", "rope.pad_to_multiple_of=8", "rope.layout=batch"]
+    collate = build_collator(load_config(CONFIGS / "demo.yaml", keys))
+    batch = collate([{"input_ids": [7, 8, 9]}, {"input_ids": [7]}])
+    assert batch["position_ids"].shape == (1, 4, 8)
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 4, 8]

@@ -23,6 +23,7 @@ from mrope.demo.dataset import photographs
 from mrope.demo.processing import Processing, build_processing
 from mrope.families import FAMILIES
 from mrope.train import (
+    PACKED_TOLERANCE,
     TrainResult,
     build_model,
     compare,
@@ -182,6 +183,25 @@ def test_losses_are_equal_and_only_the_switched_off_model_computes(name: str) ->
     assert [step.attached for step in (*on.steps, *off.steps)] == [True] * 2 + [False] * 2
     assert np.isfinite(on.losses).all()
     assert on.losses[0] != on.losses[1]
+
+
+@pytest.mark.parametrize("name", ["demo", "qwen2_5_vl", "qwen3_5"])
+def test_flattened_batches_have_the_losses_of_padded_ones(name: str) -> None:
+    """With the stage off, the same batches are padded; the budget fills both alike."""
+    keys = ["rope.packing=flatten", "rope.vision=true", "model.attach=true"]
+    cfg = config(name, *keys, "dataloader.max_tokens=400", "train.steps=4")
+    on, off = runs(cfg)
+    assert on.losses == pytest.approx(off.losses, abs=PACKED_TOLERANCE)
+    assert on.waits == 0 and on.rope_index_calls == 0
+    assert max(step.tokens for step in on.steps) <= 400
+    console = silent()
+    assert compare(cfg, console)
+    assert "4 of 4 losses are equal within 0.0001" in printed(console)
+
+
+def test_a_model_that_is_not_attached_takes_batch_layout_from_the_loop() -> None:
+    on, off = runs(config("demo", "rope.layout=batch", "model.attach=false"))
+    assert on.losses == off.losses
 
 
 def test_another_rule_gives_other_losses() -> None:
