@@ -10,6 +10,7 @@ from mrope.families import MRopeSpec
 from mrope.layouts import to_batch_layout, to_model_layout
 from mrope.positions import rope_index
 from mrope.sampler import TokenBudgetSampler
+from mrope.sharding import gather_sequence, shard_sequence
 from mrope.vision import VisionSpec
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ __all__ = [
     "TokenBudgetSampler",
     "VisionSpec",
     "build_collator",
+    "gather_sequence",
     "load_config",
     "rope_index",
+    "shard_sequence",
     "to_batch_layout",
     "to_model_layout",
 ]

@@ -127,7 +127,7 @@ def flatten(
     borders_D = np.concatenate(([0], length_D.cumsum()))
     batch.pop("attention_mask", None)
     batch.pop("seq_lengths", None)
-    for name in [name for name, value in batch.items() if _is_column(name, value, shape)]:
+    for name in [name for name, value in batch.items() if is_column(name, value, shape)]:
         fill = {"input_ids": pad_token_id, "labels": _IGNORED}.get(name, 0)
         batch[name] = _one_row(torch.as_tensor(batch[name]), index_T, tail, fill)
     if batch.get("labels") is not None:
@@ -170,7 +170,7 @@ def _run_lengths(mask_S: npt.NDArray[Any]) -> list[int]:
     return np.diff(borders, prepend=0, append=len(numbers)).tolist() if len(numbers) else []
 
 
-def _is_column(name: str, value: Any, shape: tuple[int, ...]) -> bool:
+def is_column(name: str, value: Any, shape: tuple[int, ...]) -> bool:
     """Whether a value of the batch has an entry for each token."""
     if name.startswith(_NEVER_TOKENS) or value is None:
         return False
