@@ -1,0 +1,273 @@
+"""Adapted batches in the peers' own code, on the CPU.
+
+All three peers ask for transformers older than what `make integration` has: 5.9.0 suits them all.
+Where a peer, or that release, is missing, its tests are skipped; docs/adapters.md has the pins.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import mrope.packing
+from models import model_config, tiny_examples, tiny_spec
+from mrope import MRopeCollator, VisionSpec
+from mrope.adapters import to_ms_swift, to_veomni, to_verl
+from mrope.padding import PaddingCollator
+
+ATOL = 1e-5
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+# Folder of VeOmni's patched model, and the prefix of its classes.
+VEOMNI = {
+    "qwen2_vl": ("qwen2_vl", "Qwen2VL"),
+    "qwen2_5_vl": ("qwen2_5vl", "Qwen2_5_VL"),
+    "qwen3_vl": ("qwen3_vl", "Qwen3VL"),
+    "qwen3_vl_moe": ("qwen3_vl_moe", "Qwen3VLMoe"),
+    "qwen3_5": ("qwen3_5", "Qwen3_5"),
+}
+# VeOmni's linear attention has no path for the CPU.
+RUN_ON_CPU = [family for family in VEOMNI if family != "qwen3_5"]
+
+# The peers' own calls of what others deprecate, and their notes on engines that are not there.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def peer(module: str, pin: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(
+            module,
+            reason=f"{module} cannot be imported: needs {pin} and transformers 5.9.0",
+            exc_type=ImportError,
+        )
+
+
+@pytest.fixture(autouse=True)
+def _packing_with_the_peers_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collator packs only for releases it was compared in; here it is compared with peers."""
+    monkeypatch.setattr(mrope.packing, "COMPARED", (*mrope.packing.COMPARED, "5.9"))
+
+
+def flattened(family: str, examples: list[dict[str, Any]], multiple: int = 1) -> dict[str, Any]:
+    collate = MRopeCollator(None, tiny_spec(family), packing="flatten", pad_to_multiple_of=multiple)
+    return dict(collate(examples))
+
+
+def padded(family: str, examples: list[dict[str, Any]], side: Any = "right") -> dict[str, Any]:
+    return dict(MRopeCollator(PaddingCollator(padding_side=side), tiny_spec(family))(examples))
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    assert type(found) is type(wanted)
+    if isinstance(wanted, torch.Tensor):
+        assert found.dtype == wanted.dtype
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    else:
+        assert found == wanted
+
+
+# ms-swift -----------------------------------------------------------------------------------------
+
+
+def swift_collator(family: str, padding_free: bool) -> Any:
+    """ms-swift's template of the Qwen models, with no more set than its collator looks at."""
+    qwen = peer("swift.template.templates.qwen", "ms-swift 4.6.0")
+    from models import tiny_model
+
+    template = qwen.Qwen2VLTemplate.__new__(qwen.Qwen2VLTemplate)
+    model = tiny_model(family)
+    state: dict[str, Any] = {
+        "version": "v2_5" if family == "qwen2_5_vl" else "v2",
+        "padding_free": padding_free,
+        "padding_side": "right",
+        "mode": "train",
+        "use_megatron": False,
+        "model_meta": SimpleNamespace(is_multimodal=False),
+        "sequence_parallel_size": 1,
+        "processor": SimpleNamespace(pad_token_id=0),
+        "_get_get_rope_index": lambda: model.model.get_rope_index,
+    }
+    vars(template).update(state)
+    template.init_env_args()
+    return template._data_collator
+
+
+def swift_examples(family: str) -> list[dict[str, Any]]:
+    """The examples as ms-swift encodes them: lists of ids, tensors of everything else."""
+    return [
+        {
+            name: value.tolist()
+            if name in ("input_ids", "labels", "second_per_grid_ts")
+            else torch.as_tensor(value)
+            for name, value in example.items()
+        }
+        | {"length": len(example["input_ids"])}
+        for example in tiny_examples(family)
+    ]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ms_swift_makes_the_same_batch(family: str, packing: bool) -> None:
+    wanted = swift_collator(family, packing)(swift_examples(family))
+    made = flattened if packing else padded
+    found = to_ms_swift(made(family, tiny_examples(family)))
+    names = ["input_ids", "position_ids", "text_position_ids"]
+    names += ["cu_seq_lens_q", "cu_seq_lens_k"] if packing else ["attention_mask", "labels"]
+    for name in names:
+        assert_same(found[name], wanted[name])
+    if packing:
+        assert found["max_length_q"] == int(wanted["max_length_q"])
+
+
+def test_ms_swift_counts_our_borders() -> None:
+    mixin = peer("swift.trainers.mixin", "ms-swift 4.6.0")
+    batch = to_ms_swift(flattened("qwen3_vl", tiny_examples("qwen3_vl"), multiple=32))
+    borders = mixin.SwiftMixin.get_cu_seqlens(None, batch["text_position_ids"], None)
+    assert len(borders) == 5
+    assert_same(borders, batch["cu_seq_lens_q"])
+
+
+# verl ---------------------------------------------------------------------------------------------
+
+
+def verl_micro_batch(batch: dict[str, Any], **options: Any) -> Any:
+    """The padded batch as verl's engines get it: nested tensors without padding."""
+    padding = peer("verl.workers.utils.padding", "verl 0.9.1")
+    tensordict = importlib.import_module("tensordict")
+    tools = importlib.import_module("verl.utils.tensordict_utils")
+    names = ("input_ids", "attention_mask", "position_ids")
+    data = tensordict.TensorDict(
+        {name: batch[name] for name in names} | {"response_mask": batch["attention_mask"]},
+        batch_size=len(batch["input_ids"]),
+    )
+    data = padding.left_right_2_no_padding(data)
+    tools.assign_non_tensor(data, temperature=1.0, **options)
+    tools.maybe_fix_3d_position_ids(data)
+    return data
+
+
+def verl_model_inputs(batch: dict[str, Any], **options: Any) -> dict[str, Any]:
+    data = verl_micro_batch(batch, **options)
+    engine = peer("verl.workers.engine.fsdp.transformer_impl", "verl 0.9.1")
+    state = SimpleNamespace(
+        pad_to_length=False, use_ulysses_sp=False, _get_packed_pad_size=lambda length: 0
+    )
+    inputs: dict[str, Any] = engine.FSDPEngineWithLMHead.prepare_model_inputs(state, data)[0]
+    return inputs
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_verl_packs_to_our_flattened_row(family: str, side: Any) -> None:
+    examples = tiny_examples(family)
+    inputs = verl_model_inputs(to_verl(padded(family, examples, side)), use_remove_padding=True)
+    wanted = flattened(family, examples)
+    assert_same(inputs["position_ids"], wanted["position_ids"])
+    assert_same(inputs["input_ids"], wanted["input_ids"])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_verl_pads_to_model_layout(side: Any) -> None:
+    examples = tiny_examples("qwen3_vl")
+    batch = to_verl(padded("qwen3_vl", examples, side))
+    inputs = verl_model_inputs(batch, use_remove_padding=False)
+    right = padded("qwen3_vl", examples)
+    valid = right["attention_mask"].bool()
+    assert inputs["position_ids"].shape == (4, *valid.shape)
+    assert_same(inputs["position_ids"][1:][:, valid], right["position_ids"][:, valid])
+    columns = torch.arange(valid.shape[1]).expand_as(valid)
+    assert_same(inputs["position_ids"][0][valid], columns[valid])
+
+
+# VeOmni -------------------------------------------------------------------------------------------
+
+
+def veomni_model(family: str, attention: str = "sdpa") -> Any:
+    """VeOmni's patched model of `family`, small, in evaluation mode."""
+    folder, prefix = VEOMNI[family]
+    name = f"veomni.models.transformers.{folder}.generated.patched_modeling_{family}_gpu"
+    module = peer(name, "VeOmni 0.1.12")
+    from transformers import AutoConfig
+
+    config = dict(model_config(family))
+    torch.manual_seed(0)
+    live = AutoConfig.for_model(config.pop("model_type"), **config)
+    kind = getattr(module, f"{prefix}ForConditionalGeneration")
+    return kind._from_config(live, attn_implementation=attention).eval()
+
+
+def adapted(family: str, examples: list[dict[str, Any]], multiple: int = 1) -> dict[str, Any]:
+    vision = VisionSpec.from_config(model_config(family))
+    return to_veomni(flattened(family, examples, multiple), tiny_spec(family), vision)
+
+
+@torch.no_grad()
+def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    found: torch.Tensor = model(**inputs).logits[0]
+    return found
+
+
+@pytest.mark.parametrize("family", VEOMNI)
+def test_veomni_makes_the_same_metadata(family: str) -> None:
+    batch = adapted(family, tiny_examples(family))
+    metadata = batch.pop("multimodal_metadata")
+    veomni_model(family).get_metadata_collate_func()(batch, {})
+    assert metadata.keys() == batch["multimodal_metadata"].keys()
+    for name, value in batch["multimodal_metadata"].items():
+        assert_same(metadata[name], value)
+
+
+def test_veomni_makes_the_same_batch() -> None:
+    family = "qwen2_5_vl"
+    hook = veomni_model(family).get_metadata_collate_func()
+    collators = importlib.import_module("veomni.data.data_collator")
+    batch = adapted(family, tiny_examples(family))
+    borders = batch["cu_seq_lens_q"].tolist()
+    features: list[dict[str, Any]] = []
+    for number, example in enumerate(tiny_examples(family)):
+        part = slice(borders[number], borders[number + 1])
+        names = ("input_ids", "image_mask", "video_mask")
+        features.append(
+            {name: torch.as_tensor(value) for name, value in example.items()}
+            | {name: batch[name][0, part] for name in names}
+            | {"position_ids": batch["position_ids"][1:, 0, part]}
+        )
+    wanted = collators.MainCollator(metadata_collate_func=hook)(features)
+    assert_same(batch["position_ids"][1:].transpose(0, 1), wanted["position_ids"])
+    for name in ("input_ids", "image_mask", "video_mask", "cu_seq_lens_q", "max_length_q"):
+        assert_same(batch[name], wanted[name])
+    assert_same(batch["labels"][:, 1:], wanted["labels"][:, 1:])
+    assert batch["multimodal_metadata"].keys() == wanted["multimodal_metadata"].keys()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", RUN_ON_CPU)
+def test_veomni_s_model_keeps_examples_apart(family: str, attention: str) -> None:
+    model = veomni_model(family, attention)
+    examples = tiny_examples(family)
+    batch = adapted(family, examples, multiple=16)
+    together = logits(model, batch)
+    for number, example in enumerate(examples):
+        start, stop = batch["cu_seq_lens_q"][number : number + 2].tolist()
+        alone = logits(model, adapted(family, [example]))
+        torch.testing.assert_close(together[start:stop], alone, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("family", RUN_ON_CPU)
+def test_veomni_s_model_reads_the_metadata(family: str) -> None:
+    """Without it the model computes the same; with other borders in it, something else."""
+    model = veomni_model(family)
+    batch = adapted(family, tiny_examples(family))
+    wanted = logits(model, batch)
+    metadata = batch.pop("multimodal_metadata")
+    torch.testing.assert_close(logits(model, batch), wanted, rtol=0, atol=ATOL)
+    borders = metadata["vit_video_cu_seqlens"][[0, -1]]
+    other = batch | {"multimodal_metadata": metadata | {"vit_video_cu_seqlens": borders}}
+    assert (logits(model, other) - wanted).abs().max() > 1e-3
