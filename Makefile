@@ -1,6 +1,6 @@
 # Every target does all of its own set-up: a fresh clone needs python3, make and a package index.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs parity integration bench lowest clean
+.PHONY: help demo test check docs parity integration cuda bench lowest clean
 
 PYTHON ?= python3
 LOWEST_PYTHON ?= python3.10
@@ -61,6 +61,12 @@ integration: .venvs/integration/.ready  ## Train with real trainers (Trainer, TR
 	$(@D)/bin/pip install --quiet -c constraints.txt torch
 	$(@D)/bin/pip install --quiet -c constraints.txt -e '.[integration]'
 	touch $@
+
+# No set-up here: the machine's own Python and CUDA build of torch, with transformers 5.23 and the cli extra.
+cuda:  ## On a machine with a GPU: the guard's snippets, and packing under sdpa, eager and flash attention
+	mkdir -p outputs
+	PYTHONPATH=src:tests $(PYTHON) tests/cuda/check_guard.py outputs/guard.json
+	PYTHONPATH=src:tests $(PYTHON) tests/cuda/check_packing.py outputs/packing.json
 
 bench: $(READY)  ## Measure the positions and the vision tensors (about a minute)
 	$(BIN)/mrope bench positions
