@@ -14,7 +14,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,7 @@ class MRopeSpec:
         image_token_id, video_token_id, vision_start_token_id: token ids of the model.
         spatial_merge_size: patches that the vision tower merges along each side.
         tokens_per_second: temporal positions in a second; None in families without timed videos.
+        numbers: what else the family's rule reads of the config, by name.
     """
 
     family: str
@@ -210,6 +211,7 @@ class MRopeSpec:
     vision_start_token_id: int
     spatial_merge_size: int
     tokens_per_second: int | None = None
+    numbers: Mapping[str, int | float] = field(default_factory=dict, hash=False)
 
     @property
     def traits(self) -> Family:
