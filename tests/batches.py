@@ -12,6 +12,10 @@ from typing import Any
 import numpy as np
 
 from mrope import MRopeSpec
+from mrope.families import FAMILIES
+
+# Every family with every reference that it was compared with.
+ROWS = [(family, name) for family, row in FAMILIES.items() for name in row.references]
 
 TEXT_IDS = range(1, 50)
 PAD_ID = 0
@@ -102,21 +106,27 @@ def _add_image(rng: random.Random, spec: MRopeSpec, row: Row, marked: bool) -> N
 
 
 def _add_video(rng: random.Random, spec: MRopeSpec, row: Row, marked: bool) -> None:
-    grid = _random_grid(rng, spec, frames=rng.choice([1, 2, 3, 4, 9]))
+    least = int(spec.numbers.get("temporal_merge_size", 1))
+    grid = _random_grid(rng, spec, frames=max(least, rng.choice([1, 2, 3, 4, 9])))
     row.videos.append(grid)
     row.seconds.append(rng.choice([0.1, 0.25, 1 / 3, 0.4, 0.5, 0.8, 1.0, 1.5, 2.0, 2.7, 4.0]))
     if not spec.traits.frames_apart:
-        _add_span(rng, spec, row, grid, 2, marked)
+        _add_span(rng, spec, row, [grid[0] // least, *grid[1:]], 2, marked)
         return
+    markers = ("video_start_token_id", "video_end_token_id")
+    start, end = (spec.numbers.get(name) for name in markers)
+    row.add(int(start or 0), 1 if start else 0)
     for _ in range(grid[0]):
         _add_span(rng, spec, row, [1, *grid[1:]], 2, marked)
+    row.add(int(end or 0), 1 if end else 0)
 
 
 def _add_span(
     rng: random.Random, spec: MRopeSpec, row: Row, grid: list[int], kind: int, marked: bool
 ) -> None:
     tokens = grid[0] * grid[1] * grid[2] // spec.spatial_merge_size**2
-    placeholder = spec.image_token_id if kind == 1 else spec.video_token_id
+    as_image = kind == 1 or spec.traits.frames_as_images
+    placeholder = spec.image_token_id if as_image else spec.video_token_id
     if marked:
         row.add(spec.vision_start_token_id, 1)
     elif not row.touching and row.types and row.types[-1] == kind:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from mrope import MRopeError, MRopeSpec
-from mrope.families import FAMILIES, REFERENCES, example_config, resolve_reference
+from mrope.families import FAMILIES, example_config
+from mrope.references import REFERENCES, resolve_reference
 
 NEW = "transformers-5.23"
 
@@ -89,7 +90,7 @@ def changed(family: str = "qwen2_5_vl", **changes: Any) -> dict[str, Any]:
         (changed(video_token_id="103"), "video_token_id must be an integer >= 0, not '103'"),
         (changed(video_token_id=-1), "video_token_id must be an integer >= 0, not -1"),
         (changed(video_token_id=True), "video_token_id must be an integer >= 0, not True"),
-        (changed(video_token_id=102), "102 stands for two of the image, video and vision start"),
+        (changed(video_token_id=102), "102 stands for two tokens, image and video"),
         (changed(vision_config=None), "qwen2_5_vl: the config has no vision_config section"),
         (changed(vision_config={"tokens_per_second": 2}), "config has no spatial_merge_size"),
         (changed(vision_config={"spatial_merge_size": 2}), "config has no tokens_per_second"),
@@ -158,7 +159,7 @@ def test_auto_refuses_releases_without_a_rule(installed: str, why: str) -> None:
 def test_auto_is_the_newest_where_transformers_is_not_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mrope.families.installed_transformers", lambda: None)
+    monkeypatch.setattr("mrope.references.installed_transformers", lambda: None)
     assert resolve_reference("auto") == NEW
     assert MRopeSpec.from_config(example_config("qwen3_vl")).reference == NEW
 

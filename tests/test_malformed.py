@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from batches import ROWS
 from malformed import MALFORMED, Malformed
 from mrope import MRopeCollator, MRopeError, MRopeSpec, SpanMismatchError, rope_index
-from mrope.families import FAMILIES, REFERENCES, example_config
+from mrope.families import example_config
+from mrope.references import REFERENCES
 
 ERRORS_PAGE = Path(__file__).parents[1] / "docs" / "errors.md"
 
@@ -39,8 +41,7 @@ def test_the_docs_show_the_message(case: Malformed) -> None:
     assert " ".join(case.what.split()) in page
 
 
-@pytest.mark.parametrize("reference", REFERENCES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "reference"), ROWS)
 @pytest.mark.parametrize("case", MALFORMED[:7], ids=lambda case: case.name)
 def test_no_family_or_reference_lets_it_pass(case: Malformed, family: str, reference: str) -> None:
     spec = MRopeSpec.from_config(example_config(family), reference)

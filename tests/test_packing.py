@@ -21,7 +21,7 @@ from mrope.vision import VisionSpec
 
 SPEC = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
 START, IMAGE, VIDEO = 101, 102, 103
-PACKED = tuple(name for name in FAMILIES if name != "aero_realtime")
+PACKED = tuple(name for name, row in FAMILIES.items() if row.packs)
 
 
 def flat(spec: MRopeSpec = SPEC, **options: Any) -> MRopeCollator:

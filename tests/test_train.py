@@ -21,7 +21,6 @@ from mrope.config import Config, ConfigError
 from mrope.data import Rows, make_loader
 from mrope.demo.dataset import photographs
 from mrope.demo.processing import Processing, build_processing
-from mrope.families import FAMILIES
 from mrope.train import (
     PACKED_TOLERANCE,
     TrainResult,
@@ -34,7 +33,7 @@ from mrope.train import (
 )
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-TRAINED = [family for family in FAMILIES if family != "aero_realtime"]
+TRAINED = [file.stem for file in sorted(CONFIGS.glob("*_*.yaml")) if file.stem != "aero_realtime"]
 FAST = ["dataloader.num_workers=0", "data.rows=10", "train.steps=2", "train.device=cpu"]
 
 

@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batches import random_batch
+from batches import ROWS, random_batch
 from mrope import MRopeSpec, rope_index
-from mrope.families import FAMILIES, REFERENCES, example_config
+from mrope.families import example_config
 from twin import slow_rope_index
 
 
-@pytest.mark.parametrize("reference", REFERENCES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "reference"), ROWS)
 @settings(max_examples=60, deadline=None)
 @given(rng=st.randoms(use_true_random=False))
 def test_equal_to_the_twin(family: str, reference: str, rng: random.Random) -> None:

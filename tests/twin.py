@@ -40,11 +40,12 @@ def _number_row(spec: MRopeSpec, tokens: list[int], spans: dict[int, list[Any]])
     cursor = 0
     at = 0
     while at < len(tokens):
-        if tokens[at] not in spans:
+        kind = _kind(spec, tokens, at)
+        if kind not in spans:
             numbers.append((cursor, cursor, cursor))
             cursor, at = cursor + 1, at + 1
             continue
-        times, height, width = spans[tokens[at]].pop(0)
+        times, height, width = spans[kind].pop(0)
         block = [
             (cursor + t, cursor + y, cursor + x)
             for t in times
@@ -61,6 +62,16 @@ def _number_row(spec: MRopeSpec, tokens: list[int], spans: dict[int, list[Any]])
     return numbers
 
 
+def _kind(spec: MRopeSpec, tokens: list[int], at: int) -> int:
+    """Return a token's id, or for an image token between a GLM video's markers the video's id."""
+    if not spec.family.startswith("glm") or tokens[at] != spec.image_token_id:
+        return tokens[at]
+    before = tokens[: at + 1]
+    starts = before.count(int(spec.numbers["video_start_token_id"]))
+    ends = before.count(int(spec.numbers["video_end_token_id"]))
+    return spec.video_token_id if starts > ends else spec.image_token_id
+
+
 def _spans(spec: MRopeSpec, batch: dict[str, Any]) -> dict[int, list[Any]]:
     """Return for each placeholder id its spans in order: times of the frames, height, width."""
     merge = spec.spatial_merge_size
@@ -72,8 +83,10 @@ def _spans(spec: MRopeSpec, batch: dict[str, Any]) -> dict[int, list[Any]]:
         times = still_times if still else moving_times
         spans[spec.image_token_id].append((times, h // merge, w // merge))
     for video, (t, h, w) in enumerate(_rows(batch["video_grid_thw"])):
-        if spec.family in ("qwen2_vl", "qwen2_5_vl"):
-            times = _times(spec, batch["second_per_grid_ts"], video, t) if timed else list(range(t))
+        if spec.family in ("qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "ernie4_5_vl_moe"):
+            steps = t // 2 if spec.family == "ernie4_5_vl_moe" else t
+            seconds = batch["second_per_grid_ts"]
+            times = _times(spec, seconds, video, t) if timed else list(range(steps))
             spans[spec.video_token_id].append((list(times), h // merge, w // merge))
         else:
             spans[spec.video_token_id] += [([0], h // merge, w // merge)] * t

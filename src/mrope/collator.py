@@ -9,12 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mrope.documents import to_stream
 from mrope.errors import MRopeError
 from mrope.families import MRopeSpec
 from mrope.layouts import CheckedBatch, Layout, to_batch_layout
+from mrope.mismatch import IMAGE, VIDEO
 from mrope.packing import check_packing, flatten, refuse_packed, seq_lengths
 from mrope.padding import PaddingCollator
 from mrope.positions import rope_index
+from mrope.spans import token_kinds
 from mrope.vision import VisionSpec, check_release, vision_tensors
 
 Collate = Callable[[Any], Any]
@@ -183,13 +186,13 @@ def _reader_inputs(
     mask = arguments.get("attention_mask")
     valid = None if mask is None or np.all(mask) else np.asarray(mask, np.bool_)
     inputs: dict[str, Any] = {"has_padding": valid is not None}
-    for modality, token in (("image", spec.image_token_id), ("video", spec.video_token_id)):
+    kind_T = token_kinds(spec, to_stream(arguments["input_ids"], valid))
+    place_T = None if valid is None else valid.ravel().nonzero()[0]
+    for modality, kind in (("image", IMAGE), ("video", VIDEO)):
         if f"{modality}_cu_seqlens" not in tower_inputs:
             continue
-        placeholder = arguments["input_ids"] == token
-        if valid is not None:
-            placeholder &= valid
-        inputs[f"{modality}_scatter_index"] = placeholder.ravel().nonzero()[0]
+        index = (kind_T == kind).nonzero()[0]
+        inputs[f"{modality}_scatter_index"] = index if place_T is None else place_T[index]
         for borders, sizes in _SPLITS.items():
             if f"{modality}_{borders}" in tower_inputs:
                 lengths = np.diff(tower_inputs[f"{modality}_{borders}"])

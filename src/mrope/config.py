@@ -29,8 +29,9 @@ from yaml import YAMLError
 
 from mrope.collator import Collate, MRopeCollator
 from mrope.errors import MRopeError
-from mrope.families import REFERENCES, MRopeSpec, nearest
+from mrope.families import MRopeSpec
 from mrope.padding import PaddingCollator
+from mrope.references import REFERENCES, nearest
 from mrope.vision import VisionSpec
 
 DEMO = "demo"

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from mrope.collator import Collate
 from mrope.errors import MRopeError
 from mrope.sampler import TokenBudgetSampler
-from mrope.spans import token_kinds
+from mrope.spans import token_types
 from mrope.synthetic import SyntheticRows, patch_values
 
 if TYPE_CHECKING:
@@ -106,11 +106,6 @@ def load_rows(cfg: Config, spec: MRopeSpec, model_config: Any) -> RowDataset:
         f"data.source: {cfg.data.source} has the columns {', '.join(names)}; a dataset needs "
         "input_ids and labels, or messages"
     )
-
-
-def token_types(input_ids: npt.NDArray[np.int64], spec: MRopeSpec) -> npt.NDArray[np.int64]:
-    """Return `mm_token_type_ids`: 1 at image placeholders, 2 at video placeholders, else 0."""
-    return token_kinds(spec, input_ids).astype(np.int64)
 
 
 def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[Any]:
@@ -230,4 +225,4 @@ def _tokenized(table: datasets.Dataset, spec: MRopeSpec) -> datasets.Dataset:
 
 def _add_types(row: Mapping[str, Any], spec: MRopeSpec) -> dict[str, Any]:
     # Without this column transformers' own forward raises, or falls back to 1-D positions.
-    return {"mm_token_type_ids": token_types(np.asarray(row["input_ids"]), spec)}
+    return {"mm_token_type_ids": token_types(spec, np.asarray(row["input_ids"]))}

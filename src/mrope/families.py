@@ -1,24 +1,58 @@
-"""What each model family and each reference is: plain data; and the spec, read from a config.
+"""What each model family is: plain data; and the spec, read from a config.
 
-A family is a row of `FAMILIES`, keyed by `config.model_type`; a reference is a row of `REFERENCES`,
-named after the transformers release whose `get_rope_index` it equals. Nothing else in the package
-asks for a model type or a version.
+A family is a row of `FAMILIES`, keyed by `config.model_type`. Nothing else in the package asks for
+a model type. What a release does is in `mrope.references`.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib.metadata
 import json
 import os
 import re
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mrope.errors import MRopeError
+from mrope.references import REFERENCES, Reference, nearest, resolve_reference
+
+NO_TOKEN = -1
+"""Stands for the id of a token that a family does not have."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What a family's vision tower takes beside its pixels: see `mrope.vision`.
+
+    Attributes:
+        videos: it takes videos too.
+        positions: it takes its patches' positions.
+        windows: most layers attend within square windows (Qwen2.5-VL).
+        table: a square table of learned positions is stretched to each frame (Qwen3-VL and kin).
+        raster: patches are numbered row by row over the whole frame, not by merged blocks, and the
+            table's edges, not its corners' centres, meet the frame's (PaddleOCR-VL).
+    """
+
+    videos: bool = True
+    positions: bool = True
+    windows: bool = False
+    table: bool = False
+    raster: bool = False
+
+
+class Number(NamedTuple):
+    """A further number that a family's rule reads of the config.
+
+    Attributes:
+        name: of the number in `MRopeSpec.numbers`.
+        key: where the config has it, with dots between sections.
+        example: a value for `example_config`.
+    """
+
+    name: str
+    key: str
+    example: int
 
 
 @dataclass(frozen=True)
@@ -28,27 +62,55 @@ class Family:
     Attributes:
         frames_apart: every frame of a video is a span of its own, as if it were an image (Qwen3-VL
             and its kin, whose processors write a timestamp before each frame).
+        frames_as_images: a frame's placeholders are those of images, and stand between a video's
+            start and end marker (GLM-V).
         timed: the temporal step of a video is `tokens_per_second * second_per_grid_ts`.
         packs: its examples were seen to be kept apart in one row (see `mrope.packing`).
+        references: those whose numbers it was compared with.
         image_keys, video_keys, start_keys: names under which a config may hold the token ids of the
-            image placeholder, the video placeholder and the vision start marker.
+            image placeholder, the video placeholder and the vision start marker; none: the family
+            has no such token.
+        numbers: further ones of the config: `temporal_merge_size`, frames of a video that share
+            their tokens; `video_start_token_id`, `video_end_token_id`, with `frames_as_images`.
+        tower: its vision tower; None: transformers' does not take anything from outside.
     """
 
-    frames_apart: bool
+    frames_apart: bool = False
+    frames_as_images: bool = False
     timed: bool = False
     packs: bool = True
+    references: tuple[str, ...] = tuple(REFERENCES)
     image_keys: tuple[str, ...] = ("image_token_id",)
     video_keys: tuple[str, ...] = ("video_token_id",)
     start_keys: tuple[str, ...] = ("vision_start_token_id",)
+    numbers: tuple[Number, ...] = ()
+    tower: Tower | None = None
 
+
+# 4.57 has some of the later families, with functions of their own that were not compared.
+_SINCE_5_6 = ("transformers-5.17", "transformers-5.23")
+_STRETCHED = Tower(table=True)
+_GLM = Family(
+    frames_apart=True,
+    frames_as_images=True,
+    packs=False,
+    references=_SINCE_5_6,
+    start_keys=("image_start_token_id",),
+    numbers=(
+        Number("video_start_token_id", "video_start_token_id", 104),
+        Number("video_end_token_id", "video_end_token_id", 105),
+    ),
+    tower=Tower(),
+)
 
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family(frames_apart=False),
-    "qwen2_5_vl": Family(frames_apart=False, timed=True),
-    "qwen3_vl": Family(frames_apart=True),
-    "qwen3_vl_moe": Family(frames_apart=True),
-    "qwen3_5": Family(frames_apart=True),
-    "qwen3_5_moe": Family(frames_apart=True),
+    "qwen2_vl": Family(tower=Tower()),
+    "qwen2_5_vl": Family(timed=True, tower=Tower(windows=True)),
+    "qwen3_vl": Family(frames_apart=True, tower=_STRETCHED),
+    "qwen3_vl_moe": Family(frames_apart=True, tower=_STRETCHED),
+    "qwen3_5": Family(frames_apart=True, tower=_STRETCHED),
+    "qwen3_5_moe": Family(frames_apart=True, tower=_STRETCHED),
+    "qwen4_exp": Family(frames_apart=True, packs=False, references=_SINCE_5_6, tower=_STRETCHED),
     # LMMs-Lab's config exposes every id under two names; a hand-written one may have either.
     "aero_realtime": Family(
         frames_apart=True,
@@ -57,138 +119,37 @@ FAMILIES: dict[str, Family] = {
         video_keys=("video_token_index", "video_token_id"),
         start_keys=("vision_start_token_index", "vision_start_token_id"),
     ),
-}
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What one era of transformers' `get_rope_index` does where the releases differ.
-
-    Attributes:
-        fill: position written at padding.
-        delta_over_padded: `rope_deltas` is max + 1 - S with the padded S, instead of the row's own
-            number of valid tokens.
-        text_batch_fill_in_delta: in a batch without any grid the maximum is taken over the fill at
-            padding too.
-        advance_over_time: text goes on after the largest position of a span, time included, instead
-            of after its larger spatial side.
-        whole_seconds: `second_per_grid_ts` is truncated to an integer before it is multiplied.
-        start_required: a span is found by the vision start marker in front of it; without one its
-            placeholders are taken for text.
-        binary_mask: only mask values of 1 are valid, so that a mask with other values has no
-        meaning.
-        timed_image_step: temporal step of an image in the families with timed videos.
-    """
-
-    fill: int
-    delta_over_padded: bool
-    text_batch_fill_in_delta: bool
-    advance_over_time: bool
-    whole_seconds: bool
-    start_required: bool
-    binary_mask: bool
-    timed_image_step: int
-
-
-REFERENCES: dict[str, Reference] = {
-    "transformers-4.57": Reference(
-        fill=1,
-        delta_over_padded=True,
-        text_batch_fill_in_delta=True,
-        advance_over_time=True,
-        whole_seconds=True,
-        start_required=True,
-        binary_mask=True,
-        timed_image_step=0,
+    "glm4v": _GLM,
+    "glm4v_moe": _GLM,
+    "glm46v": _GLM,
+    "glm_ocr": _GLM,
+    "ernie4_5_vl_moe": Family(
+        packs=False,
+        references=_SINCE_5_6,
+        start_keys=("image_start_token_id",),
+        numbers=(Number("temporal_merge_size", "vision_config.temporal_merge_size", 2),),
+        tower=Tower(),
     ),
-    "transformers-5.17": Reference(
-        fill=0,
-        delta_over_padded=False,
-        text_batch_fill_in_delta=False,
-        advance_over_time=False,
-        whole_seconds=True,
-        start_required=False,
-        binary_mask=False,
-        timed_image_step=1,
+    "paddleocr_vl": Family(
+        packs=False,
+        references=_SINCE_5_6,
+        tower=Tower(videos=False, table=True, raster=True),
     ),
-    "transformers-5.23": Reference(
-        fill=0,
-        delta_over_padded=False,
-        text_batch_fill_in_delta=False,
-        advance_over_time=False,
-        whole_seconds=False,
-        start_required=False,
-        binary_mask=False,
-        timed_image_step=1,
+    "cohere_compass": Family(
+        frames_apart=True, packs=False, references=_SINCE_5_6, tower=_STRETCHED
+    ),
+    "cosmos3_omni": Family(frames_apart=True, packs=False, references=_SINCE_5_6, tower=_STRETCHED),
+    "cosmos3_edge": Family(
+        frames_apart=True, packs=False, references=_SINCE_5_6, tower=Tower(positions=False)
     ),
 }
 
-# First and last release (major, minor) of each era. 5.0 to 5.5 stand in no row: they number clips
-# wrongly. The era of 5.23 begins with 5.18, the first wheel in which seconds are not truncated.
-_ERAS: tuple[tuple[tuple[int, int], tuple[int, int], str], ...] = (
-    ((4, 57), (4, 57), "transformers-4.57"),
-    ((5, 6), (5, 17), "transformers-5.17"),
-    ((5, 18), (5, 23), "transformers-5.23"),
-)
-
-
-def resolve_reference(name: str = "auto", installed: str | None = None) -> str:
-    """Turn a reference's name, or "auto", into a key of `REFERENCES`.
-
-    Args:
-        name: a key of `REFERENCES`, or "auto": the era of the transformers that is installed, and
-            "transformers-5.23" where none is. Its version is read from the package's metadata;
-            transformers is not imported.
-        installed: version to use for "auto" instead of the installed one.
-
-    Raises:
-        MRopeError: unknown name, or "auto" with a release that has no tested rule.
-
-    Warns:
-        UserWarning: "auto" with a release newer than any that was tested.
-
-    Example:
-        >>> resolve_reference("auto", installed="5.12.0")
-        'transformers-5.17'
-    """
-    if name != "auto":
-        if name not in REFERENCES:
-            raise MRopeError(
-                f"unknown reference {name!r}{nearest(name, REFERENCES)}; "
-                f"known: auto, {', '.join(REFERENCES)}"
-            )
-        return name
-    version = installed if installed is not None else installed_transformers()
-    if version is None:
-        return _ERAS[-1][2]
-    parsed = re.match(r"(\d+)\.(\d+)", version)
-    if parsed is None:
-        raise MRopeError(f"cannot read transformers' version {version!r}; name a reference")
-    release = (int(parsed[1]), int(parsed[2]))
-    for first, last, reference in _ERAS:
-        if first <= release <= last:
-            return reference
-    if release > _ERAS[-1][1]:
-        warnings.warn(
-            f"transformers {version} is newer than any release that mrope was tested against; "
-            f"reference='auto' uses {_ERAS[-1][2]!r}",
-            UserWarning,
-            stacklevel=3,
-        )
-        return _ERAS[-1][2]
-    why = "releases 5.0 to 5.5 number clips wrongly" if release[0] == 5 else "it was not tested"
-    raise MRopeError(
-        f"reference='auto' has no rule for transformers {version}: {why}; "
-        f"install 4.57 or 5.6 and later, or name one of: {', '.join(REFERENCES)}"
-    )
-
-
-def installed_transformers() -> str | None:
-    """Return the version of the installed transformers, from its metadata; None without it."""
-    try:
-        return importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+ONE_DIMENSIONAL: dict[str, Tower | None] = {
+    "exaone4_5": Tower(windows=True),
+    "hyperclovax_vision_v2": Tower(windows=True),
+    "video_llama_3": None,
+}
+"""Vision-language models whose tokens transformers 5.23 numbers in 1-D, and their towers."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +159,8 @@ class MRopeSpec:
     Attributes:
         family: `model_type` of the config, a key of `FAMILIES`.
         reference: the release whose numbers are computed, a key of `REFERENCES`.
-        image_token_id, video_token_id, vision_start_token_id: token ids of the model.
+        image_token_id, video_token_id, vision_start_token_id: token ids of the model; `NO_TOKEN`
+            where the family has no such token.
         spatial_merge_size: patches that the vision tower merges along each side.
         tokens_per_second: temporal positions in a second; None in families without timed videos.
         numbers: what else the family's rule reads of the config, by name.
@@ -245,37 +207,33 @@ class MRopeSpec:
             ... }, reference="transformers-5.23").spatial_merge_size
             2
         """
-        table = as_mapping(config)
-        name = table.get("model_type")
+        name, table = model_section(as_mapping(config))
         if name not in FAMILIES:
             raise MRopeError(_unknown_family(name))
         family = FAMILIES[name]
+        reference = resolve_reference(reference)
+        if reference not in family.references:
+            raise MRopeError(
+                f"{name} was not compared with {reference}; known: {', '.join(family.references)}"
+            )
         vision = table.get("vision_config")
         if not isinstance(vision, Mapping):
             raise MRopeError(f"{name}: the config has no vision_config section")
-        keys = (family.image_keys, family.video_keys, family.start_keys)
-        image, video, start = (read_int(table, key, name) for key in keys)
-        if len({image, video, start}) < 3:
-            twice = video if video in (image, start) else image
-            raise MRopeError(
-                f"{name}: token id {twice} stands for two of the image, video and vision start "
-                "tokens"
-            )
-        return cls(
+        where = f"{name} vision_config"
+        spec = cls(
             family=name,
-            reference=resolve_reference(reference),
-            image_token_id=image,
-            video_token_id=video,
-            vision_start_token_id=start,
-            spatial_merge_size=read_int(
-                vision, ("spatial_merge_size",), f"{name} vision_config", 1
-            ),
-            tokens_per_second=read_int(
-                vision, ("tokens_per_second",), f"{name} vision_config", minimum=1
-            )
+            reference=reference,
+            image_token_id=_read_token(table, family.image_keys, name),
+            video_token_id=_read_token(table, family.video_keys, name),
+            vision_start_token_id=_read_token(table, family.start_keys, name),
+            spatial_merge_size=read_int(vision, ("spatial_merge_size",), where, 1),
+            tokens_per_second=read_int(vision, ("tokens_per_second",), where, 1)
             if family.timed
             else None,
+            numbers={number.name: _read_number(table, number, name) for number in family.numbers},
         )
+        _refuse_equal_tokens(spec)
+        return spec
 
 
 def example_config(family: str) -> dict[str, Any]:
@@ -289,13 +247,23 @@ def example_config(family: str) -> dict[str, Any]:
         raise MRopeError(_unknown_family(family))
     row = FAMILIES[family]
     vision = {"spatial_merge_size": 2} | ({"tokens_per_second": 2} if row.timed else {})
-    return {
-        "model_type": family,
-        row.start_keys[0]: 101,
-        row.image_keys[0]: 102,
-        row.video_keys[0]: 103,
-        "vision_config": vision,
-    }
+    config: dict[str, Any] = {"model_type": family, "vision_config": vision}
+    for keys, token in ((row.start_keys, 101), (row.image_keys, 102), (row.video_keys, 103)):
+        config |= dict.fromkeys(keys[:1], token)
+    for number in row.numbers:
+        *sections, key = number.key.split(".")
+        section = config
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[key] = number.example
+    return config
+
+
+def model_section(table: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """Return `model_type` and config of the model that numbers tokens: an Omni's thinker."""
+    inner = table.get("thinker_config")
+    table = inner if isinstance(inner, Mapping) else table
+    return table.get("model_type"), table
 
 
 def as_mapping(config: Any) -> Mapping[str, Any]:
@@ -341,16 +309,46 @@ def read_int(table: Mapping[str, Any], keys: tuple[str, ...], where: str, minimu
     return int(next(iter(found.values())))
 
 
+def _read_token(table: Mapping[str, Any], keys: tuple[str, ...], where: str) -> int:
+    return read_int(table, keys, where) if keys else NO_TOKEN
+
+
+def _read_number(table: Mapping[str, Any], number: Number, name: str) -> int:
+    """Read a number at its dotted key: "vision_config.temporal_merge_size"."""
+    *sections, key = number.key.split(".")
+    for section in sections:
+        inner = table.get(section)
+        if not isinstance(inner, Mapping):
+            raise MRopeError(f"{name}: the config has no {section} section")
+        table = inner
+    return read_int(table, (key,), " ".join((name, *sections)))
+
+
+def _refuse_equal_tokens(spec: MRopeSpec) -> None:
+    tokens = {
+        "image": spec.image_token_id,
+        "video": spec.video_token_id,
+        "vision start": spec.vision_start_token_id,
+        **{name: int(value) for name, value in spec.numbers.items() if name.endswith("_id")},
+    }
+    names: dict[int, str] = {}
+    for name, token in tokens.items():
+        if token != NO_TOKEN and token in names:
+            raise MRopeError(
+                f"{spec.family}: token id {token} stands for two tokens, {names[token]} and {name}"
+            )
+        names[token] = name
+
+
 def _unknown_family(name: object) -> str:
     known = f"known: {', '.join(FAMILIES)}"
     if not isinstance(name, str):
         return f"the config has no model_type, so its family cannot be told; {known}"
     if re.search(r"_(text|vision)$", name):
         return f"model_type {name!r} is a part of a model; give the whole model's config; {known}"
+    if name in ONE_DIMENSIONAL:
+        return (
+            f"transformers 5.23 numbers the tokens of {name} in 1-D, as those of a text: there is "
+            f"nothing to compute; {known}"
+        )
     return f"unknown model_type {name!r}{nearest(name, FAMILIES)}; {known}"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint at the known name that is most like `name`; nothing where none is."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -25,7 +25,8 @@ class Grids(NamedTuple):
         frames_N: how many of the G each video has: 1, or its frames where these stand apart.
         row_G: row of the batch that each belongs to, -1 where the batch does not say; None where it
             says so for none.
-        merge: `spatial_merge_size`, for messages.
+        merge, frame_merge: patches along a side, and frames of a video, that share a token; for
+            messages.
     """
 
     size_3G: IntArray
@@ -33,6 +34,7 @@ class Grids(NamedTuple):
     frames_N: IntArray
     row_G: IntArray | None
     merge: int
+    frame_merge: int
 
 
 def to_grids(
@@ -59,6 +61,9 @@ def to_grids(
     size_3G = np.concatenate((image_N3, video_N3)).T.copy()
     _check_sizes(size_3G, images, spec.spatial_merge_size, shape)
     size_3G[1:] //= spec.spatial_merge_size
+    frame_merge = int(spec.numbers.get("temporal_merge_size", 1))
+    size_3G[0, images:] //= frame_merge
+    _check_clips(size_3G[0, images:], video_N3, frame_merge)
     if spec.traits.frames_apart and len(video_N3):
         frames_N = size_3G[0, images:].copy()
         size_3G[0, images:] = 1
@@ -71,7 +76,7 @@ def to_grids(
         image_rows = _rows_of("images_per_sample", images_per_sample, images, shape[0])
         video_rows = _rows_of("videos_per_sample", videos_per_sample, len(video_N3), shape[0])
         row_G = np.concatenate((image_rows, video_rows.repeat(frames_N)))
-    return Grids(size_3G, images, frames_N, row_G, spec.spatial_merge_size)
+    return Grids(size_3G, images, frames_N, row_G, spec.spatial_merge_size, frame_merge)
 
 
 def as_integers(name: str, values: npt.ArrayLike, hint: str) -> IntArray:
@@ -129,6 +134,16 @@ def _check_sizes(size_3G: IntArray, images: int, merge: int, shape: tuple[int, i
             raise MRopeError(
                 f"{where}: needs more than the {shape[0] * shape[1]} tokens of the whole batch"
             )
+
+
+def _check_clips(frames_N: IntArray, video_N3: IntArray, frame_merge: int) -> None:
+    """Refuse a clip of less frames than share a token: nothing would be left of it."""
+    if not frames_N.all():
+        ordinal = int(frames_N.argmin())
+        raise MRopeError(
+            f"video_grid_thw[{ordinal}] = {video_N3[ordinal].tolist()}: needs at least "
+            f"{frame_merge} frames, temporal_merge_size; usual cause: a grid of another processor"
+        )
 
 
 def _rows_of(name: str, per_sample: npt.ArrayLike | None, grids: int, rows: int) -> IntArray:

@@ -147,8 +147,11 @@ class _Walk:
         if column is None:
             return "has no grid"
         frames, height, width = self.grids.size_3G[:, column].tolist()
-        patches = [frames, height * self.grids.merge, width * self.grids.merge]
-        return f"its grid {patches}, merged by {self.grids.merge}, needs {frames * height * width}"
+        merge = self.grids.merge
+        over_time = self.grids.frame_merge if column >= self.grids.images else 1
+        patches = [frames * over_time, height * merge, width * merge]
+        merged = f"{merge}" if over_time == 1 else f"{over_time} x {merge} x {merge}"
+        return f"its grid {patches}, merged by {merged}, needs {frames * height * width}"
 
 
 def _placeholder_runs(

@@ -18,8 +18,9 @@ import numpy.typing as npt
 import torch
 
 from mrope.errors import MRopeError
-from mrope.families import MRopeSpec, installed_transformers
+from mrope.families import MRopeSpec
 from mrope.padding import PaddingCollator
+from mrope.references import installed_transformers
 
 # Releases in which every family that packs was compared, example by example. Before 5.23 the
 # borders in `cu_seq_lens_q` reach the vision tower too, and linear attention mixes examples.

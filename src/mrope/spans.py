@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mrope.documents import BoolArray, IntArray, Stream
+from mrope.documents import BoolArray, IntArray, Stream, to_stream
 from mrope.families import MRopeSpec
 from mrope.grids import Grids
 from mrope.mismatch import IMAGE, TEXT, VIDEO, mismatch, missing_start, type_mismatch
@@ -51,7 +51,7 @@ def find_runs(
     Raises:
         SpanMismatchError: tokens, types and grids do not fit together.
     """
-    kind_T = token_kinds(spec, stream.tokens_T)
+    kind_T = token_kinds(spec, stream)
     if types_T is not None and not np.array_equal(kind_T, types_T):
         raise type_mismatch(stream, kind_T, types_T)
     whole = _runs_of_one_kind(kind_T, stream.start_D)
@@ -75,12 +75,36 @@ def find_runs(
     return Runs(*cut, first_D, runs_D, vision_V, grid_V, kind_T == TEXT)
 
 
-def token_kinds(spec: MRopeSpec, tokens_T: IntArray) -> npt.NDArray[np.uint8]:
+def token_kinds(spec: MRopeSpec, stream: Stream) -> npt.NDArray[np.uint8]:
     """Return TEXT, IMAGE or VIDEO for each token."""
+    tokens_T = stream.tokens_T
     kind_T: npt.NDArray[np.uint8] = (tokens_T == spec.video_token_id).view(np.uint8)
     np.add(kind_T, kind_T, out=kind_T)
-    np.bitwise_or(kind_T, (tokens_T == spec.image_token_id).view(np.uint8), out=kind_T)
+    image_T: npt.NDArray[np.uint8] = (tokens_T == spec.image_token_id).view(np.uint8)
+    np.bitwise_or(kind_T, image_T, out=kind_T)
+    if spec.traits.frames_as_images:
+        np.add(kind_T, image_T & _inside_videos(spec, stream), out=kind_T)
     return kind_T
+
+
+def token_types(spec: MRopeSpec, input_ids: IntArray) -> npt.NDArray[np.int64]:
+    """Return `mm_token_type_ids` of (S,) or (B, S) ids: 1 at images, 2 at videos, else 0."""
+    kind_T = token_kinds(spec, to_stream(np.atleast_2d(input_ids), None))
+    return kind_T.astype(np.int64).reshape(input_ids.shape)
+
+
+def _inside_videos(spec: MRopeSpec, stream: Stream) -> BoolArray:
+    """Return which tokens have more video starts than video ends up to them in their document.
+
+    That is how transformers' GLM-4V processor tells frames from images (5.23).
+    start 9, end 8, tokens 7 9 1 1 8 1: depth 0 1 1 1 0 0, and so the first two 1 are frames.
+    """
+    start, end = spec.numbers["video_start_token_id"], spec.numbers["video_end_token_id"]
+    change_T = (stream.tokens_T == start).astype(np.int64) - (stream.tokens_T == end)
+    depth_T = change_T.cumsum()
+    before_D = depth_T[stream.start_D] - change_T[stream.start_D]
+    inside_T: BoolArray = depth_T > before_D.repeat(stream.length_D)
+    return inside_T
 
 
 class _Cut(NamedTuple):

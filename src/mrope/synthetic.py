@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mrope.errors import MRopeError
-from mrope.spans import token_kinds
+from mrope.spans import token_types
 
 if TYPE_CHECKING:
     from mrope.config import ShapeSection
@@ -73,7 +73,7 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
         generator = torch.Generator().manual_seed(index)
         text = torch.randint(10, _VOCABULARY, (self.text,), generator=generator)
         input_ids = torch.cat([torch.tensor(self.template), text])
-        types = torch.from_numpy(token_kinds(self.spec, input_ids.numpy())).long()
+        types = torch.from_numpy(token_types(self.spec, input_ids.numpy()))
         return {
             "input_ids": input_ids,
             "labels": input_ids.masked_fill(types > 0, -100),

@@ -14,7 +14,6 @@ frames, W attention windows, L positions along an axis. Within one frame: h, w p
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -26,8 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mrope.errors import MRopeError
-from mrope.families import as_mapping, installed_transformers, read_int
+from mrope.families import FAMILIES, ONE_DIMENSIONAL, Tower, as_mapping, model_section, read_int
 from mrope.grids import as_grid
+from mrope.references import as_release, installed_transformers
 
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
@@ -51,29 +51,6 @@ READ_SINCE: dict[str, tuple[int, int]] = {
 
 
 @dataclass(frozen=True)
-class Tower:
-    """What a family's vision tower takes beside its frames' borders and its patches' positions.
-
-    Attributes:
-        windows: most layers attend within square windows (Qwen2.5-VL).
-        table: a square table of learned positions is stretched to each frame (Qwen3-VL and kin).
-    """
-
-    windows: bool = False
-    table: bool = False
-
-
-TOWERS: dict[str, Tower] = {
-    "qwen2_vl": Tower(),
-    "qwen2_5_vl": Tower(windows=True),
-    "qwen3_vl": Tower(table=True),
-    "qwen3_vl_moe": Tower(table=True),
-    "qwen3_5": Tower(table=True),
-    "qwen3_5_moe": Tower(table=True),
-}
-
-
-@dataclass(frozen=True)
 class VisionSpec:
     """The numbers of a vision tower: plain data, picklable, comparable.
 
@@ -81,11 +58,17 @@ class VisionSpec:
         spatial_merge_size: patches that are merged along each side of a token.
         window_side: merged tokens along each side of an attention window; None: no windows.
         table_side: learned positions along each side of the tower's table; None: no table.
+        positions: the tower takes its patches' positions.
+        videos: the tower takes videos.
+        raster: see `mrope.families.Tower`.
     """
 
     spatial_merge_size: int
     window_side: int | None = None
     table_side: int | None = None
+    positions: bool = True
+    videos: bool = True
+    raster: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> VisionSpec:
@@ -105,34 +88,31 @@ class VisionSpec:
             ...     "vision_config": {
             ...         "spatial_merge_size": 2, "window_size": 112, "patch_size": 14,
             ...     },
-            ... })
-            VisionSpec(spatial_merge_size=2, window_side=4, table_side=None)
+            ... }).window_side
+            4
         """
-        table = as_mapping(config)
-        name = str(table.get("model_type")).removesuffix("_vision")
-        if name not in TOWERS:
-            raise MRopeError(
-                f"model_type {table.get('model_type')!r} has no vision tower whose tensors mrope "
-                f"computes; known: {', '.join(TOWERS)}"
-            )
+        name, table = model_section(as_mapping(config))
+        tower = _tower(name)
         vision = table.get("vision_config", table)
         if not isinstance(vision, Mapping):
             raise MRopeError(f"{name}: vision_config must be a section, not {vision!r}")
         where = f"{name} vision_config"
         merge = read_int(vision, ("spatial_merge_size",), where, 1)
-        tower = TOWERS[name]
         return cls(
             spatial_merge_size=merge,
             window_side=_window_side(vision, where, merge) if tower.windows else None,
-            table_side=int(read_int(vision, ("num_position_embeddings",), where, 1) ** 0.5)
-            if tower.table
-            else None,
+            table_side=_table_side(vision, where, tower) if tower.table else None,
+            positions=tower.positions,
+            videos=tower.videos,
+            raster=tower.raster,
         )
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Names under which the tower takes its tensors, without `image_` or `video_`."""
-        keys: tuple[str, ...] = ("cu_seqlens", "max_seqlen", "position_ids")
+        keys: tuple[str, ...] = ("cu_seqlens", "max_seqlen")
+        if self.positions:
+            keys += ("position_ids",)
         if self.window_side is not None:
             keys += ("window_index", "cu_window_seqlens", "max_window_seqlen")
         if self.table_side is not None:
@@ -156,10 +136,7 @@ def check_release(spec: VisionSpec, version: str | None = None) -> None:
     version = version if version is not None else installed_transformers()
     if version is None:
         return
-    parsed = re.match(r"(\d+)\.(\d+)", version)
-    if parsed is None:
-        raise MRopeError(f"cannot read transformers' version {version!r}")
-    release = (int(parsed[1]), int(parsed[2]))
+    release = as_release(version)
     unread = [key for key in spec.keys if release < READ_SINCE[key]]
     if unread:
         major, minor = max(READ_SINCE[key] for key in unread)
@@ -211,15 +188,18 @@ def vision_tensors(
     tensors: dict[str, npt.NDArray[Any] | int] = {
         "cu_seqlens": borders_F1,
         "max_seqlen": _longest(borders_F1),
-        "position_ids": patch_positions(grid_N3, spec.spatial_merge_size),
     }
+    block = 1 if spec.raster else spec.spatial_merge_size
+    if spec.positions:
+        tensors["position_ids"] = patch_positions(grid_N3, block)
     if spec.window_side is not None:
         order_M, borders_W1 = window_order(grid_N3, spec.spatial_merge_size, spec.window_side)
         tensors["window_index"] = order_M
         tensors["cu_window_seqlens"] = borders_W1
         tensors["max_window_seqlen"] = _longest(borders_W1)
     if spec.table_side is not None:
-        indices_P4, weights_P4 = table_taps(grid_N3, spec.spatial_merge_size, spec.table_side)
+        corners = not spec.raster
+        indices_P4, weights_P4 = table_taps(grid_N3, block, spec.table_side, corners)
         tensors["interp_indices"] = indices_P4
         tensors["interp_weights"] = weights_P4
     return tensors
@@ -258,17 +238,20 @@ def window_order(grid_N3: Int64Array, merge: int, side: int) -> tuple[Int64Array
     return order_M, _borders(lengths_W)
 
 
-def table_taps(grid_N3: Int64Array, merge: int, side: int) -> tuple[Int64Array, FloatArray]:
+def table_taps(
+    grid_N3: Int64Array, merge: int, side: int, corners: bool = True
+) -> tuple[Int64Array, FloatArray]:
     """Return the four learned positions that each patch mixes, and their weights.
 
-    The table of `side` x `side` positions is stretched bilinearly so that its corners meet the
-    frame's. Taps are upper left, upper right, lower left, lower right; patches are in the order of
-    `patch_positions`.
+    The table of `side` x `side` positions is stretched bilinearly over a frame. With `corners` the
+    centres of its corner positions meet those of the frame's corner patches, else its outer edges
+    meet the frame's (torch's `align_corners`). Taps are upper left, upper right, lower left, lower
+    right; patches are in the order of `patch_positions`.
 
     Returns:
         Indices into the flat table, int64 (P, 4), and weights, float32 (P, 4).
     """
-    indices_P4, weights_P4 = _join(_taps, grid_N3, merge, side)
+    indices_P4, weights_P4 = _join(_taps, grid_N3, merge, side, corners)
     return indices_P4, weights_P4
 
 
@@ -287,6 +270,29 @@ def _window_side(vision: Mapping[str, Any], where: str, merge: int) -> int:
             f"{merge} x {patch} pixels"
         )
     return side
+
+
+def _table_side(vision: Mapping[str, Any], where: str, tower: Tower) -> int:
+    """Return the side of the table; one in raster order covers the image that was trained on."""
+    if tower.raster:
+        image, patch = (read_int(vision, (key,), where, 1) for key in ("image_size", "patch_size"))
+        return image // patch
+    return int(read_int(vision, ("num_position_embeddings",), where, 1) ** 0.5)
+
+
+def _tower(name: object) -> Tower:
+    """Return the tower of a `model_type`, which may be the model's or the tower's own."""
+    plain = str(name).removesuffix("_encoder").removesuffix("_vision")
+    families = {plain, f"{plain}_thinker"} & FAMILIES.keys()
+    tower = FAMILIES[families.pop()].tower if families else ONE_DIMENSIONAL.get(plain)
+    if tower is None:
+        known = [name for name, row in FAMILIES.items() if row.tower is not None]
+        known += [name for name, tower in ONE_DIMENSIONAL.items() if tower is not None]
+        raise MRopeError(
+            f"model_type {name!r} has no vision tower whose tensors mrope computes; "
+            f"known: {', '.join(known)}"
+        )
+    return tower
 
 
 def _as_grids(grid_thw: npt.ArrayLike | None, merge: int) -> Int64Array:
@@ -336,9 +342,9 @@ def _windows(height: int, width: int, merge: int, side: int) -> Piece:
     return window.argsort(kind="stable"), np.bincount(window) * merge**2
 
 
-def _taps(height: int, width: int, merge: int, side: int) -> Piece:
-    rows, row_weights, _, _ = _MEMORY.recall(_axis_tables, height, merge, side)
-    _, _, columns, column_weights = _MEMORY.recall(_axis_tables, width, merge, side)
+def _taps(height: int, width: int, merge: int, side: int, corners: bool) -> Piece:
+    rows, row_weights, _, _ = _MEMORY.recall(_axis_tables, height, merge, side, corners)
+    _, _, columns, column_weights = _MEMORY.recall(_axis_tables, width, merge, side, corners)
     shape = (height // merge, width // merge, merge, merge * 4)
     indices, weights = np.empty(shape, np.int64), np.empty(shape, np.float32)
     np.add(_down(rows, merge), _along(columns, merge), out=indices)
@@ -354,7 +360,7 @@ def _along(values: npt.NDArray[Any], merge: int) -> npt.NDArray[Any]:
     return values.reshape(1, -1, 1, merge * values.shape[1])
 
 
-def _axis_tables(length: int, merge: int, side: int) -> Piece:
+def _axis_tables(length: int, merge: int, side: int, corners: bool) -> Piece:
     """Return an axis' taps and weights, laid out for a frame's rows and for its columns.
 
     As columns they are (L, 4): two taps, twice. As rows they are (L, merge * 4): each tap twice,
@@ -362,11 +368,11 @@ def _axis_tables(length: int, merge: int, side: int) -> Piece:
     it can be. Rows are already multiplied by the table's width.
 
     Example:
-        >>> rows, _, columns, _ = _axis_tables(2, 1, 3)
+        >>> rows, _, columns, _ = _axis_tables(2, 1, 3, True)
         >>> rows.tolist(), columns.tolist()
         ([[0, 0, 3, 3], [6, 6, 6, 6]], [[0, 1, 0, 1], [2, 2, 2, 2]])
     """
-    taps_L2, weights_L2 = _axis_taps(length, side)
+    taps_L2, weights_L2 = _axis_taps(length, side, corners)
     return (
         np.tile((taps_L2 * side).repeat(2, axis=1), merge),
         np.tile(weights_L2.repeat(2, axis=1), merge),
@@ -375,18 +381,21 @@ def _axis_tables(length: int, merge: int, side: int) -> Piece:
     )
 
 
-def _axis_taps(length: int, side: int) -> tuple[Int64Array, FloatArray]:
+def _axis_taps(length: int, side: int, corners: bool) -> tuple[Int64Array, FloatArray]:
     """Return the two table rows that each of `length` positions falls between, and their weights.
 
     The order of operations, all in float32, is that of torch: another order, or float64, rounds
-    differently. The second tap of the last position lies beyond the table: it is moved to the edge,
-    and its weight is 0 up to rounding.
+    differently. A tap beyond the table is moved to the edge and keeps its weight.
     """
-    source_L = np.arange(length, dtype=np.float32) * np.float32(side - 1)
-    source_L /= np.float32(max(length - 1, 1))
+    source_L = np.arange(length, dtype=np.float32)
+    if corners:
+        source_L = source_L * np.float32(side - 1) / np.float32(max(length - 1, 1))
+    else:
+        half = np.float32(0.5)
+        source_L = (source_L + half) * np.float32(side) / np.float32(length) - half
     floor_L = np.floor(source_L)
     step_2 = np.arange(2)
-    taps_L2 = np.minimum(floor_L.astype(np.int64)[:, None] + step_2, side - 1)
+    taps_L2 = (floor_L.astype(np.int64)[:, None] + step_2).clip(0, side - 1)
     distance_L2 = np.abs((source_L - floor_L)[:, None] - step_2.astype(np.float32))
     return taps_L2, np.float32(1) - distance_L2
 

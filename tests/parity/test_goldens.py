@@ -6,13 +6,12 @@ import json
 
 import pytest
 
+from batches import ROWS
 from mrope import rope_index
-from mrope.families import FAMILIES, REFERENCES
 from parity.goldens import FOLDER, digest, golden_batches
 
 
-@pytest.mark.parametrize("reference", REFERENCES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "reference"), ROWS)
 def test_equal_to_the_release(family: str, reference: str) -> None:
     golden = json.loads((FOLDER / f"{reference}.json").read_text(encoding="utf-8"))
     assert golden["transformers"].startswith(reference.removeprefix("transformers-"))

@@ -7,18 +7,19 @@ import random
 import numpy as np
 import pytest
 
-from batches import random_batch
+from batches import ROWS, random_batch
 from mrope import MRopeSpec, rope_index
-from mrope.families import FAMILIES, example_config
+from mrope.families import example_config
 
 peer = pytest.importorskip("mrope.hf.reference", exc_type=ImportError)
 
 BATCHES = 300
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_equal_to_the_installed_release(family: str) -> None:
-    reference = peer.installed_reference()
+@pytest.mark.parametrize(("family", "reference"), ROWS)
+def test_equal_to_the_installed_release(family: str, reference: str) -> None:
+    if reference != peer.installed_reference():
+        pytest.skip("another release is installed")
     spec = MRopeSpec.from_config(example_config(family), reference)
     rng = random.Random(f"{family} live")
     for number in range(BATCHES):

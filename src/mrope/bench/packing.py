@@ -20,9 +20,9 @@ from rich.table import Table
 from mrope.bench.conditions import conditions
 from mrope.bench.timing import interleaved_medians, one_thread
 from mrope.collator import MRopeCollator
-from mrope.data import token_types
 from mrope.families import MRopeSpec, example_config
 from mrope.padding import PaddingCollator
+from mrope.spans import token_types
 from mrope.vision import VisionSpec
 
 TOKENS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -80,7 +80,7 @@ def _example(length: int, spec: MRopeSpec) -> dict[str, Any]:
     for start in range(1, images * step, step):
         ids[start - 1] = spec.vision_start_token_id
         ids[start : start + _IMAGE_SIDE**2] = spec.image_token_id
-    types = token_types(ids, spec)
+    types = token_types(spec, ids)
     side = _IMAGE_SIDE * spec.spatial_merge_size
     return {
         "input_ids": torch.from_numpy(ids),

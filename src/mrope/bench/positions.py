@@ -24,9 +24,9 @@ from rich.table import Table
 from mrope.bench.conditions import conditions
 from mrope.bench.per_span import per_span_rope_index
 from mrope.bench.timing import interleaved_medians, one_thread
-from mrope.data import token_types
 from mrope.families import MRopeSpec, example_config
 from mrope.positions import rope_index
+from mrope.spans import token_types
 
 IntArray = npt.NDArray[np.int64]
 
@@ -142,7 +142,7 @@ def _transformers(spec: MRopeSpec, batch: Mapping[str, IntArray]) -> Callable[[]
         return None
     if installed_reference() == "transformers-4.57":
         return lambda: reference_rope_index(spec, batch)
-    types = token_types(batch["input_ids"], spec)
+    types = token_types(spec, batch["input_ids"])
     return lambda: reference_rope_index(spec, {**batch, "mm_token_type_ids": types})
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mrope.data import token_types
 from mrope.families import MRopeSpec
+from mrope.spans import token_types
 
 TEXT_IDS = range(20, 300)
 
@@ -52,7 +52,7 @@ def _example(
             tokens += _text(rng, 2)
     tokens += _text(rng, int(rng.integers(1, 6)))
     ids = np.array(tokens)
-    types = token_types(ids, spec)
+    types = token_types(spec, ids)
     example: dict[str, Any] = {
         "input_ids": ids,
         "labels": np.where(types, -100, ids),

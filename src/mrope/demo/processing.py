@@ -22,10 +22,10 @@ import numpy.typing as npt
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
-from mrope.data import token_types
 from mrope.demo.tokenizer import CHAT_TEMPLATE, build_tokenizer
 from mrope.errors import MRopeError
 from mrope.families import MRopeSpec
+from mrope.spans import token_types
 
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 START, END = "<|vision_start|>", "<|vision_end|>"
@@ -100,7 +100,7 @@ class Processing:
 
     def _token_columns(self, text: str) -> dict[str, Any]:
         ids = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
-        types = token_types(ids, self.spec)
+        types = token_types(self.spec, ids)
         return {
             "input_ids": ids,
             "attention_mask": np.ones_like(ids),

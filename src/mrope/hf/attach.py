@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from mrope import families
+from mrope import references
 from mrope.errors import MRopeError
 from mrope.hf.reading import READERS, add_by_index, attend_segments, mix_segments
 
@@ -127,7 +127,7 @@ def _refuse_wrapped(model: torch.nn.Module) -> None:
 
 
 def _check_release() -> None:
-    version = families.installed_transformers()
+    version = references.installed_transformers()
     if version is None or not version.startswith(tuple(f"{release}." for release in TESTED)):
         raise MRopeError(
             f"attach was tested with transformers {', '.join(TESTED)}, not {version}; "

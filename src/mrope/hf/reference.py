@@ -16,16 +16,8 @@ import numpy.typing as npt
 import torch
 import transformers
 
-from mrope.families import MRopeSpec, resolve_reference
-
-_CLASSES = {
-    "qwen2_vl": "Qwen2VLModel",
-    "qwen2_5_vl": "Qwen2_5_VLModel",
-    "qwen3_vl": "Qwen3VLModel",
-    "qwen3_vl_moe": "Qwen3VLMoeModel",
-    "qwen3_5": "Qwen3_5Model",
-    "qwen3_5_moe": "Qwen3_5MoeModel",
-}
+from mrope.families import MRopeSpec
+from mrope.references import resolve_reference
 
 
 def installed_reference() -> str:
@@ -39,10 +31,16 @@ def reference_class(family: str) -> Any:
     aero_realtime, and where a release does not know it yet qwen3_5, are numbered by Qwen3-VL's
     class: lmms-engine calls that function for both.
     """
-    if family not in _CLASSES or importlib.util.find_spec(f"transformers.models.{family}") is None:
-        family = "qwen3_vl"
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    return getattr(module, _CLASSES[family])
+    name = family.removesuffix("_thinker")
+    if importlib.util.find_spec(f"transformers.models.{name}") is None:
+        name = "qwen3_vl"
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    classes = (one for one in vars(module).values() if isinstance(one, type))
+    return next(
+        one
+        for one in classes
+        if one.__module__ == module.__name__ and "get_rope_index" in vars(one)
+    )
 
 
 def reference_rope_index(
@@ -57,7 +55,9 @@ def reference_rope_index(
     """
     model = reference_class(spec.family)
     vision = types.SimpleNamespace(
-        spatial_merge_size=spec.spatial_merge_size, tokens_per_second=spec.tokens_per_second
+        spatial_merge_size=spec.spatial_merge_size,
+        tokens_per_second=spec.tokens_per_second,
+        **spec.numbers,
     )
     holder = types.SimpleNamespace(
         config=types.SimpleNamespace(
