@@ -42,14 +42,10 @@ def _example(
     tokens: list[int] = _text(rng, 4)
     grids: dict[str, list[list[int]]] = {"image": [], "video": []}
     for kind in kinds:
-        grid = [3 if kind == "video" else 1, *(2 * rng.integers(1, 4, 2)).tolist()]
+        frames = 3 * int(spec.numbers.get("temporal_merge_size", 1)) if kind == "video" else 1
+        grid = [frames, *(2 * rng.integers(1, 4, 2)).tolist()]
         grids[kind].append(grid)
-        apart = kind == "video" and spec.traits.frames_apart
-        frames = [[1, *grid[1:]]] * grid[0] if apart else [grid]
-        placeholder = spec.image_token_id if kind == "image" else spec.video_token_id
-        for t, h, w in frames:
-            tokens += [spec.vision_start_token_id, *[placeholder] * (t * h * w // 4)]
-            tokens += _text(rng, 2)
+        tokens += _span_tokens(spec, kind, grid, rng)
     tokens += _text(rng, int(rng.integers(1, 6)))
     ids = np.array(tokens)
     types = token_types(spec, ids)
@@ -65,6 +61,25 @@ def _example(
     if spec.tokens_per_second is not None and grids["video"]:
         example["second_per_grid_ts"] = np.array([0.7] * len(grids["video"]), np.float32)
     return example
+
+
+def _span_tokens(
+    spec: MRopeSpec, kind: str, grid: list[int], rng: np.random.Generator
+) -> list[int]:
+    """Return the tokens of an image or of a clip, with text behind each of its spans."""
+    t, h, w = grid
+    apart = kind == "video" and spec.traits.frames_apart
+    as_image = kind == "image" or spec.traits.frames_as_images
+    placeholder = spec.image_token_id if as_image else spec.video_token_id
+    shared = int(spec.numbers.get("temporal_merge_size", 1)) if kind == "video" else 1
+    tokens: list[int] = []
+    for _ in range(t if apart else 1):
+        size = h * w // 4 if apart else t // shared * h * w // 4
+        tokens += [spec.vision_start_token_id, *[placeholder] * size, *_text(rng, 2)]
+    if kind == "video" and spec.traits.frames_as_images:
+        markers = spec.numbers["video_start_token_id"], spec.numbers["video_end_token_id"]
+        tokens = [int(markers[0]), *tokens, int(markers[1])]
+    return tokens
 
 
 def _text(rng: np.random.Generator, count: int) -> list[int]:
