@@ -174,7 +174,7 @@ def _tower_inputs(vision: VisionSpec, arguments: Mapping[str, Any]) -> dict[str,
     """Return what the towers take beside their pixels, under the models' own names."""
     return {
         f"{modality}_{name}": value
-        for modality in ("image", "video")
+        for modality in (("image", "video") if vision.videos else ("image",))
         for name, value in vision_tensors(vision, arguments.get(f"{modality}_grid_thw")).items()
     }
 
