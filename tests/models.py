@@ -17,16 +17,21 @@ from mrope import MRopeSpec
 from mrope.bench.tiny import tiny_examples as made_up
 from mrope.families import FAMILIES
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-# Those with a shipped config; aero_realtime has no model in transformers.
+TESTS = Path(__file__).parent
+CONFIGS = TESTS.parent / "configs"
+# Those with a shipped config, which can be trained and attached; and those that are tested alone.
+# aero_realtime has no model in transformers.
 MODEL_FAMILIES = tuple(
     name for name in FAMILIES if (CONFIGS / f"{name}.yaml").exists() and name != "aero_realtime"
 )
+TINY_FAMILIES = tuple(sorted(file.stem for file in (TESTS / "tiny").glob("*.yaml")))
+LIVE_FAMILIES = (*MODEL_FAMILIES, *TINY_FAMILIES)
 
 
 def model_config(family: str) -> dict[str, Any]:
-    """Return the `model.config` section of `configs/<family>.yaml`."""
-    section: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{family}.yaml"))
+    """Return the `model.config` section of the family's YAML file."""
+    folder = TESTS / "tiny" if family in TINY_FAMILIES else CONFIGS
+    section: Any = OmegaConf.to_container(OmegaConf.load(folder / f"{family}.yaml"))
     config: dict[str, Any] = section["model"]["config"]
     return config
 
@@ -53,3 +58,12 @@ def tiny_examples(
     return made_up(
         model_config(family), tiny_spec(family), images=images, videos=videos, rows=rows, seed=seed
     )
+
+
+def media_of(family: str) -> list[dict[str, bool]]:
+    """Return the media that one batch of the unmodified model can hold: both, where it can."""
+    if FAMILIES[family].frames_as_images:
+        # transformers 5.23 counts a video's frames among the images, and refuses both together.
+        return [{"images": True, "videos": False}, {"images": False, "videos": True}]
+    tower = FAMILIES[family].tower
+    return [{"images": True, "videos": tower is not None and tower.videos}]

@@ -10,15 +10,19 @@ import torch
 
 pytest.importorskip("transformers")
 
-from models import MODEL_FAMILIES, tiny_examples, tiny_model, tiny_spec
+from models import LIVE_FAMILIES, media_of, tiny_examples, tiny_model, tiny_spec
 from mrope import MRopeCollator
 from mrope.padding import PaddingCollator
 
+CASES = [(family, media) for family in LIVE_FAMILIES for media in media_of(family)]
+
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", MODEL_FAMILIES)
-def test_the_model_reads_the_positions_and_gives_the_same_logits(family: str, side: Any) -> None:
-    examples = tiny_examples(family)
+@pytest.mark.parametrize(("family", "media"), CASES)
+def test_the_model_reads_the_positions_and_gives_the_same_logits(
+    family: str, media: dict[str, bool], side: Any
+) -> None:
+    examples = tiny_examples(family, **media)
     inner = PaddingCollator(padding_side=side)
     batch = MRopeCollator(inner, tiny_spec(family))(examples)
     model = tiny_model(family)
@@ -33,9 +37,9 @@ def test_the_model_reads_the_positions_and_gives_the_same_logits(family: str, si
     assert torch.equal(model.model.rope_deltas, batch["rope_deltas"])
 
 
-@pytest.mark.parametrize("family", MODEL_FAMILIES)
+@pytest.mark.parametrize("family", LIVE_FAMILIES)
 def test_wrong_positions_would_be_seen(family: str) -> None:
-    examples = tiny_examples(family)
+    examples = tiny_examples(family, **media_of(family)[0])
     batch = MRopeCollator(None, tiny_spec(family))(examples)
     model = tiny_model(family)
     with torch.no_grad():

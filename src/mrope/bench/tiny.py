@@ -89,6 +89,6 @@ def _text(rng: np.random.Generator, count: int) -> list[int]:
 
 def _pixels(config: Mapping[str, Any], grids: list[list[int]], rng: np.random.Generator) -> Any:
     vision = config["vision_config"]
-    size = 3 * vision.get("temporal_patch_size", 2) * vision.get("patch_size", 14) ** 2
+    size = 3 * vision.get("temporal_patch_size", 1) * vision.get("patch_size", 14) ** 2
     patches = sum(t * h * w for t, h, w in grids)
     return rng.standard_normal((patches, size)).astype(np.float32)

@@ -22,7 +22,9 @@ from mrope.bench.conditions import conditions
 from mrope.bench.tiny import tiny_examples
 from mrope.collator import MRopeCollator
 from mrope.config import Config, load_config, model_table
+from mrope.families import Family
 from mrope.hf import attach
+from mrope.hf.reading import READERS
 from mrope.padding import PaddingCollator
 from mrope.train import build_model, guarded_step
 from mrope.vision import VisionSpec
@@ -46,7 +48,7 @@ def run(configs: list[Path], json_file: Path | None, markdown_file: Path | None)
     rows = [row for path in configs for row in count(load_config(path))]
     table = Table(*rows[0], title="host waits of a training step")
     for row in rows:
-        table.add_row(*map(str, row.values()))
+        table.add_row(*_cells(row))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if json_file is not None:
         report = {"conditions": conditions(), "rows": rows}
@@ -60,7 +62,8 @@ def run(configs: list[Path], json_file: Path | None, markdown_file: Path | None)
 
 def count(cfg: Config) -> Iterator[Row]:
     """Yield a row for each attention, media and padding."""
-    for attention, media, padded in itertools.product(("sdpa", "eager"), _MEDIA, (True, False)):
+    kinds = _media(cfg.spec().traits)
+    for attention, media, padded in itertools.product(("sdpa", "eager"), kinds, (True, False)):
         model = cfg.model.model_copy(update={"attn_implementation": attention})
         yield count_row(cfg.model_copy(update={"model": model}), media, padded)
 
@@ -71,8 +74,10 @@ def count_row(cfg: Config, media: str, padded: bool) -> Row:
     model = build_model(cfg)
     plain, batch = _batches(cfg, media, padded)
     positions = plain | {"position_ids": batch["position_ids"]}
+    counts: list[int | None]
     counts = [guarded_step(model, one).count for one in (plain, positions, batch)]
-    counts.append(guarded_step(attach(model), batch).count)
+    known = cfg.spec().family in READERS
+    counts.append(guarded_step(attach(model), batch).count if known else None)
     return {
         "family": cfg.spec().family,
         "attention": cfg.model.attn_implementation,
@@ -82,9 +87,22 @@ def count_row(cfg: Config, media: str, padded: bool) -> Row:
     }
 
 
+def _media(family: Family) -> list[str]:
+    """Return what one batch of the plain model can hold."""
+    if family.tower is not None and not family.tower.videos:
+        return ["images"]
+    # transformers 5.23 counts a GLM video's frames among the images, and refuses both together.
+    return ["images", "videos"] if family.frames_as_images else list(_MEDIA)
+
+
+def _cells(row: Row) -> list[str]:
+    return ["-" if value is None else str(value) for value in row.values()]
+
+
 def markdown(rows: list[Row]) -> str:
-    """Return the rows as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
+    """Return the rows of attached models as a Markdown table."""
+    rows = [row for row in rows if row["attached"] is not None]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *map(_cells, rows)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
