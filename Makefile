@@ -53,7 +53,7 @@ parity: .venvs/4.57.6/.ready .venvs/5.17.0/.ready $(READY)  ## Compare with tran
 	touch $@
 
 # TRL brings requirements that nothing else here has; its pins stand in constraints.txt.
-integration: .venvs/integration/.ready  ## Train with real trainers (Trainer, TRL) on padded and padding-free batches (about 2 minutes)
+integration: .venvs/integration/.ready  ## Train with real trainers: Trainer, TRL, accelerate, Lightning, torchdata, DDP (about 3 minutes)
 	PYTHONPATH=tests .venvs/integration/bin/python -m pytest -q -p no:cacheprovider tests/integration
 
 .venvs/integration/.ready: pyproject.toml constraints.txt

@@ -6,16 +6,21 @@ import doctest
 import importlib
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from sybil.document import Document
 from sybil.parsers.markdown import PythonCodeBlockParser
+
+from mrope.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")]
 )
+# Their code needs the trainers: tests/integration/test_docs.py runs it.
+TRAINERS = sorted(ROOT.glob("docs/trainers/*.md"))
 # Text and target of a Markdown link or picture; the text may run over a line's end.
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -33,8 +38,9 @@ def test_code_blocks_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = list(document.examples())
     blocks = (ROOT / page).read_text(encoding="utf-8").count("```python")
     assert len(examples) == blocks
-    for example in examples:
-        example.evaluate()
+    with mock.patch.dict(FAMILIES):  # a page adds a row of its own
+        for example in examples:
+            example.evaluate()
 
 
 @pytest.mark.parametrize("file", _having(">>> ", sorted(SOURCE.rglob("*.py"))))
@@ -45,13 +51,19 @@ def test_docstring_examples_run(file: str) -> None:
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES])
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in [*PAGES, *TRAINERS]])
 def test_relative_links_lead_to_files(page: str) -> None:
     file = ROOT / page
     prose = re.sub(r"```.*?```", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
     targets = [target for target in LINK.findall(prose) if not re.match(r"\w+:|#", target)]
     missing = [target for target in targets if not (file.parent / target.split("#")[0]).exists()]
     assert missing == []
+
+
+def test_the_table_of_families_is_as_the_table_and_the_results_say() -> None:
+    families_page = pytest.importorskip("families_page", exc_type=ImportError)
+    page = families_page.PAGE.read_text(encoding="utf-8")
+    assert families_page.rendered(page) == page, "run tests/families_page.py"
 
 
 def test_code_blocks_and_links_are_found() -> None:

@@ -53,12 +53,9 @@ def tower_class(family: str, section: Any) -> Any:
     borrowed = section.model_type.removesuffix("_encoder").removesuffix("_vision")
     for name in (family.removesuffix("_thinker"), borrowed):
         module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-        one: Any
         for one in vars(module).values():
             if (
-                inspect.isclass(one)
-                and issubclass(one, transformers.PreTrainedModel)
-                and one.config_class is type(section)
+                getattr(one, "config_class", None) is type(section)
                 and "grid_thw" in inspect.signature(one.forward).parameters
             ):
                 return one

@@ -1,0 +1,49 @@
+"""The code of the trainers' pages runs as it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sybil.document import Document
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+from integration.common import TEXT_PROCESSOR, build_processor, import_lmms_engine
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(page.stem for page in ROOT.glob("docs/trainers/*.md") if page.stem != "index")
+# What a page needs in order to run beside what it shows.
+NEEDS = {
+    "trl": "trl",
+    "lightning": "lightning",
+    "torchdata": "torchdata",
+    "accelerate": "accelerate",
+}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+]
+
+
+def names(page: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return what a page takes for given; skip the test where its trainer is not installed."""
+    if page == "lmms-engine":
+        import_lmms_engine(monkeypatch)
+        return {"processor": TEXT_PROCESSOR, "tokens": [torch.tensor([7, 8, 9]), torch.tensor([7])]}
+    pytest.importorskip(NEEDS.get(page, "transformers"))
+    return {"processor": build_processor("demo")} if page == "trl" else {}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_blocks_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    given = names(page, monkeypatch)
+    document = Document.parse(f"docs/trainers/{page}.md", PythonCodeBlockParser())
+    document.namespace.update(given)
+    examples = list(document.examples())
+    assert len(examples) == document.text.count("```python") > 0
+    for example in examples:
+        example.evaluate()
