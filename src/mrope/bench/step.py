@@ -120,7 +120,7 @@ def run(
         if json_file is not None:
             json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if plot_file is not None:
-        _plot(report, plot_file)
+        plot(report["cases"], plot_file)
 
 
 def _measure_case(cfg: Config, steps: int) -> dict[str, Any]:
@@ -363,23 +363,25 @@ def _table(name: str, case: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def _plot(report: Mapping[str, Any], file: Path) -> None:
+def plot(cases: Mapping[str, Any], file: Path) -> None:
+    """Draw step and host time of every variant: an axis for each case, four in a row."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    cases = report["cases"]
-    figure, axes = plt.subplots(
-        1, len(cases), figsize=(4 * len(cases), 3.6), layout="constrained", squeeze=False
-    )
-    for axis, (name, case) in zip(axes[0], cases.items(), strict=True):
+    columns = min(len(cases), 4)
+    rows = -(-len(cases) // columns)
+    size = (4 * columns, 3.6 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis, (name, case) in zip(axes.flat, cases.items(), strict=False):
         steps = [case[variant]["step_ms"] for variant in VARIANTS]
         hosts = [case[variant]["host_ms"] for variant in VARIANTS]
         axis.bar(VARIANTS, steps, color="#c6d3e8", label="step")
         axis.bar(VARIANTS, hosts, width=0.45, color="#2f5d9b", label="host in forward")
         axis.set(title=name, ylabel="milliseconds")
         axis.tick_params(axis="x", rotation=30)
-    axes[0][0].legend()
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=2)
     figure.savefig(file, dpi=120)
     plt.close(figure)
