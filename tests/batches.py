@@ -13,9 +13,12 @@ import numpy as np
 
 from mrope import MRopeSpec
 from mrope.families import FAMILIES
+from omni import random_omni_batch
 
 # Every family with every reference that it was compared with.
 ROWS = [(family, name) for family, row in FAMILIES.items() for name in row.references]
+# Those that `mrope.positions` numbers; the others have rules of their own.
+SPAN_ROWS = [(family, name) for family, name in ROWS if FAMILIES[family].rule is None]
 
 TEXT_IDS = range(1, 50)
 PAD_ID = 0
@@ -47,6 +50,8 @@ def random_batch(rng: random.Random, spec: MRopeSpec, *, odd: bool = False) -> d
     Args:
         odd: also what no release can number: spans side by side, and rows without a token.
     """
+    if spec.traits.rule is not None:
+        return random_omni_batch(rng, spec)
     marked = spec.rule.start_required or rng.random() < 0.7
     vision = rng.random() < 0.85
     rows = []

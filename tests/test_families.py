@@ -42,7 +42,8 @@ def test_a_dict_a_file_a_folder_and_a_live_config_give_the_same_spec(tmp_path: P
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "aero_realtime"])
 def test_a_live_config_of_transformers_is_read(family: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(family)
+    # The Omni thinkers' defaults have no such token; their checkpoints have.
+    config = transformers.AutoConfig.for_model(family, vision_start_token_id=7)
     spec = MRopeSpec.from_config(config, NEW)
     assert spec.image_token_id == config.image_token_id
     assert spec.spatial_merge_size == config.vision_config.spatial_merge_size

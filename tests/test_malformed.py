@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from batches import ROWS
+from batches import SPAN_ROWS
 from malformed import MALFORMED, Malformed
 from mrope import MRopeCollator, MRopeError, MRopeSpec, SpanMismatchError, rope_index
 from mrope.families import example_config
@@ -41,7 +41,7 @@ def test_the_docs_show_the_message(case: Malformed) -> None:
     assert " ".join(case.what.split()) in page
 
 
-@pytest.mark.parametrize(("family", "reference"), ROWS)
+@pytest.mark.parametrize(("family", "reference"), SPAN_ROWS)
 @pytest.mark.parametrize("case", MALFORMED[:7], ids=lambda case: case.name)
 def test_no_family_or_reference_lets_it_pass(case: Malformed, family: str, reference: str) -> None:
     spec = MRopeSpec.from_config(example_config(family), reference)

@@ -22,7 +22,7 @@ def test_equal_to_the_twin(family: str, reference: str, rng: random.Random) -> N
     spec = MRopeSpec.from_config(example_config(family), reference)
     batch = random_batch(rng, spec, odd=True)
     expected = slow_rope_index(spec, batch)
-    for given_types in (batch["mm_token_type_ids"], None):
+    for given_types in (batch.get("mm_token_type_ids"), None):
         actual = rope_index(spec, **(batch | {"mm_token_type_ids": given_types}))
         for ours, theirs in zip(actual, expected, strict=True):
             np.testing.assert_array_equal(ours, theirs, strict=True)

@@ -128,7 +128,7 @@ class MRopeCollator:
                 holds something else that `rope_index` refuses.
         """
         batch = _as_batch(self.inner_collate(examples))
-        arguments = _arguments(batch, examples)
+        arguments = _arguments(self.spec, batch, examples)
         if self.packing is None:
             refuse_packed(batch, examples, arguments["input_ids"].shape)
             position_ids, rope_deltas = rope_index(self.spec, **arguments)
@@ -226,9 +226,16 @@ def _keys(batch: Any) -> str:
     return f" with {sorted(map(str, batch))}" if isinstance(batch, Mapping) else ""
 
 
-def _arguments(batch: Mapping[str, Any], examples: Any) -> dict[str, Any]:
+def _arguments(spec: MRopeSpec, batch: Mapping[str, Any], examples: Any) -> dict[str, Any]:
     """Return the arguments of `rope_index` that the batch and its examples hold."""
     arguments: dict[str, Any] = {"input_ids": _array("input_ids", batch["input_ids"])}
+    for name in spec.traits.inputs:
+        if batch.get(name) is not None:
+            arguments[name] = _array(name, batch[name])
+    if "audio_seqlens" in spec.traits.inputs and batch.get("feature_attention_mask") is not None:
+        # The thinkers' forward takes lengths from this mask, whatever else it is given.
+        mask = _array("feature_attention_mask", batch["feature_attention_mask"])
+        arguments["audio_seqlens"] = mask.sum(axis=-1)
     for name in _OPTIONAL:
         if batch.get(name) is not None:
             arguments[name] = _array(name, batch[name])

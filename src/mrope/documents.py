@@ -91,13 +91,14 @@ def split_rows(stream: Stream, seq_lengths: Any, rows: int) -> Stream:
 
 
 def to_batch(
-    positions_3T: npt.NDArray[np.int64], stream: Stream, shape: tuple[int, int], fill: int
-) -> npt.NDArray[np.int64]:
-    """Put the positions of a stream back where its tokens stood: (3, B, S), `fill` at padding."""
+    positions_AT: npt.NDArray[Any], stream: Stream, shape: tuple[int, int], fill: int
+) -> npt.NDArray[Any]:
+    """Put the positions of a stream back where its tokens stood: (A, B, S), `fill` at padding."""
+    axes = len(positions_AT)
     if stream.valid_BS is None:
-        return positions_3T.reshape(3, *shape)
-    out_3BS = np.full((3, *shape), fill, np.int64)
-    for axis in range(3):
+        return positions_AT.reshape(axes, *shape)
+    out_ABS = np.full((axes, *shape), fill, positions_AT.dtype)
+    for axis in range(axes):
         # One axis at a time: a 1-D boolean assignment copies whole runs, a 2-D one builds indices.
-        out_3BS[axis][stream.valid_BS] = positions_3T[axis]
-    return out_3BS
+        out_ABS[axis][stream.valid_BS] = positions_AT[axis]
+    return out_ABS

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ class Number(NamedTuple):
 
     Attributes:
         name: of the number in `MRopeSpec.numbers`.
-        key: where the config has it, with dots between sections.
+        key: where the config has it, with dots between sections and a bar between names.
         example: a value for `example_config`.
     """
 
@@ -60,6 +60,8 @@ class Family:
     """How a model family lays out its tokens, and where its config keeps the numbers.
 
     Attributes:
+        rule: name of a function of `mrope.rules` that numbers the tokens; None: `mrope.positions`.
+        inputs: what that function takes of a batch beside tokens, mask and grids.
         frames_apart: every frame of a video is a span of its own, as if it were an image (Qwen3-VL
             and its kin, whose processors write a timestamp before each frame).
         frames_as_images: a frame's placeholders are those of images, and stand between a video's
@@ -75,6 +77,8 @@ class Family:
         tower: its vision tower; None: transformers' does not take anything from outside.
     """
 
+    rule: str | None = None
+    inputs: tuple[str, ...] = ()
     frames_apart: bool = False
     frames_as_images: bool = False
     timed: bool = False
@@ -101,6 +105,25 @@ _GLM = Family(
         Number("video_end_token_id", "video_end_token_id", 105),
     ),
     tower=Tower(),
+)
+
+_OMNI = Family(
+    inputs=(
+        "second_per_grid_ts",
+        "audio_seqlens",
+        "use_audio_in_video",
+        "images_per_sample",
+        "videos_per_sample",
+        "audios_per_sample",
+    ),
+    packs=False,
+    image_keys=("image_token_id", "image_token_index"),
+    video_keys=("video_token_id", "video_token_index"),
+)
+_OMNI_NUMBERS = (
+    Number("audio_token_id", "audio_token_id|audio_token_index", 104),
+    Number("audio_start_token_id", "audio_start_token_id", 105),
+    Number("position_id_per_seconds", "position_id_per_seconds", 25),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -141,6 +164,20 @@ FAMILIES: dict[str, Family] = {
     "cosmos3_omni": Family(frames_apart=True, packs=False, references=_SINCE_5_6, tower=_STRETCHED),
     "cosmos3_edge": Family(
         frames_apart=True, packs=False, references=_SINCE_5_6, tower=Tower(positions=False)
+    ),
+    "qwen2_5_omni_thinker": replace(
+        _OMNI,
+        rule="omni_2_5",
+        numbers=(*_OMNI_NUMBERS, Number("seconds_per_chunk", "seconds_per_chunk", 2)),
+        tower=Tower(windows=True),
+    ),
+    # 4.57 counts audio tokens for windows of 50 alone.
+    "qwen3_omni_moe_thinker": replace(
+        _OMNI,
+        rule="omni_3",
+        references=_SINCE_5_6,
+        numbers=(*_OMNI_NUMBERS, Number("n_window", "audio_config.n_window", 50)),
+        tower=_STRETCHED,
     ),
 }
 
@@ -255,7 +292,7 @@ def example_config(family: str) -> dict[str, Any]:
         section = config
         for part in sections:
             section = section.setdefault(part, {})
-        section[key] = number.example
+        section[key.split("|")[0]] = number.example
     return config
 
 
@@ -321,7 +358,7 @@ def _read_number(table: Mapping[str, Any], number: Number, name: str) -> int:
         if not isinstance(inner, Mapping):
             raise MRopeError(f"{name}: the config has no {section} section")
         table = inner
-    return read_int(table, (key,), " ".join((name, *sections)))
+    return read_int(table, tuple(key.split("|")), " ".join((name, *sections)))
 
 
 def _refuse_equal_tokens(spec: MRopeSpec) -> None:

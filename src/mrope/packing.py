@@ -39,8 +39,8 @@ def check_packing(spec: MRopeSpec) -> None:
     """
     if not spec.traits.packs:
         raise MRopeError(
-            f"packing='flatten' is refused for {spec.family}: its modelling code is not in "
-            "transformers, and nobody has compared what its examples see of each other in one row"
+            f"packing='flatten' is refused for {spec.family}: nobody has compared what its "
+            "examples see of each other in one row"
         )
     version = installed_transformers() or spec.reference.removeprefix("transformers-")
     if not f"{version}.".startswith(tuple(f"{release}." for release in COMPARED)):

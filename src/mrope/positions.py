@@ -17,6 +17,7 @@ from mrope.documents import BoolArray, IntArray, Stream, split_rows, to_batch, t
 from mrope.errors import MRopeError
 from mrope.families import MRopeSpec
 from mrope.grids import Grids, as_integers, to_grids
+from mrope.rules import number_by_rule
 from mrope.spans import Runs, find_runs
 
 PositionIds = npt.NDArray[np.int64]
@@ -39,7 +40,8 @@ def rope_index(
     videos_per_sample: npt.ArrayLike | None = None,
     seq_lengths: Sequence[npt.ArrayLike] | npt.ArrayLike | None = None,
     seconds_dtype: npt.DTypeLike = np.float32,
-) -> tuple[PositionIds, PositionIds]:
+    **inputs: Any,
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Compute the 3-D positions of a batch, as `get_rope_index` of the spec's reference does.
 
     Args:
@@ -61,9 +63,12 @@ def rope_index(
             Every example is numbered as if it were alone. None: a row is an example.
         seconds_dtype: dtype of the multiplication by the frame's number. float64 is right only
             where the model itself would be given a float64 tensor of seconds.
+        inputs: what the rule of the family takes besides, `spec.traits.inputs`; see the function of
+            that name in `mrope.rules`.
 
     Returns:
-        `position_ids`, int64 (3, B, S), and `rope_deltas`, int64 (B, 1); with `seq_lengths` one
+        `position_ids`, int64 (3, B, S), and `rope_deltas`, int64 (B, 1); families with a rule of
+        their own may have another dtype, or more axes. With `seq_lengths` one
         row of deltas for each example, (examples, 1), taken over the example's own tokens.
 
     Raises:
@@ -81,6 +86,19 @@ def rope_index(
         >>> delta.tolist()
         [[-2]]
     """
+    if spec.traits.rule is not None:
+        given = {
+            "attention_mask": attention_mask,
+            "image_grid_thw": image_grid_thw,
+            "video_grid_thw": video_grid_thw,
+            "second_per_grid_ts": second_per_grid_ts,
+            "mm_token_type_ids": mm_token_type_ids,
+            "images_per_sample": images_per_sample,
+            "videos_per_sample": videos_per_sample,
+        }
+        return number_by_rule(spec, input_ids, given | inputs)
+    if inputs:
+        raise TypeError(f"rope_index takes no {', '.join(inputs)} for {spec.family}")
     ids_BS = _as_ids(input_ids)
     valid_BS = _as_valid(attention_mask, ids_BS.shape, spec)
     stream = to_stream(ids_BS, valid_BS)

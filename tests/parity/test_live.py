@@ -25,7 +25,7 @@ def test_equal_to_the_installed_release(family: str, reference: str) -> None:
     for number in range(BATCHES):
         batch = random_batch(rng, spec)
         expected = peer.reference_rope_index(spec, batch)
-        for types in (batch["mm_token_type_ids"], None):
+        for types in (batch.get("mm_token_type_ids"), None):
             actual = rope_index(spec, **(batch | {"mm_token_type_ids": types}))
             for ours, theirs in zip(actual, expected, strict=True):
                 np.testing.assert_array_equal(ours, theirs, f"batch {number}", strict=True)

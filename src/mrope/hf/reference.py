@@ -54,28 +54,38 @@ def reference_rope_index(
             transformers needs it. Arrays go in as tensors, lists as they are.
     """
     model = reference_class(spec.family)
-    vision = types.SimpleNamespace(
+    holder = _holder(spec)
+    for name in ("get_vision_position_ids", "get_llm_pos_ids_for_vision", "get_chunked_index"):
+        if hasattr(model, name):
+            setattr(holder, name, types.MethodType(getattr(model, name), holder))
+    tensors = {name: _tensor(value) for name, value in arguments.items()}
+    if installed_reference() == "transformers-4.57" or spec.traits.rule is not None:
+        tensors.pop("mm_token_type_ids", None)
+    if spec.traits.rule is not None:
+        # The thinkers' own name of the same numbers.
+        tensors["second_per_grids"] = tensors.pop("second_per_grid_ts", None)
+    elif spec.tokens_per_second is None:
+        tensors.pop("second_per_grid_ts", None)
+    position_ids, rope_deltas = model.get_rope_index(holder, **tensors)
+    return position_ids.numpy(), rope_deltas.numpy()
+
+
+def _holder(spec: MRopeSpec) -> types.SimpleNamespace:
+    """Return what stands in for the model: its config, with a spec's numbers wherever they are."""
+    numbers = types.SimpleNamespace(
         spatial_merge_size=spec.spatial_merge_size,
         tokens_per_second=spec.tokens_per_second,
         **spec.numbers,
     )
-    holder = types.SimpleNamespace(
-        config=types.SimpleNamespace(
-            image_token_id=spec.image_token_id,
-            video_token_id=spec.video_token_id,
-            vision_start_token_id=spec.vision_start_token_id,
-            vision_config=vision,
-        )
+    config = types.SimpleNamespace(
+        image_token_id=spec.image_token_id,
+        video_token_id=spec.video_token_id,
+        vision_start_token_id=spec.vision_start_token_id,
+        vision_config=numbers,
+        audio_config=numbers,
+        **spec.numbers,
     )
-    if hasattr(model, "get_vision_position_ids"):
-        holder.get_vision_position_ids = types.MethodType(model.get_vision_position_ids, holder)
-    tensors = {name: _tensor(value) for name, value in arguments.items()}
-    if installed_reference() == "transformers-4.57":
-        tensors.pop("mm_token_type_ids", None)
-    if spec.tokens_per_second is None:
-        tensors.pop("second_per_grid_ts", None)
-    position_ids, rope_deltas = model.get_rope_index(holder, **tensors)
-    return position_ids.numpy(), rope_deltas.numpy()
+    return types.SimpleNamespace(config=config, spatial_merge_size=spec.spatial_merge_size)
 
 
 def _tensor(value: Any) -> Any:

@@ -1,0 +1,44 @@
+"""Rules that differ in kind from the one of `mrope.positions`: a function each, found by its name.
+
+A family names its rule in `Family.rule`. The functions check their inputs themselves, number a
+whole batch, and share nothing but the way in: `number_by_rule`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mrope.families import MRopeSpec
+from mrope.rules.omni import omni_2_5_index, omni_3_index
+
+Positions = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+Rule = Callable[..., Positions]
+
+RULES: dict[str, Rule] = {"omni_2_5": omni_2_5_index, "omni_3": omni_3_index}
+
+
+def number_by_rule(
+    spec: MRopeSpec, input_ids: npt.ArrayLike, given: Mapping[str, Any]
+) -> Positions:
+    """Call the rule of the spec's family with those of the given inputs that it takes.
+
+    Raises:
+        TypeError: an input that is given, and that the family does not take.
+        MRopeError: from the rule.
+    """
+    common = ("attention_mask", "image_grid_thw", "video_grid_thw")
+    known = {*common, *spec.traits.inputs}
+    unknown = [name for name, value in given.items() if value is not None and name not in known]
+    # A processor may give more than a rule reads: types, or how many grids a row has.
+    unread = {"mm_token_type_ids", "images_per_sample", "videos_per_sample", "second_per_grid_ts"}
+    if set(unknown) - unread:
+        raise TypeError(f"{spec.family} takes no {', '.join(sorted(set(unknown) - unread))}")
+    assert spec.traits.rule is not None  # the caller asked
+    inputs = {name: given.get(name) for name in known}
+    return RULES[spec.traits.rule](
+        spec, np.asarray(input_ids), **{k: v for k, v in inputs.items() if v is not None}
+    )
