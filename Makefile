@@ -1,6 +1,6 @@
 # Every target does all of its own set-up: a fresh clone needs python3, make and a package index.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs parity integration cuda bench lowest clean
+.PHONY: help demo test check docs parity integration soak cuda bench lowest clean
 
 PYTHON ?= python3
 LOWEST_PYTHON ?= python3.10
@@ -61,6 +61,9 @@ integration: .venvs/integration/.ready  ## Train with real trainers: Trainer, TR
 	$(@D)/bin/pip install --quiet -c constraints.txt torch
 	$(@D)/bin/pip install --quiet -c constraints.txt -e '.[integration]'
 	touch $@
+
+soak: $(READY)  ## 20,000 batches through persistent workers, twice: memory, files, equal results (about 10 minutes)
+	PYTHONPATH=src:tests $(BIN)/python tests/soak/soak.py --json docs/benchmarks/soak.json
 
 # No set-up here: the machine's own Python and CUDA build of torch, with transformers 5.23 and the cli extra.
 cuda:  ## On a machine with a GPU: the guard's snippets, and packing under sdpa, eager and flash attention
