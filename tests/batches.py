@@ -13,7 +13,6 @@ import numpy as np
 
 from mrope import MRopeSpec
 from mrope.families import FAMILIES
-from omni import random_omni_batch
 
 # Every family with every reference that it was compared with.
 ROWS = [(family, name) for family, row in FAMILIES.items() for name in row.references]
@@ -51,7 +50,9 @@ def random_batch(rng: random.Random, spec: MRopeSpec, *, odd: bool = False) -> d
         odd: also what no release can number: spans side by side, and rows without a token.
     """
     if spec.traits.rule is not None:
-        return random_omni_batch(rng, spec)
+        from rules.own import RANDOM  # its modules build on this one
+
+        return RANDOM[spec.traits.rule](rng, spec)
     marked = spec.rule.start_required or rng.random() < 0.7
     vision = rng.random() < 0.85
     rows = []

@@ -36,7 +36,18 @@ def cells(name: str, row: Family) -> tuple[str, ...]:
     return (f"`{name}`", rule(row), references(name), inputs(row), vision_keys(row), waits(name))
 
 
+RULES = {
+    "omni_2_5": "spans in seconds, audio, in chunks",
+    "omni_3": "spans in seconds, audio, by time",
+    "glm_image": "images by markers",
+    "hunyuan": "images counted",
+    "minicpm": "canvas of slices",
+}
+
+
 def rule(row: Family) -> str:
+    if row.rule is not None:
+        return RULES[row.rule]
     if row.frames_as_images:
         return "frames apart, as images between markers"
     if row.frames_apart:
@@ -56,6 +67,7 @@ def references(name: str) -> str:
 
 def inputs(row: Family) -> str:
     names = ["image_grid_thw", "video_grid_thw"] + ["second_per_grid_ts"] * row.timed
+    names += [name for name in row.inputs if not name.endswith("_per_sample")]
     return ", ".join(f"`{name}`" for name in names)
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from mrope import MRopeError, MRopeSpec
-from mrope.families import FAMILIES, example_config
+from mrope.families import FAMILIES, NO_TOKEN, example_config
 from mrope.references import REFERENCES, resolve_reference
 
 NEW = "transformers-5.23"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.rule is None])
 def test_the_spec_holds_what_the_config_says(family: str) -> None:
     config = example_config(family)
     config["vision_config"]["spatial_merge_size"] = 3
@@ -39,7 +39,11 @@ def test_a_dict_a_file_a_folder_and_a_live_config_give_the_same_spec(tmp_path: P
     assert specs == {MRopeSpec.from_config(config, NEW)}
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "aero_realtime"])
+# What the defaults of the others leave out, and checkpoints have: see the test below.
+LIVE = [name for name in FAMILIES if name not in ("aero_realtime", "hunyuan_vl", "minicpmv4_7")]
+
+
+@pytest.mark.parametrize("family", LIVE)
 def test_a_live_config_of_transformers_is_read(family: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     # The Omni thinkers' defaults have no such token; their checkpoints have.
@@ -169,3 +173,33 @@ def test_an_unknown_reference_lists_the_known() -> None:
     with pytest.raises(MRopeError, match="did you mean 'transformers-5.17'.*known: auto, "):
         resolve_reference("transformers-5.16")
     assert all(resolve_reference(name) == name for name in REFERENCES)
+
+
+def test_rules_of_their_own_read_numbers_of_their_own() -> None:
+    images = MRopeSpec.from_config(example_config("glm_image"), NEW)
+    assert (images.video_token_id, images.numbers) == (NO_TOKEN, {"image_end_token_id": 103})
+    config = example_config("hunyuan_vl")
+    assert MRopeSpec.from_config(config, NEW).numbers == {"axes": 4}
+    config["text_config"] = {"rope_scaling": {"xdrope_section": [8, 8, 8]}}
+    assert MRopeSpec.from_config(config, NEW).numbers == {"axes": 3}
+    with pytest.raises(MRopeError, match="has no rope_parameters or rope_scaling section"):
+        MRopeSpec.from_config(config | {"text_config": {}}, NEW)
+    config = example_config("minicpmv4_7")
+    sizes = [
+        MRopeSpec.from_config(config | {"downsample_mode": mode}, NEW).spatial_merge_size
+        for mode in ("4x", "16x")
+    ]
+    assert sizes == [2, 4]
+    with pytest.raises(MRopeError, match="downsample_mode must be one of 4x, 16x, not 8x"):
+        MRopeSpec.from_config(config | {"downsample_mode": "8x"}, NEW)
+
+
+def test_an_omni_s_config_is_read_where_its_thinker_is() -> None:
+    thinker = example_config("qwen2_5_omni_thinker")
+    whole = {"model_type": "qwen2_5_omni", "thinker_config": thinker, "talker_config": {}}
+    assert MRopeSpec.from_config(whole, NEW) == MRopeSpec.from_config(thinker, NEW)
+
+
+def test_a_reference_that_a_family_was_not_compared_with_is_refused() -> None:
+    with pytest.raises(MRopeError, match=r"glm4v was not compared with transformers-4.57; known: "):
+        MRopeSpec.from_config(example_config("glm4v"), "transformers-4.57")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from batches import ROWS
+from batches import SPAN_ROWS
 from mrope import MRopeError, MRopeSpec, rope_index
 from mrope.families import example_config
 from mrope.references import REFERENCES
@@ -175,7 +175,7 @@ def test_rows_are_numbered_on_their_own_however_they_are_padded() -> None:
     assert times(right) == [0, 1, 0]
 
 
-@pytest.mark.parametrize(("family", "reference"), ROWS)
+@pytest.mark.parametrize(("family", "reference"), SPAN_ROWS)
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (3, 0), (1, 1), (2, 1)])
 def test_empty_and_shortest_batches(family: str, reference: str, shape: tuple[int, int]) -> None:
     spec = spec_of(family, reference)

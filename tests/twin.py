@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from mrope import MRopeSpec
-from omni import slow_omni_index
+from rules.own import SLOW
 
 
 def slow_rope_index(spec: MRopeSpec, batch: dict[str, Any]) -> tuple[Any, Any]:
     """Return what `rope_index` must return for arguments as `batches.random_batch` makes them."""
     if spec.traits.rule is not None:
-        return slow_omni_index(spec, batch)
+        return SLOW[spec.traits.rule](spec, batch)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     old = spec.reference == "transformers-4.57"
     rows, width = ids.shape

@@ -46,13 +46,14 @@ class Number(NamedTuple):
 
     Attributes:
         name: of the number in `MRopeSpec.numbers`.
-        key: where the config has it, with dots between sections and a bar between names.
+        key: where the config has it, with dots between sections, and bars between other names of
+            the same. Where there is a list, its length is the number.
         example: a value for `example_config`.
     """
 
     name: str
     key: str
-    example: int
+    example: int | list[int]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Family:
             and its kin, whose processors write a timestamp before each frame).
         frames_as_images: a frame's placeholders are those of images, and stand between a video's
             start and end marker (GLM-V).
+        merges: patches that share a token along each side, by the config's `downsample_mode`; None:
+            `vision_config.spatial_merge_size`.
         timed: the temporal step of a video is `tokens_per_second * second_per_grid_ts`.
         packs: its examples were seen to be kept apart in one row (see `mrope.packing`).
         references: those whose numbers it was compared with.
@@ -81,6 +84,7 @@ class Family:
     inputs: tuple[str, ...] = ()
     frames_apart: bool = False
     frames_as_images: bool = False
+    merges: Mapping[str, int] | None = None
     timed: bool = False
     packs: bool = True
     references: tuple[str, ...] = tuple(REFERENCES)
@@ -179,6 +183,52 @@ FAMILIES: dict[str, Family] = {
         numbers=(*_OMNI_NUMBERS, Number("n_window", "audio_config.n_window", 50)),
         tower=_STRETCHED,
     ),
+    "glm_image": Family(
+        rule="glm_image",
+        inputs=("images_per_sample",),
+        packs=False,
+        references=_SINCE_5_6,
+        video_keys=(),
+        start_keys=("image_start_token_id",),
+        numbers=(Number("image_end_token_id", "image_end_token_id", 103),),
+        tower=Tower(videos=False),
+    ),
+    "hunyuan_vl": Family(
+        rule="hunyuan",
+        inputs=("mm_token_type_ids", "images_per_sample"),
+        packs=False,
+        references=_SINCE_5_6,
+        video_keys=(),
+        start_keys=(),
+        numbers=(
+            Number(
+                "axes",
+                "text_config.rope_parameters|rope_scaling.mrope_section|xdrope_section",
+                [2, 2, 2, 2],
+            ),
+        ),
+    ),
+    "minicpmv4_7": Family(
+        rule="minicpm",
+        inputs=(
+            "target_sizes",
+            "target_sizes_videos",
+            "mm_token_type_ids",
+            "downsample_mode",
+            "images_per_sample",
+            "videos_per_sample",
+        ),
+        merges={"4x": 2, "16x": 4},
+        packs=False,
+        references=("transformers-5.23",),
+        start_keys=("image_start_id",),
+        numbers=(
+            Number("image_end_id", "image_end_id", 104),
+            Number("slice_start_id", "slice_start_id", 105),
+            Number("slice_end_id", "slice_end_id", 106),
+            Number("newline_id", "newline_id", 107),
+        ),
+    ),
 }
 
 ONE_DIMENSIONAL: dict[str, Tower | None] = {
@@ -263,7 +313,9 @@ class MRopeSpec:
             image_token_id=_read_token(table, family.image_keys, name),
             video_token_id=_read_token(table, family.video_keys, name),
             vision_start_token_id=_read_token(table, family.start_keys, name),
-            spatial_merge_size=read_int(vision, ("spatial_merge_size",), where, 1),
+            spatial_merge_size=read_int(vision, ("spatial_merge_size",), where, 1)
+            if family.merges is None
+            else _read_merge(table, family.merges, name),
             tokens_per_second=read_int(vision, ("tokens_per_second",), where, 1)
             if family.timed
             else None,
@@ -283,15 +335,18 @@ def example_config(family: str) -> dict[str, Any]:
     if family not in FAMILIES:
         raise MRopeError(_unknown_family(family))
     row = FAMILIES[family]
-    vision = {"spatial_merge_size": 2} | ({"tokens_per_second": 2} if row.timed else {})
+    vision = {} if row.merges is not None else {"spatial_merge_size": 2}
+    vision |= {"tokens_per_second": 2} if row.timed else {}
     config: dict[str, Any] = {"model_type": family, "vision_config": vision}
     for keys, token in ((row.start_keys, 101), (row.image_keys, 102), (row.video_keys, 103)):
         config |= dict.fromkeys(keys[:1], token)
+    if row.merges is not None:
+        config["downsample_mode"] = next(iter(row.merges))
     for number in row.numbers:
         *sections, key = number.key.split(".")
         section = config
         for part in sections:
-            section = section.setdefault(part, {})
+            section = section.setdefault(part.split("|")[0], {})
         section[key.split("|")[0]] = number.example
     return config
 
@@ -354,11 +409,21 @@ def _read_number(table: Mapping[str, Any], number: Number, name: str) -> int:
     """Read a number at its dotted key: "vision_config.temporal_merge_size"."""
     *sections, key = number.key.split(".")
     for section in sections:
-        inner = table.get(section)
-        if not isinstance(inner, Mapping):
-            raise MRopeError(f"{name}: the config has no {section} section")
-        table = inner
-    return read_int(table, tuple(key.split("|")), " ".join((name, *sections)))
+        inner = [table.get(one) for one in section.split("|")]
+        found = [one for one in inner if isinstance(one, Mapping)]
+        if not found:
+            raise MRopeError(f"{name}: the config has no {section.replace('|', ' or ')} section")
+        table = found[0]
+    keys = tuple(key.split("|"))
+    sizes = {one: len(table[one]) for one in keys if isinstance(table.get(one), (list, tuple))}
+    return read_int({**table, **sizes}, keys, " ".join((name, *sections)))
+
+
+def _read_merge(table: Mapping[str, Any], merges: Mapping[str, int], name: str) -> int:
+    mode = str(table.get("downsample_mode"))
+    if mode not in merges:
+        raise MRopeError(f"{name}: downsample_mode must be one of {', '.join(merges)}, not {mode}")
+    return merges[mode]
 
 
 def _refuse_equal_tokens(spec: MRopeSpec) -> None:

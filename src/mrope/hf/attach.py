@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -10,11 +11,14 @@ import torch
 from mrope import references
 from mrope.errors import MRopeError
 from mrope.hf.reading import READERS, add_by_index, attend_segments, mix_segments
+from mrope.hf.thinkers import THINKERS, attend_audio, attend_frames
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 # Releases whose modelling code the readers were compared with.
 TESTED = ("5.23",)
+
+ALL_READERS = READERS | THINKERS
 
 
 def attach(model: Model, strict: bool = True) -> Model:
@@ -56,11 +60,9 @@ def attach(model: Model, strict: bool = True) -> Model:
             "is decided on the device"
         )
     base.mrope_strict = strict
-    base.forward = types.MethodType(READERS[base.config.model_type], base)
-    for block in base.visual.blocks:
-        block.attn.forward = types.MethodType(attend_segments, block.attn)
-    for mixer in _linear_layers(text):
-        mixer.forward = types.MethodType(mix_segments, mixer)
+    base.forward = types.MethodType(ALL_READERS[base.config.model_type], base)
+    for layer, stand_in in _stand_ins(base):
+        layer.forward = types.MethodType(stand_in, layer)
     if hasattr(text, "_deepstack_process"):
         text._deepstack_process = types.MethodType(add_by_index, text)  # noqa: SLF001
     return model
@@ -76,16 +78,21 @@ def detach(model: Model) -> Model:
     if not hasattr(base, "mrope_strict"):
         raise MRopeError(f"{type(base).__name__} is not attached")
     del base.mrope_strict, base.forward
-    for block in base.visual.blocks:
-        del block.attn.forward
-    for mixer in _linear_layers(base.language_model):
-        del mixer.forward
+    for layer, _ in _stand_ins(base):
+        del layer.forward
     vars(base.language_model).pop("_deepstack_process", None)
     return model
 
 
-def _linear_layers(text: Any) -> list[Any]:
-    return [layer.linear_attn for layer in text.layers if hasattr(layer, "linear_attn")]
+def _stand_ins(base: Any) -> Iterator[tuple[Any, Callable[..., Any]]]:
+    """Yield the layers whose forward is replaced, each with what stands in for it."""
+    for block in base.visual.blocks:
+        yield block.attn, attend_segments if hasattr(block.attn, "qkv") else attend_frames
+    for layer in base.audio_tower.layers if hasattr(base, "audio_tower") else ():
+        yield layer.self_attn, attend_audio
+    for layer in base.language_model.layers:
+        if hasattr(layer, "linear_attn"):
+            yield layer.linear_attn, mix_segments
 
 
 def base_model(model: torch.nn.Module) -> Any:
@@ -96,11 +103,11 @@ def base_model(model: torch.nn.Module) -> Any:
         for module in model.modules()
         if hasattr(module, "visual")
         and hasattr(module, "language_model")
-        and getattr(getattr(module, "config", None), "model_type", None) in READERS
+        and getattr(getattr(module, "config", None), "model_type", None) in ALL_READERS
         and not hasattr(module, "model")
     ]
     if len(found) != 1:
-        known = ", ".join(READERS)
+        known = ", ".join(ALL_READERS)
         raise MRopeError(
             f"{type(model).__name__} holds {len(found)} base models of a known family, not one; "
             f"known: {known}"

@@ -38,10 +38,10 @@ def read_flat(self: Any, **inputs: Any) -> Any:
     inputs = to_model_layout(inputs)
     if not _is_precomputed(self, inputs):
         return type(self).forward(self, **inputs)
-    embeds = _token_embeddings(self, inputs)
+    embeds = token_embeddings(self, inputs)
     for modality in _given(inputs):
         index, features = _encode(self, modality, inputs)
-        embeds = _put(embeds, index, features.pooler_output)
+        embeds = put(embeds, index, features.pooler_output)
     return _decode(self, embeds, inputs)
 
 
@@ -51,11 +51,11 @@ def read_deepstack(self: Any, **inputs: Any) -> Any:
     inputs = to_model_layout(inputs)
     if not _is_precomputed(self, inputs):
         return type(self).forward(self, **inputs)
-    embeds = _token_embeddings(self, inputs)
+    embeds = token_embeddings(self, inputs)
     indices, levels = [], []
     for modality in _given(inputs):
         index, features = _encode(self, modality, inputs)
-        embeds = _put(embeds, index, features.pooler_output)
+        embeds = put(embeds, index, features.pooler_output)
         indices.append(index)
         levels.append(features.deepstack_features)
     if indices:
@@ -108,18 +108,41 @@ def attend_segments(
             self, hidden_states, cu_seqlens, position_embeddings, max_seqlen, **kwargs
         )
         return result
+    patches = len(hidden_states)
+    query, key, value = self.qkv(hidden_states).reshape(patches, 3, self.num_heads, -1).unbind(1)
+    modelling: Any = sys.modules[type(self).__module__]
+    query, key = modelling.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+    attended: torch.Tensor = self.proj(attend_runs(self, query, key, value, cu_seqlens, **kwargs))
+    return attended
+
+
+def attend_runs(
+    self: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: tuple[tuple[int, int], ...],
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Attend within segments, equal ones that stand side by side in one call.
+
+    Args:
+        self: the attention layer, with `scaling`, `attention_dropout` and `config`.
+        query, key, value: (N, heads, dimension).
+        segments: (how many, length of each), on the host; N in all.
+
+    Returns:
+        (N, heads * dimension).
+    """
     modelling: Any = sys.modules[type(self).__module__]
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
         self.config._attn_implementation,  # noqa: SLF001 - no public name
         modelling.eager_attention_forward,
     )
-    patches = len(hidden_states)
-    query, key, value = self.qkv(hidden_states).reshape(patches, 3, self.num_heads, -1).unbind(1)
-    query, key = modelling.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
     outputs = []
-    sizes = [count * size for count, size in cu_seqlens]
-    parts = (tensor.split(sizes) for tensor in (query, key, value))
-    for (count, size), *run in zip(cu_seqlens, *parts, strict=True):
+    sizes = [count * size for count, size in segments]
+    parts = (torch.split(tensor, sizes) for tensor in (query, key, value))
+    for (count, size), *run in zip(segments, *parts, strict=True):
         batched = (one.unflatten(0, (count, size)).transpose(1, 2) for one in run)
         output, _ = attend(
             self,
@@ -131,8 +154,12 @@ def attend_segments(
             **kwargs,
         )
         outputs.append(output.reshape(count * size, -1))
-    attended: torch.Tensor = self.proj(torch.cat(outputs))
-    return attended
+    return torch.cat(outputs)
+
+
+def as_runs(sizes: list[int]) -> tuple[tuple[int, int], ...]:
+    """Return how many segments of one length stand side by side: 4 4 2 gives (2, 4), (1, 2)."""
+    return tuple((len(list(run)), size) for size, run in groupby(sizes))
 
 
 def mix_segments(
@@ -189,7 +216,8 @@ def _given(inputs: Tensors) -> list[str]:
     return [modality for modality, pixels in _PIXELS.items() if inputs.get(pixels) is not None]
 
 
-def _token_embeddings(self: Any, inputs: Tensors) -> torch.Tensor:
+def token_embeddings(self: Any, inputs: Tensors) -> torch.Tensor:
+    """Take ids or embeddings from `inputs`, and return embeddings (B, S, hidden)."""
     embeds = inputs.pop("inputs_embeds", None)
     input_ids = inputs.pop("input_ids", None)
     if (input_ids is None) == (embeds is None):
@@ -208,16 +236,16 @@ def _encode(self: Any, modality: str, inputs: Tensors) -> tuple[torch.Tensor, An
         "cu_seqlens": inputs.pop(f"{modality}_split_sizes"),
         "cu_window_seqlens": inputs.pop(f"{modality}_window_split_sizes", None),
     }
-    if not _is_flash(self.visual.config):
+    if not is_flash(self.visual.config):
         # The tower hands these on to its attention, where `attend_segments` knows them.
         for name, sizes in splits.items():
             if sizes is not None:
-                known[name] = tuple((len(list(run)), size) for size, run in groupby(sizes))
+                known[name] = as_runs(sizes)
     grid_thw = inputs.pop(f"{modality}_grid_thw")
     return index, self.visual(pixels, grid_thw=grid_thw, return_dict=True, **known)
 
 
-def _put(embeds: torch.Tensor, index: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+def put(embeds: torch.Tensor, index: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Replace the tokens at flat indices by feature rows; backward needs no mask either."""
     features = features.to(embeds.device, embeds.dtype)
     return embeds.flatten(0, 1).index_copy(0, index, features).view_as(embeds)
@@ -248,7 +276,7 @@ def _causal_mask(
     if padding_mask is None or padding_mask.ndim != 2:
         return padding_mask
     config = self.language_model.config
-    if _is_flash(config):
+    if is_flash(config):
         return padding_mask
     cache = inputs.get("past_key_values")
     full = create_causal_mask(config, embeds, padding_mask, cache, allow_is_causal_skip=False)
@@ -269,7 +297,7 @@ def _packed_mask(self: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
     config = self.language_model.config
     seq_idx = inputs.pop("seq_idx")
     inputs["position_ids"] = inputs["position_ids"][-3:]
-    if _is_flash(config):
+    if is_flash(config):
         full = None
     else:
         full = create_causal_mask(
@@ -281,10 +309,12 @@ def _packed_mask(self: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
     return {"full_attention": full, "linear_attention": None}
 
 
-def _is_flash(config: Any) -> bool:
+def is_flash(config: Any) -> bool:
+    """Return whether a model or tower attends by a flash kernel, which takes borders as tensors."""
     return "flash" in (config._attn_implementation or "")  # noqa: SLF001 - no public name
 
 
+# The Omni thinkers' stand in `mrope.hf.thinkers`.
 READERS: dict[str, Callable[..., Any]] = {
     "qwen2_vl": read_flat,
     "qwen2_5_vl": read_flat,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,15 @@ import transformers
 
 from mrope.families import MRopeSpec
 from mrope.references import resolve_reference
+
+# Methods that transformers' functions call on the model.
+_CALLED = (
+    "get_vision_position_ids",
+    "get_llm_pos_ids_for_vision",
+    "get_chunked_index",
+    "_group_visual_frames",
+    "_frame_end_idx",
+)
 
 
 def installed_reference() -> str:
@@ -55,17 +65,25 @@ def reference_rope_index(
     """
     model = reference_class(spec.family)
     holder = _holder(spec)
-    for name in ("get_vision_position_ids", "get_llm_pos_ids_for_vision", "get_chunked_index"):
-        if hasattr(model, name):
-            setattr(holder, name, types.MethodType(getattr(model, name), holder))
+    for name in _CALLED:
+        function = inspect.getattr_static(model, name, None)
+        if isinstance(function, staticmethod):
+            setattr(holder, name, function.__func__)
+        elif function is not None:
+            setattr(holder, name, types.MethodType(function, holder))
     tensors = {name: _tensor(value) for name, value in arguments.items()}
-    if installed_reference() == "transformers-4.57" or spec.traits.rule is not None:
+    typed = spec.traits.rule is None or "mm_token_type_ids" in spec.traits.inputs
+    if installed_reference() == "transformers-4.57" or not typed:
         tensors.pop("mm_token_type_ids", None)
-    if spec.traits.rule is not None:
+    if "audio_seqlens" in spec.traits.inputs:
         # The thinkers' own name of the same numbers.
         tensors["second_per_grids"] = tensors.pop("second_per_grid_ts", None)
     elif spec.tokens_per_second is None:
         tensors.pop("second_per_grid_ts", None)
+    if spec.traits.rule is not None:
+        # Counts for each row are ours, but for GLM-Image.
+        taken = inspect.signature(model.get_rope_index).parameters
+        tensors = {name: value for name, value in tensors.items() if name in taken}
     position_ids, rope_deltas = model.get_rope_index(holder, **tensors)
     return position_ids.numpy(), rope_deltas.numpy()
 
@@ -81,8 +99,14 @@ def _holder(spec: MRopeSpec) -> types.SimpleNamespace:
         image_token_id=spec.image_token_id,
         video_token_id=spec.video_token_id,
         vision_start_token_id=spec.vision_start_token_id,
+        image_start_token_id=spec.vision_start_token_id,
+        image_start_id=spec.vision_start_token_id,
+        downsample_mode="4x" if spec.spatial_merge_size == 2 else "16x",
         vision_config=numbers,
         audio_config=numbers,
+        text_config=types.SimpleNamespace(
+            rope_parameters={"mrope_section": [1] * int(spec.numbers.get("axes", 3))}
+        ),
         **spec.numbers,
     )
     return types.SimpleNamespace(config=config, spatial_merge_size=spec.spatial_merge_size)

@@ -13,12 +13,21 @@ import numpy as np
 import numpy.typing as npt
 
 from mrope.families import MRopeSpec
+from mrope.rules.glm_image import glm_image_index
+from mrope.rules.hunyuan import hunyuan_index
+from mrope.rules.minicpm import minicpm_index
 from mrope.rules.omni import omni_2_5_index, omni_3_index
 
 Positions = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 Rule = Callable[..., Positions]
 
-RULES: dict[str, Rule] = {"omni_2_5": omni_2_5_index, "omni_3": omni_3_index}
+RULES: dict[str, Rule] = {
+    "glm_image": glm_image_index,
+    "hunyuan": hunyuan_index,
+    "minicpm": minicpm_index,
+    "omni_2_5": omni_2_5_index,
+    "omni_3": omni_3_index,
+}
 
 
 def number_by_rule(

@@ -228,49 +228,43 @@ def refuse_counts(
         row_G: the row of the batch that each size belongs to, ascending.
         what: name of the sizes' array.
     """
+    row_V = stream.row_D[spans.document_V]
+    row = int(stream.row_D[0]) if len(stream.row_D) == 1 else None
+    of_V, of_G = slice(0, len(row_V)), slice(0, len(needed_G))
     if row_G is not None:
-        row_V = stream.row_D[spans.document_V]
-        rows = int(max(row_V.max(initial=-1), row_G.max(initial=-1))) + 1
-        found_B, sizes_B = (np.bincount(of, minlength=rows) for of in (row_V, row_G))
-        if not np.array_equal(found_B, sizes_B):
-            row = int((found_B != sizes_B).argmax())
-            first, size = int(row_V.searchsorted(row)), int(row_G.searchsorted(row))
-            found, sizes = int(found_B[row]), int(sizes_B[row])
-            raise _count_error(stream, spans, row, (first, found), (size, sizes), needed_G, what)
-    elif len(spans.start_V) != len(needed_G):
-        row = int(stream.row_D[0]) if len(stream.row_D) == 1 else None
-        found, sizes = len(spans.start_V), len(needed_G)
-        raise _count_error(stream, spans, row, (0, found), (0, sizes), needed_G, what)
+        rows = int(max(row_V.max(initial=0), row_G.max(initial=0))) + 1
+        uneven_B = np.bincount(row_V, minlength=rows) != np.bincount(row_G, minlength=rows)
+        row = int(uneven_B.argmax())
+        of_V, of_G = (slice(*of.searchsorted((row, row + 1)).tolist()) for of in (row_V, row_G))
+    found, sizes = of_V.stop - of_V.start, of_G.stop - of_G.start
+    if found != sizes:
+        counts = f"{'the batch' if row is None else f'row {row}'} has {found} {spans.modality} "
+        counts += f"span{'' if found == 1 else 's'} and {sizes} of {what}"
+        if found > sizes:
+            surplus = of_V.start + sizes
+            raise misfit(stream, spans, surplus, 0, f"there is no size for it: {counts}", _NO_SIZE)
+        raise _left_over(spans.modality, row, found, of_G.start + found, needed_G, what, counts)
 
 
-def _count_error(
-    stream: Stream,
-    spans: Spans,
+def _left_over(
+    modality: str,
     row: int | None,
-    found: tuple[int, int],
-    sizes: tuple[int, int],
+    ordinal: int,
+    size: int,
     needed_G: IntArray,
     what: str,
+    counts: str,
 ) -> SpanMismatchError:
-    """Return the error for the first span or size that is left over, of those in a row or batch.
-
-    Args:
-        found, sizes: the first of them, and how many.
-    """
-    modality = spans.modality
-    whose = "the batch" if row is None else f"row {row}"
-    counts = f"{whose} has {found[1]} {modality} spans and {sizes[1]} rows of {what}"
-    if found[1] > sizes[1]:
-        return misfit(
-            stream, spans, found[0] + sizes[1], 0, f"there is no size for it: {counts}", _NO_SIZE
-        )
-    needed = int(needed_G[sizes[0] + found[1]])
-    where = f"row {row}, {modality} {found[1]}" if row is not None else "row unknown"
+    """Return the error for the first size that no span asked for."""
+    where = f"row {row}, {modality} {ordinal}"
+    if row is None:
+        where = f"row unknown (give {modality}s_per_sample to check each row on its own)"
+    needed = int(needed_G[size])
     return SpanMismatchError(
-        f"{where}: found 0 placeholder tokens, but {what}[{sizes[0] + found[1]}] needs {needed}: "
-        f"{counts}. Likely cause: {_NO_TOKENS}.",
+        f"{where}: found 0 placeholder tokens, but {what}[{size}] needs {needed}: {counts}. "
+        f"Likely cause: {_NO_TOKENS}.",
         row=row,
-        span=None if row is None else found[1],
+        span=None if row is None else ordinal,
         modality=modality,
         found=0,
         needed=needed,

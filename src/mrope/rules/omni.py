@@ -19,12 +19,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mrope.audio import AudioSpec, audio_tokens
 from mrope.documents import IntArray, to_batch, to_stream
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.families import MRopeSpec
 from mrope.grids import as_grid, as_integers
 
 Array = npt.NDArray[Any]
+
+# Far beyond any clip, and within what float32 counts without gaps.
+_MAX_TIME = 2**23
 
 _CUT = "the row ends inside it: truncated at max_length after the processor ran"
 _STRAY = "a placeholder token that was typed or sampled as text, or a lost marker"
@@ -316,14 +320,17 @@ class _Row:
         found = int(inside_n.argmin()) if not inside_n.all() else len(inside_n)
         body_n = tokens_n[first : first + needed]
         counts = {token: int(np.count_nonzero(body_n == token)) for token in wanted}
-        closed = first + needed + span.markers <= len(tokens_n)
+        behind_n = tokens_n[first + needed : first + needed + span.markers]
+        # A start where the end should be is one more audio to the reference.
+        started = self.spec.numbers["audio_start_token_id"] in behind_n
+        closed = len(behind_n) == span.markers and not started
         if needed and found == needed and counts == wanted and closed:
             mixed = span.markers == 2 and body_n[0] != self.spec.video_token_id
             if not mixed:
                 return
         ordinal = self.dealt.in_row(span.name) - 1
         cut = first + found >= len(tokens_n)
-        cause = _CUT if cut else _OTHER
+        cause = _CUT if cut else _OTHER if closed else _STRAY
         raise SpanMismatchError(
             f"row {self.row}, {span.name} {ordinal}: found {found} placeholder tokens behind its "
             f"start marker, and {'an' if closed else 'no'} end marker, but its sizes need {needed}"
@@ -384,14 +391,10 @@ def _chunks(times_K: IntArray, chunk: int) -> IntArray:
     return count_K
 
 
-def audio_tokens(spec: MRopeSpec, mel_frames: IntArray) -> IntArray:
-    """Return how many tokens each audio has, after the encoder's convolutions and pooling."""
+def _audio_tokens(spec: MRopeSpec, mel_frames_N: IntArray) -> IntArray:
     window = spec.numbers.get("n_window")
-    if window is None:
-        return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1
-    whole, rest = np.divmod(mel_frames, 2 * int(window))
-    tokens: IntArray = (((rest - 1) // 2 + 1 - 1) // 2 + 1 - 1) // 2 + 1 + whole * 13
-    return tokens
+    tower = AudioSpec(int(window or 1), None if window is None else 1)
+    return audio_tokens(tower, mel_frames_N.astype(np.int64))
 
 
 def _as_valid(mask: npt.ArrayLike | None, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:
@@ -437,12 +440,20 @@ def _as_media(
         )
     if not (np.isfinite(seconds) & (seconds >= 0)).all():
         raise MRopeError(f"second_per_grid_ts must be finite and not negative: {seconds.tolist()}")
+    rate = spec.numbers["position_id_per_seconds"]
+    long = seconds.astype(np.float64) * videos[:, 0] * rate >= _MAX_TIME
+    if long.any():
+        video = int(long.argmax())
+        raise MRopeError(
+            f"second_per_grid_ts[{video}] = {seconds[video]}: {videos[video, 0]} frames would end "
+            f"at position {_MAX_TIME} or later, at {rate} a second"
+        )
     frames = as_integers(
         "audio_seqlens", [] if audio_seqlens is None else audio_seqlens, "mel frames of each audio"
     )
     if frames.ndim != 1:
         raise MRopeError(f"audio_seqlens must have shape (audios,), not {frames.shape}")
-    tokens = audio_tokens(spec, frames.astype(np.int64))
+    tokens = _audio_tokens(spec, frames.astype(np.int64))
     if (frames < 1).any() or (tokens < 1).any():
         audio = int(((frames < 1) | (tokens < 1)).argmax())
         raise MRopeError(f"audio_seqlens[{audio}] = {frames[audio]}: too short for a token")
