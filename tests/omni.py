@@ -105,7 +105,7 @@ def slow_omni_index(spec: MRopeSpec, batch: dict[str, Any]) -> tuple[Any, Any]:
         points = _Walk(spec, kind, sizes, [int(token) for token in tokens[places]]).points()
         for place, point in zip(places, points, strict=True):
             positions[:, row, place] = point
-        top = max(max(point) for point in points)
+        top = max((max(point) for point in points), default=kind(-1))
         if not media and len(places) < len(tokens):
             top = max(top, kind(1))
         deltas[row, 0] = kind(top + kind(1)) - kind(len(places))

@@ -15,8 +15,10 @@ import torch
 
 from mrope import MRopeCollator, MRopeError, build_collator, load_config, rope_index
 from mrope.config import Config, ConfigError
+from mrope.data import make_loader
 from mrope.families import example_config
 from mrope.padding import PaddingCollator
+from mrope.rejects import INDEX, RejectWarning
 from mrope.synthetic import SyntheticRows
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -77,7 +79,7 @@ train: 5
         "  dataloader.start_method: must be 'spawn', 'fork' or 'forkserver', not 'spwan' (str)",
         "  rope.reference: must be one of auto, transformers-4.57, transformers-5.17, "
         "transformers-5.23 (did you mean 'transformers-5.23'?) (is 'transformers-5.22')",
-        "  rope.enable: unknown key (did you mean 'enabled'?); known: enabled, reference, vision, packing, layout, pad_to_multiple_of",
+        "  rope.enable: unknown key (did you mean 'enabled'?); known: enabled, reference, vision, packing, layout, pad_to_multiple_of, on_error, rejects, max_rejects",
         "  train: must be a section with the keys steps, seed, lr, weight_decay, device, dtype, "
         "log_file",
         "  tran: unknown key (did you mean 'train'?); known: model, data, dataloader, rope, train",
@@ -310,3 +312,46 @@ def test_packing_keys_reach_the_collator() -> None:
     batch = collate([{"input_ids": [7, 8, 9]}, {"input_ids": [7]}])
     assert batch["position_ids"].shape == (1, 4, 8)
     assert batch["cu_seq_lens_q"].tolist() == [0, 3, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rope.on_error=ignore", "rope.on_error: must be 'raise' or 'skip', not 'ignore'"),
+        ("rope.rejects=x.jsonl", "rope.rejects needs rope.on_error: skip"),
+        ("rope.max_rejects=3", "rope.max_rejects needs rope.on_error: skip"),
+        ("rope={on_error: skip, max_rejects: 1.0}", "must be a count .*, or a share between"),
+        ("rope={on_error: skip, max_rejects: -1}", "must be a count .*, or a share between"),
+        (
+            "rope={on_error: skip, max_rejects: '3'}",
+            "max_rejects.*must be a valid integer, not '3'",
+        ),
+    ],
+)
+def test_skipping_keys_that_make_no_sense(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(CONFIGS / "demo.yaml", [override])
+
+
+@pytest.mark.parametrize("limit", [0, 7, 0.01])
+def test_skipping_keys_reach_the_collator(tmp_path: Path, limit: float) -> None:
+    file = tmp_path / "rejects.jsonl"
+    keys = ["rope.on_error=skip", f"rope.rejects={file}", f"rope.max_rejects={limit}"]
+    collate = build_collator(load_config(CONFIGS / "demo.yaml", keys))
+    assert isinstance(collate, MRopeCollator) and collate.rejects is not None
+    assert (collate.rejects.file, collate.rejects.max_rejects) == (file, limit)
+    assert type(collate.rejects.max_rejects) is type(limit)
+
+
+def test_dropped_rows_of_a_config_are_on_file_by_their_number(tmp_path: Path) -> None:
+    keys = ["rope.on_error=skip", f"rope.rejects={tmp_path / 'rejects.jsonl'}"]
+    cfg = load_config(CONFIGS / "demo.yaml", [*keys, "dataloader={num_workers: 0, batch_size: 3}"])
+    rows: Any = [
+        {"input_ids": [7, 8]},
+        {"input_ids": [7, cfg.spec().image_token_id]},
+        {"input_ids": [9]},
+    ]
+    with pytest.warns(RejectWarning, match="has no grid"):
+        ((batch, _),) = make_loader(cfg, rows, build_collator(cfg))
+    assert len(batch["input_ids"]) == 2 and INDEX not in batch
+    assert json.loads((tmp_path / "rejects.jsonl").read_text())["index"] == 1

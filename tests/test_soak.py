@@ -8,6 +8,7 @@ import pytest
 
 psutil = pytest.importorskip("psutil")
 
+from mrope import MRopeCollator
 from soak import soak as soaking
 
 
@@ -34,7 +35,7 @@ def test_growth_is_found() -> None:
 def test_batches_differ_in_size_and_are_told_apart() -> None:
     rows = [soaking.Samples(4)[index] for index in range(4)]
     assert len({len(row["input_ids"]) for row in rows}) == 4
-    batch = soaking.MRopeCollator(None, soaking.SPEC, soaking.VISION)(rows)
+    batch = MRopeCollator(None, soaking.SPEC, soaking.VISION)(rows)
     changed = {**batch, "position_ids": batch["position_ids"] + 1}
     assert soaking.digest(batch) != soaking.digest(changed)
     assert Path(soaking.__file__).parent.name == "soak"

@@ -1,4 +1,4 @@
-"""The command line: `mrope train`, `explain`, `bench` and `syncs`.
+"""The command line: `mrope train`, `check`, `explain`, `bench` and `syncs`.
 
 Each command imports what it needs when it runs, so that `mrope explain` works without transformers.
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 try:
     import typer
@@ -22,12 +22,16 @@ except ModuleNotFoundError as missing:
 from mrope import __version__
 from mrope.errors import MRopeError
 
+if TYPE_CHECKING:
+    from mrope.explain import Numbered
+
 # Packages that a command may find missing, by import name, and the extra that brings each.
 _EXTRAS = {
     "pydantic": "cli",
     "omegaconf": "cli",
     "yaml": "cli",
     "typing_extensions": "cli",
+    "jinja2": "cli",
     "transformers": "hf",
     "datasets": "train",
     "PIL": "train",
@@ -56,6 +60,12 @@ def _in_a_folder(file: Path | None) -> Path | None:
     if file is not None and not file.parent.is_dir():
         raise typer.BadParameter(f"no folder {file.parent}")
     return file
+
+
+def _as_page(file: Path | None) -> Path | None:
+    if file is not None:
+        importlib.import_module("jinja2")
+    return _in_a_folder(file)
 
 
 def _plottable(file: Path | None) -> Path | None:
@@ -88,6 +98,22 @@ PlotFile = Annotated[
 Repeats = Annotated[
     int, typer.Option(min=1, help="Turns of each function; 15 or more for figures to keep.")
 ]
+ReferenceName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The release to follow; auto: the installed one."),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", metavar="FOLDER_OR_CONFIG", help="A model's folder or config.json."),
+]
+DatasetName = Annotated[
+    str | None,
+    typer.Option("--dataset", metavar="PATH", help="What data.source takes; see the docs."),
+]
+RunConfig = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="CONFIG", help="A training config, YAML, for all the rest."),
+]
 Quick = Annotated[bool, typer.Option("--quick", help="The smallest cases only, to try it out.")]
 
 
@@ -98,8 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: words after `mrope`; None: those of the process.
 
     Raises:
-        SystemExit: always. 0: done; 1: compared losses differ; 2: wrong usage or wrong input, said
-            in one red message on standard error.
+        SystemExit: always. 0: done; 1: compared losses differ, or a row is bad; 2: wrong usage or
+            wrong input, said in one red message on standard error; 130: Ctrl-C ended a check.
     """
     try:
         app(args=None if arguments is None else list(arguments))
@@ -160,19 +186,60 @@ def train(
 
 
 @app.command()
+def check(
+    model: ModelName = None,
+    dataset: DatasetName = None,
+    config: RunConfig = None,
+    reference: ReferenceName = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Look at the first rows only.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that look at rows; without it, the config's number."),
+    ] = None,
+    json_file: JsonFile = None,
+    report_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", metavar="FILE.html", callback=_as_page, help="Write a page for a browser."
+        ),
+    ] = None,
+) -> None:
+    """Look at every row of a dataset before you train; exit with 1 if one is bad."""
+    _require_dataset(model, dataset, config)
+    from mrope.check.data import check_config
+    from mrope.check.run import run
+    from mrope.check.walk import INTERRUPTED
+
+    cfg = check_config(config, model, dataset, reference=reference, rows=limit)
+    summary = run(cfg, workers, json_file, report_file)
+    if summary.stopped == INTERRUPTED:
+        raise typer.Exit(130)
+    if summary.stopped is not None:
+        raise MRopeError(f"the check stopped after {summary.rows} rows: {summary.stopped}")
+    if summary.bad:
+        raise typer.Exit(1)
+
+
+@app.command()
 def explain(
     spans: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
-            metavar="SPAN...",
+            metavar="[SPAN]...",
             help="text:N in tokens; image:HxW and video:TxHxW in patches, as in *_grid_thw: "
             "image:4x6 has 2x3 tokens, since 2x2 patches make one.",
         ),
-    ],
-    family: Annotated[str, typer.Option(help="The config's model_type.")],
-    reference: Annotated[
-        str, typer.Option(metavar="NAME", help="The release to follow; auto: the installed one.")
-    ] = "auto",
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option(help="The config's model_type; goes with spans.")
+    ] = None,
+    row: Annotated[
+        int | None, typer.Option(min=0, help="A row of a dataset in place of spans, from 0.")
+    ] = None,
+    model: ModelName = None,
+    dataset: DatasetName = None,
+    config: RunConfig = None,
+    reference: ReferenceName = None,
     seconds: Annotated[
         float | None,
         typer.Option(help="Seconds between two temporal positions of a video (qwen2_5_vl)."),
@@ -182,13 +249,37 @@ def explain(
     ] = False,
     plot_file: PlotFile = None,
 ) -> None:
-    """Show the positions of a sample: mrope explain --family qwen3_vl text:3 image:4x6 text:2."""
+    """Show the positions of a sample: mrope explain --family qwen3_vl text:3 image:4x6 text:2.
+
+    Or of a row of a dataset: mrope explain --model FOLDER --dataset PATH --row 7. Of a bad row,
+    where it goes wrong; exit with 1.
+    """
     from mrope.explain import number, plot, show
 
-    numbered = number(spans, family, reference, seconds)
+    numbered: Numbered | None
+    if row is None:
+        if not spans or family is None or model or dataset or config:
+            raise typer.BadParameter("give SPANs and --family, or --row and a dataset")
+        numbered = number(spans, family, reference or "auto", seconds)
+    else:
+        if spans or family is not None or seconds is not None:
+            raise typer.BadParameter("--row takes no SPAN, no --family and no --seconds")
+        numbered = _numbered_row(row, model, dataset, config, reference)
+    if numbered is None:
+        raise typer.Exit(1)
     show(numbered, Console(), everything)
     if plot_file is not None:
         plot(numbered, plot_file)
+
+
+def _numbered_row(
+    row: int, model: str | None, dataset: str | None, config: Path | None, reference: str | None
+) -> Numbered | None:
+    _require_dataset(model, dataset, config)
+    from mrope.check.data import check_config
+    from mrope.check.run import number_row
+
+    return number_row(check_config(config, model, dataset, reference=reference), row)
 
 
 @bench_app.command()
@@ -228,6 +319,14 @@ def packing(
     from mrope.bench.packing import run
 
     run(repeats, quick, json_file, plot_file)
+
+
+@bench_app.command()
+def omni(json_file: JsonFile = None, repeats: Repeats = 15) -> None:
+    """Time the positions of videos with audio, against transformers' own."""
+    from mrope.bench.omni import run
+
+    run(repeats, json_file)
 
 
 @bench_app.command()
@@ -284,6 +383,11 @@ def syncs(
     from mrope.syncs import run
 
     run(configs[0] if configs else None, overrides, model)
+
+
+def _require_dataset(model: str | None, dataset: str | None, config: Path | None) -> None:
+    if config is None and (model is None or dataset is None):
+        raise typer.BadParameter("give --model and --dataset, or --config")
 
 
 def _split(words: Sequence[str]) -> tuple[list[Path], list[str]]:

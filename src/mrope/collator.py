@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mrope.audio import AudioSpec, audio_tensors, padded_features
 from mrope.documents import to_stream
 from mrope.errors import MRopeError
 from mrope.families import MRopeSpec
@@ -17,6 +19,7 @@ from mrope.mismatch import IMAGE, VIDEO
 from mrope.packing import check_packing, flatten, refuse_packed, seq_lengths
 from mrope.padding import PaddingCollator
 from mrope.positions import rope_index
+from mrope.rejects import OnError, make_rejects
 from mrope.spans import token_kinds
 from mrope.vision import VisionSpec, check_release, vision_tensors
 
@@ -42,6 +45,8 @@ class MRopeCollator:
             a dict, `BatchEncoding` or `BatchFeature`. None: `PaddingCollator()`.
         spec: the model's numbers and the reference to follow.
         vision: the vision tower's numbers, to attach its tensors too; None: positions only.
+        audio: the audio tower's numbers, to attach its tensors too, for batches with
+            `feature_attention_mask` (Omni thinkers).
         packing: "flatten" brings the examples of a batch into one row without padding; see
             `mrope.packing.flatten` for what is in such a batch.
         layout: "model", `position_ids` (3|4, B, S), as models take them; "batch", (B, 3|4, S), for
@@ -49,10 +54,19 @@ class MRopeCollator:
         pad_to_multiple_of: a flattened row is filled up to a multiple of this, by a segment of its
             own. Padded batches: the inner collate function has a say in that.
         pad_token_id: token id of that segment.
+        on_error: "skip" drops the examples that cannot be collated, and collates the others as if
+            they alone had been given; "raise" does not.
+        rejects: JSON-lines file that gets a line for each dropped example.
+        max_rejects: stop when a process has dropped more: a count, or a share (a float below 1) of
+            its examples from the hundredth on. None: never.
+        count_key: key of the batch that gets the number of examples dropped from it.
+        stand_in: good examples, for a batch with nothing left before the first good one; see
+            `mrope.rejects.Rejects`. It and the three before it belong to "skip".
 
     Raises:
         TypeError: an argument of another kind.
         ValueError: an argument of another value.
+        OSError: `rejects` cannot be written.
         MRopeError: `vision` is given, and the installed transformers would not read its tensors;
             "flatten" with a model whose examples would see each other.
 
@@ -71,10 +85,16 @@ class MRopeCollator:
         spec: MRopeSpec,
         vision: VisionSpec | None = None,
         *,
+        audio: AudioSpec | None = None,
         packing: Packing | None = None,
         layout: Layout = "model",
         pad_to_multiple_of: int = 1,
         pad_token_id: int = 0,
+        on_error: OnError = "raise",
+        rejects: str | os.PathLike[str] | None = None,
+        max_rejects: float | None = None,
+        count_key: str | None = None,
+        stand_in: Sequence[Any] | None = None,
     ) -> None:
         if not isinstance(spec, MRopeSpec):
             raise TypeError(f"spec must be an MRopeSpec, not {type(spec).__name__}")
@@ -83,8 +103,11 @@ class MRopeCollator:
         self.inner_collate = PaddingCollator() if inner_collate is None else inner_collate
         if vision is not None:
             check_release(vision)
+        if audio is not None:
+            audio.check_release()
         _require("packing", packing, (None, *get_args(Packing)))
         _require("layout", layout, get_args(Layout))
+        _require("on_error", on_error, get_args(OnError))
         if packing is None and pad_to_multiple_of != 1:
             raise ValueError("pad_to_multiple_of belongs to packing='flatten'")
         if pad_to_multiple_of < 1:
@@ -95,10 +118,12 @@ class MRopeCollator:
             check_packing(spec)
         self.spec = spec
         self.vision = vision
+        self.audio = audio
         self.packing = packing
         self.layout = layout
         self.pad_to_multiple_of = pad_to_multiple_of
         self.pad_token_id = pad_token_id
+        self.rejects = make_rejects(on_error, rejects, max_rejects, count_key, stand_in)
 
     def __call__(self, examples: Any) -> Any:
         """Collate `examples` and attach the positions of the batch.
@@ -125,8 +150,14 @@ class MRopeCollator:
         Raises:
             SpanMismatchError: placeholder tokens and grids do not fit together.
             MRopeError: the batch is not a mapping, has no `input_ids`, already has positions, or
-                holds something else that `rope_index` refuses.
+                holds something else that `rope_index` refuses. With `on_error="skip"`: too many
+                rejects, or nothing that could stand in for a batch with nothing left.
         """
+        if self.rejects is None:
+            return self._collate(examples)
+        return self.rejects.collate(self._collate, examples)
+
+    def _collate(self, examples: Any) -> Any:
         batch = _as_batch(self.inner_collate(examples))
         arguments = _arguments(self.spec, batch, examples)
         if self.packing is None:
@@ -138,6 +169,8 @@ class MRopeCollator:
         if self.vision is not None:
             added |= _tower_inputs(self.vision, arguments)
             added |= _reader_inputs(self.spec, arguments, added)
+        if self.audio is not None:
+            added |= _audio_inputs(self.spec, self.audio, batch, arguments)
         for name, value in added.items():
             _refuse_second_source(batch, name)
             batch[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
@@ -200,6 +233,27 @@ def _reader_inputs(
     return inputs
 
 
+def _audio_inputs(
+    spec: MRopeSpec, audio: AudioSpec, batch: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what the audio tower takes, under the models' names, and what readers decide by."""
+    tensors = audio_tensors(audio, arguments.get("audio_seqlens"))
+    if not tensors:
+        return {}
+    inputs: dict[str, Any] = {f"audio_{name}": value for name, value in tensors.items()}
+    inputs["audio_split_sizes"] = np.diff(inputs["audio_cu_seqlens"]).tolist()
+    if batch.get("input_features") is not None:
+        features = torch.as_tensor(batch["input_features"])
+        inputs["audio_padded_feature"] = padded_features(
+            audio, features, arguments["audio_seqlens"]
+        )
+    placeholder = arguments["input_ids"] == spec.numbers["audio_token_id"]
+    if arguments.get("attention_mask") is not None:
+        placeholder &= np.asarray(arguments["attention_mask"], np.bool_)
+    inputs["audio_scatter_index"] = placeholder.ravel().nonzero()[0]
+    return inputs
+
+
 def _as_batch(batch: Any) -> MutableMapping[str, Any]:
     if not isinstance(batch, MutableMapping) or "input_ids" not in batch:
         raise MRopeError(
@@ -231,7 +285,8 @@ def _arguments(spec: MRopeSpec, batch: Mapping[str, Any], examples: Any) -> dict
     arguments: dict[str, Any] = {"input_ids": _array("input_ids", batch["input_ids"])}
     for name in spec.traits.inputs:
         if batch.get(name) is not None:
-            arguments[name] = _array(name, batch[name])
+            value = batch[name]
+            arguments[name] = value if isinstance(value, (bool, str)) else _array(name, value)
     if "audio_seqlens" in spec.traits.inputs and batch.get("feature_attention_mask") is not None:
         # The thinkers' forward takes lengths from this mask, whatever else it is given.
         mask = _array("feature_attention_mask", batch["feature_attention_mask"])

@@ -92,6 +92,12 @@ def _reference(value: str) -> str:
     return value
 
 
+def _count_or_share(value: float) -> float:
+    if value < 0 or (isinstance(value, float) and not 0 < value < 1):
+        raise ValueError("must be a count (an integer from 0), or a share between 0 and 1")
+    return value
+
+
 class _Section(BaseModel):
     # Strict: a quoted number, or 1.0 for a count, is a mistake in the file and not a value.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -195,6 +201,9 @@ class RopeSection(_Section):
         packing: "flatten" brings the examples of a batch into one row without padding.
         layout: "batch" puts the batch on dim 0 of `position_ids`; see `mrope.layouts`.
         pad_to_multiple_of: a flattened row is filled up to a multiple of this.
+        on_error: "skip" drops the examples that cannot be collated; see `mrope.rejects`.
+        rejects: JSON-lines file that gets a line for each of them.
+        max_rejects: stop after more than so many in a worker, or than this share of its examples.
     """
 
     enabled: bool = True
@@ -203,11 +212,21 @@ class RopeSection(_Section):
     packing: Literal["flatten"] | None = None
     layout: Literal["model", "batch"] = "model"
     pad_to_multiple_of: Annotated[int, Field(ge=1)] = 1
+    on_error: Literal["raise", "skip"] = "raise"
+    rejects: Annotated[str, AfterValidator(_resolved)] | None = None
+    max_rejects: Annotated[int | float, AfterValidator(_count_or_share)] | None = None
 
     @model_validator(mode="after")
     def _only_flattened_rows_are_filled_up(self) -> Self:
         if self.pad_to_multiple_of != 1 and self.packing is None:
             raise ValueError("rope.pad_to_multiple_of needs rope.packing: flatten")
+        return self
+
+    @model_validator(mode="after")
+    def _rejects_are_of_skipping(self) -> Self:
+        for name in ("rejects", "max_rejects"):
+            if getattr(self, name) is not None and self.on_error != "skip":
+                raise ValueError(f"rope.{name} needs rope.on_error: skip")
         return self
 
 
@@ -298,13 +317,27 @@ def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Con
     """
     file = Path(path)
     table = _read(file, overrides)
+    return as_config(table, file.parent, f"{file}{_with(overrides)}")
+
+
+def as_config(table: Mapping[str, Any], folder: Path, name: str) -> Config:
+    """Check a mapping of sections.
+
+    Args:
+        table: as the file would hold it.
+        folder: where relative paths start.
+        name: what the error calls it.
+
+    Raises:
+        ConfigError: as `load_config` does.
+    """
     try:
-        return Config.model_validate(table, context={"folder": file.parent})
+        return Config.model_validate(table, context={"folder": folder})
     except ValidationError as error:
         problems = [_problem(dict(entry)) for entry in error.errors()]
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     listed = "".join(f"\n  {problem}" for problem in problems)
-    raise ConfigError(f"{file}{_with(overrides)}: {count}{listed}")
+    raise ConfigError(f"{name}: {count}{listed}")
 
 
 def build_collator(cfg: Config, inner_collate: Collate | None = None) -> Collate:
@@ -334,6 +367,9 @@ def build_collator(cfg: Config, inner_collate: Collate | None = None) -> Collate
         layout=cfg.rope.layout,
         pad_to_multiple_of=cfg.rope.pad_to_multiple_of,
         pad_token_id=pad_token_id,
+        on_error=cfg.rope.on_error,
+        rejects=cfg.rope.rejects,
+        max_rejects=cfg.rope.max_rejects,
     )
 
 

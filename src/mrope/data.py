@@ -16,8 +16,9 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mrope.collator import Collate
+from mrope.collator import Collate, MRopeCollator
 from mrope.errors import MRopeError
+from mrope.rejects import Indexed
 from mrope.sampler import TokenBudgetSampler
 from mrope.spans import token_types
 from mrope.synthetic import SyntheticRows, patch_values
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import datasets
 
     from mrope.config import Config, DataSection
+    from mrope.demo.processing import Processing
     from mrope.families import MRopeSpec
 
 _DEMO_ROWS = 80
@@ -91,21 +93,31 @@ def load_rows(cfg: Config, spec: MRopeSpec, model_config: Any) -> RowDataset:
         dtype = getattr(torch, cfg.train.dtype)
         rows = cfg.data.rows or _DEMO_ROWS
         return SyntheticRows(spec, cfg.data.shape, rows, patch_values(vision), dtype)
-    from mrope.demo.dataset import photographs
+    table = open_table(cfg)
+    if "input_ids" in table.column_names:
+        return Rows(_tokenized(table, spec))
+    return Rows(_processed(table, cfg, spec, model_config))
 
+
+def open_table(cfg: Config) -> datasets.Dataset:
+    """Open or make the table that a config names, as it is: nothing is processed.
+
+    Raises:
+        MRopeError: it cannot be read, or has neither `input_ids` nor `messages`.
+    """
     if cfg.data.source == "demo":
+        from mrope.demo.dataset import photographs
+
         table = photographs(cfg.data.rows or _DEMO_ROWS, cfg.train.seed)
     else:
         table = _open(cfg.data)
     names = table.column_names
-    if "input_ids" in names:
-        return Rows(_tokenized(table, spec))
-    if "messages" in names:
-        return Rows(_processed(table, cfg, spec, model_config))
-    raise MRopeError(
-        f"data.source: {cfg.data.source} has the columns {', '.join(names)}; a dataset needs "
-        "input_ids and labels, or messages"
-    )
+    if not {"input_ids", "messages"} & set(names):
+        raise MRopeError(
+            f"data.source: {cfg.data.source} has the columns {', '.join(names)}; a dataset needs "
+            "input_ids and labels, or messages"
+        )
+    return table
 
 
 def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[Any]:
@@ -115,6 +127,8 @@ def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[A
         MRopeError: there are fewer rows than one batch takes, or a row is beyond the token budget.
     """
     options = cfg.dataloader
+    skips = isinstance(collate, MRopeCollator) and collate.rejects is not None
+    table = Indexed(rows) if skips else rows
     if options.max_tokens is not None:
         sampler = TokenBudgetSampler(
             rows.lengths(),
@@ -122,13 +136,13 @@ def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[A
             pad_to_multiple_of=cfg.rope.pad_to_multiple_of,
             seed=cfg.train.seed,
         )
-        return DataLoader(rows, batch_sampler=sampler, **_common(cfg, collate))
+        return DataLoader(table, batch_sampler=sampler, **_common(cfg, collate))
     if len(rows) < options.batch_size:
         raise MRopeError(
             f"dataloader.batch_size is {options.batch_size}, but there are only {len(rows)} rows"
         )
     return DataLoader(
-        rows,
+        table,
         batch_size=options.batch_size,
         shuffle=True,
         drop_last=True,
@@ -168,6 +182,8 @@ def _open(section: DataSection) -> datasets.Dataset:
             table = datasets.Dataset.from_json(str(path))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise MRopeError(f"data.source: {path} cannot be read: {error}") from error
+    except (IndexError, StopIteration) as error:  # how an empty folder and an empty file fail
+        raise MRopeError(f"data.source: {path} has no rows") from error
     if not isinstance(table, datasets.Dataset):
         raise MRopeError(
             f"data.source: {path} holds the splits {', '.join(table)}; name the folder of one"
@@ -178,10 +194,26 @@ def _open(section: DataSection) -> datasets.Dataset:
 def _processed(
     table: datasets.Dataset, cfg: Config, spec: MRopeSpec, model_config: Any
 ) -> datasets.Dataset:
+    process = row_processing(cfg, spec, model_config)
+    return table.map(
+        process,
+        with_indices=True,
+        remove_columns=table.column_names,
+        features=process.features(),
+        desc="Preparing rows",
+    )
+
+
+def row_processing(cfg: Config, spec: MRopeSpec, model_config: Any) -> Processing:
+    """Return what turns a row of `messages` into columns, as a config asks for it.
+
+    Raises:
+        MRopeError: the tokenizer and the model's config do not fit together.
+    """
     from mrope.demo.processing import build_processing
 
     source = Path(cfg.data.source)
-    process = build_processing(
+    return build_processing(
         spec,
         model_config,
         folder=cfg.data.processor or _tokenizer_folder(cfg.model.config),
@@ -189,13 +221,6 @@ def _processed(
         max_pixels=cfg.data.max_pixels,
         fps=cfg.data.fps,
         pictures=source if source.is_dir() else source.parent,
-    )
-    return table.map(
-        process,
-        with_indices=True,
-        remove_columns=table.column_names,
-        features=process.features(),
-        desc="Preparing rows",
     )
 
 
@@ -219,8 +244,13 @@ def _tokenized(table: datasets.Dataset, spec: MRopeSpec) -> datasets.Dataset:
             raise MRopeError(f"data.source: the dataset has {have} but no {lack}")
     if "mm_token_type_ids" not in names:
         table = table.map(_add_types, fn_kwargs={"spec": spec}, desc="Marking placeholders")
-    wanted = (*_COLUMNS, _SECONDS) if spec.traits.timed else _COLUMNS
+    wanted = model_columns(spec)
     return table.select_columns([name for name in wanted if name in table.column_names])
+
+
+def model_columns(spec: MRopeSpec) -> tuple[str, ...]:
+    """Return the names of the columns that a model of this family reads."""
+    return (*_COLUMNS, _SECONDS) if spec.traits.timed else _COLUMNS
 
 
 def _add_types(row: Mapping[str, Any], spec: MRopeSpec) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from mrope.check.layout import Misfit, RowLayout, lay_out, valid_tokens
+from mrope.check.rows import RowCheck
 from mrope.errors import MRopeError
 from mrope.families import MRopeSpec, example_config
 from mrope.positions import rope_index
@@ -103,6 +106,25 @@ def number(
     return Numbered(spec, kinds, sample.lengths, position_ids[:, 0], int(rope_deltas[0, 0]))
 
 
+def numbered_row(spec: MRopeSpec, batch: Mapping[str, Any]) -> Numbered:
+    """Return a batch of one row as `show` takes it; padding is left out.
+
+    Args:
+        spec: the model's numbers.
+        batch: what `MRopeCollator` returned.
+    """
+    runs = lay_out(spec, batch).runs
+    kinds = [run.kind for run in runs for _ in range(run.tokens)]
+    for token in (valid_tokens(batch) == spec.vision_start_token_id).nonzero()[0]:
+        kinds[token] = "start"
+    valid = batch.get("attention_mask")
+    position_ids = batch["position_ids"][:, 0]
+    if valid is not None:
+        position_ids = position_ids[:, valid[0] != 0]
+    delta = int(batch["rope_deltas"][0, 0])
+    return Numbered(spec, kinds, [run.tokens for run in runs], position_ids.numpy(), delta)
+
+
 def to_sample(words: Sequence[str], spec: MRopeSpec) -> Sample:
     """Make the tokens and grids of a sample from words.
 
@@ -176,6 +198,41 @@ def show(numbered: Numbered, console: Console, everything: bool = False) -> None
         "patches make a token",
         highlight=False,
     )
+
+
+def show_bad_row(found: RowCheck, spec: MRopeSpec, console: Console) -> None:
+    """Print the runs of a bad row, which of them does not fit, and what is wrong."""
+    if found.layout is not None:
+        console.print(_runs(found.layout, f"{spec.family}, {spec.reference}, row {found.row}"))
+    console.print(
+        f"row {found.row}: {found.message}",
+        style="red",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _runs(layout: RowLayout, title: str) -> Table:
+    table = Table("first", "last", "kind", "tokens", "", title=title)
+    misfit = layout.misfit
+    for run in layout.runs:
+        end = run.start + run.tokens
+        inside = misfit is not None and run.start <= misfit.start < end
+        style = "red" if inside else COLOURS[run.kind]
+        cells = (str(run.start), str(end - 1), run.kind, str(run.tokens))
+        table.add_row(*cells, _said(misfit) if misfit and inside else "", style=style)
+    if misfit is not None and misfit.start >= layout.tokens:
+        table.add_row(str(misfit.start), "", "missing", "0", _said(misfit), style="red")
+    return table
+
+
+def _said(misfit: Misfit) -> str:
+    """Return in a few words what does not fit."""
+    which = f"{misfit.found} from {misfit.start}"
+    if misfit.needed is None:
+        return f"wrong: {which}"
+    return f"{which}: {f'its grid needs {misfit.needed}' if misfit.needed else 'no grid'}"
 
 
 def _shown_tokens(lengths: Sequence[int], everything: bool) -> Iterator[tuple[int | range, bool]]:

@@ -6,7 +6,7 @@ videos, or their frames where a family has frames apart).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -79,12 +79,22 @@ def to_grids(
     return Grids(size_3G, images, frames_N, row_G, spec.spatial_merge_size, frame_merge)
 
 
-def as_integers(name: str, values: npt.ArrayLike, hint: str) -> IntArray:
-    """Return `values` as an array of integers; anything else, floats too, is an error."""
+def as_array(name: str, values: npt.ArrayLike, hint: str) -> npt.NDArray[Any]:
+    """Return `values` as an array; lists of unequal length are an error."""
     try:
-        array = np.asarray(values)
+        return np.asarray(values)
     except ValueError as error:
         raise MRopeError(f"{name} is ragged: {hint}") from error
+
+
+def as_integers(name: str, values: npt.ArrayLike, hint: str) -> IntArray:
+    """Return `values` as an array of integers; anything else, floats too, is an error."""
+    array = as_array(name, values, hint)
+    if array.dtype == np.uint64:
+        # Together with int64 they would become floats.
+        if (array > np.iinfo(np.int64).max).any():
+            raise MRopeError(f"{name} holds integers beyond int64: {hint}")
+        return array.astype(np.int64)
     if array.dtype.kind in "iu":
         return array
     if array.size:

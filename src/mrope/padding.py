@@ -54,8 +54,9 @@ class PaddingCollator:
         """Return the batch, a dict of torch tensors.
 
         Raises:
-            MRopeError: no examples, an example without `input_ids`, or a token column that only
-                some examples have or whose length is not that of the row's `input_ids`.
+            MRopeError: no examples, an example that is no mapping or has no `input_ids`, a token
+                column that only some examples have, that holds no integers, or whose length is not
+                that of the row's `input_ids`; other columns that cannot be concatenated.
         """
         rows = [self._token_rows(row, example) for row, example in enumerate(examples)]
         if not rows:
@@ -65,9 +66,13 @@ class PaddingCollator:
             if any(name in row for row in rows):
                 batch[name] = self._pad(name, rows)
         for name in self.flat_columns:
-            parts = [_tensor(example[name]) for example in examples if _has(example, name)]
+            parts = {
+                row: _tensor(row, name, example[name])
+                for row, example in enumerate(examples)
+                if _has(example, name)
+            }
             if parts:
-                batch[name] = torch.cat(parts)
+                batch[name] = _concatenated(name, parts)
         known = {*self.token_columns, *self.flat_columns}
         for name in dict.fromkeys(key for example in examples for key in example):
             if name not in known:
@@ -76,10 +81,14 @@ class PaddingCollator:
 
     def _token_rows(self, row: int, example: Example) -> dict[str, torch.Tensor]:
         """Return the token columns of one example as 1-D tensors of one length."""
+        if not isinstance(example, Mapping):
+            raise MRopeError(f"row {row}: the example is no mapping, but {type(example).__name__}")
         if not _has(example, "input_ids"):
             raise MRopeError(f"row {row}: the example has no input_ids")
         columns = {
-            name: _tensor(example[name]) for name in self.token_columns if _has(example, name)
+            name: _integers(row, name, example[name])
+            for name in self.token_columns
+            if _has(example, name)
         }
         for name, column in columns.items():
             if column.ndim == 2 and column.shape[0] == 1:
@@ -114,5 +123,26 @@ def _has(example: Example, name: str) -> bool:
     return example.get(name) is not None
 
 
-def _tensor(value: Any) -> torch.Tensor:
-    return value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+def _tensor(row: int, name: str, value: Any) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MRopeError(f"row {row}: {name} cannot become a tensor: {error}") from error
+
+
+def _integers(row: int, name: str, value: Any) -> torch.Tensor:
+    column = _tensor(row, name, value)
+    # An empty list becomes float32.
+    if column.numel() and (column.is_floating_point() or column.is_complex()):
+        raise MRopeError(f"row {row}: {name} must hold integers, not {column.dtype}")
+    return column
+
+
+def _concatenated(name: str, parts: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    try:
+        return torch.cat(list(parts.values()))
+    except RuntimeError as error:
+        shapes = {f"row {row}": tuple(part.shape) for row, part in parts.items()}
+        raise MRopeError(f"{name} cannot be concatenated: {shapes}") from error

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from mrope.documents import BoolArray, IntArray, Stream, split_rows, to_batch, to_stream
 from mrope.errors import MRopeError
 from mrope.families import MRopeSpec
-from mrope.grids import Grids, as_integers, to_grids
+from mrope.grids import Grids, as_array, as_integers, to_grids
 from mrope.rules import number_by_rule
 from mrope.spans import Runs, find_runs
 
@@ -273,7 +273,7 @@ def _video_steps(
 
 def _as_seconds(values: npt.ArrayLike, grids: Grids) -> npt.NDArray[Any]:
     videos = len(grids.frames_N)
-    seconds = np.asarray(values)
+    seconds = as_array("second_per_grid_ts", values, "seconds of each video")
     if seconds.size == 0:
         seconds = np.empty(seconds.shape, np.int64)
     if seconds.dtype.kind not in "iu" and seconds.dtype not in (np.float32, np.float64):
@@ -310,7 +310,7 @@ def _as_valid(
     """Return which tokens are valid, or None where all of them are."""
     if attention_mask is None:
         return None
-    mask = np.asarray(attention_mask)
+    mask = as_array("attention_mask", attention_mask, "a number for each token")
     if mask.shape != shape:
         raise MRopeError(f"attention_mask has shape {mask.shape}, but input_ids {shape}")
     if mask.size == 0:

@@ -157,7 +157,7 @@ def test_a_spoilt_batch_is_refused_or_numbered_right(rng: random.Random) -> None
 
 def test_equal_to_the_installed_transformers() -> None:
     peer = pytest.importorskip("mrope.hf.reference", exc_type=ImportError)
-    if peer.installed_reference() != REFERENCE:
+    if peer.installed_reference() not in SPEC.traits.references:
         pytest.skip("another release is installed")
     import torch
     from transformers.models.glm_image import GlmImageConfig

@@ -88,7 +88,7 @@ def test_a_spoilt_batch_is_refused_or_numbered_right(rng: random.Random) -> None
 @pytest.mark.parametrize("mode", MERGES)
 def test_equal_to_the_installed_transformers(mode: str) -> None:
     peer = pytest.importorskip("mrope.hf.reference", exc_type=ImportError)
-    if peer.installed_reference() != SPEC.reference:
+    if peer.installed_reference() not in SPEC.traits.references:
         pytest.skip("another release is installed")
     from transformers.models.minicpmv4_7 import MiniCPMV4_7Config
     from transformers.models.minicpmv4_7.modeling_minicpmv4_7 import MiniCPMV4_7Model as Model

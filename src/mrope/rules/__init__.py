@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from mrope.families import MRopeSpec
+from mrope.grids import as_array
 from mrope.rules.glm_image import glm_image_index
 from mrope.rules.hunyuan import hunyuan_index
 from mrope.rules.minicpm import minicpm_index
@@ -47,7 +47,5 @@ def number_by_rule(
     if set(unknown) - unread:
         raise TypeError(f"{spec.family} takes no {', '.join(sorted(set(unknown) - unread))}")
     assert spec.traits.rule is not None  # the caller asked
-    inputs = {name: given.get(name) for name in known}
-    return RULES[spec.traits.rule](
-        spec, np.asarray(input_ids), **{k: v for k, v in inputs.items() if v is not None}
-    )
+    inputs = {name: given[name] for name in known if given.get(name) is not None}
+    return RULES[spec.traits.rule](spec, as_array("input_ids", input_ids, "token ids"), **inputs)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from mrope.documents import IntArray, Stream, to_batch, to_stream
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.families import MRopeSpec
-from mrope.grids import Grids, as_grid, as_integers, to_grids
+from mrope.grids import Grids, as_array, as_grid, as_integers, to_grids
 from mrope.mismatch import IMAGE, TEXT, type_mismatch
 from mrope.spans import token_kinds
 
@@ -128,7 +128,7 @@ def read_stream(
         raise MRopeError(f"input_ids must have shape (B, S), not {ids_BS.shape}")
     if attention_mask is None:
         return ids_BS, to_stream(ids_BS, None)
-    mask = np.asarray(attention_mask)
+    mask = as_array("attention_mask", attention_mask, "a number for each token")
     if mask.shape != ids_BS.shape:
         raise MRopeError(f"attention_mask has shape {mask.shape}, but input_ids {ids_BS.shape}")
     # The references disagree about other values: valid, padding, or so many tokens.

@@ -23,7 +23,7 @@ from mrope.audio import AudioSpec, audio_tokens
 from mrope.documents import IntArray, to_batch, to_stream
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.families import MRopeSpec
-from mrope.grids import as_grid, as_integers
+from mrope.grids import as_array, as_grid, as_integers
 
 Array = npt.NDArray[Any]
 
@@ -400,7 +400,7 @@ def _audio_tokens(spec: MRopeSpec, mel_frames_N: IntArray) -> IntArray:
 def _as_valid(mask: npt.ArrayLike | None, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:
     if mask is None:
         return None
-    array = np.asarray(mask)
+    array = as_array("attention_mask", mask, "a number for each token")
     if array.shape != shape:
         raise MRopeError(f"attention_mask has shape {array.shape}, but input_ids {shape}")
     if array.size and array.dtype.kind not in "biu":
@@ -412,7 +412,7 @@ def _as_valid(mask: npt.ArrayLike | None, shape: tuple[int, ...]) -> npt.NDArray
 
 
 def _as_flag(use_audio_in_video: npt.ArrayLike) -> bool:
-    flags = np.asarray(use_audio_in_video)
+    flags = as_array("use_audio_in_video", use_audio_in_video, "one bool for the batch")
     if flags.dtype.kind != "b" or flags.any() != flags.all():
         raise MRopeError(
             f"use_audio_in_video must be one bool for the whole batch, not {flags.tolist()}"
@@ -432,7 +432,8 @@ def _as_media(
     videos = _merged("video_grid_thw", video_grid_thw, spec.spatial_merge_size)
     if second_per_grid_ts is None and len(videos):
         raise MRopeError("videos need second_per_grid_ts (video_second_per_grid), one for each")
-    seconds = np.asarray([] if second_per_grid_ts is None else second_per_grid_ts)
+    given: npt.ArrayLike = [] if second_per_grid_ts is None else second_per_grid_ts
+    seconds = as_array("second_per_grid_ts", given, "seconds of each video")
     if seconds.shape != (len(videos),) or seconds.dtype.kind not in "iuf":
         raise MRopeError(
             f"second_per_grid_ts must be {len(videos)} numbers, one for each video, not "

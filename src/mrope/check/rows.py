@@ -1,0 +1,271 @@
+"""A row through the collator, and beside the reference's own function.
+
+Workers unpickle this module; nothing heavier than torch is imported at its top.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from mrope.check.layout import Misfit, RowLayout, lay_out
+from mrope.collator import MRopeCollator
+from mrope.errors import MRopeError, SpanMismatchError
+from mrope.families import MRopeSpec
+from mrope.references import installed_transformers, resolve_reference
+from mrope.spans import token_types
+from mrope.vision import VisionSpec
+
+_TOKEN_COLUMNS = ("input_ids", "attention_mask", "labels", "mm_token_type_ids")
+_PIXELS = ("pixel_values", "pixel_values_videos")
+# Arguments of transformers' `get_rope_index`, by the names that a batch may have them under.
+_REFERENCE_TAKES = {
+    "input_ids": "input_ids",
+    "attention_mask": "attention_mask",
+    "image_grid_thw": "image_grid_thw",
+    "video_grid_thw": "video_grid_thw",
+    "video_second_per_grid": "second_per_grid_ts",
+    "second_per_grid_ts": "second_per_grid_ts",
+}
+
+
+class Examples(Protocol):
+    """Rows by number, as a map-style dataset has them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """What was found in one row.
+
+    Attributes:
+        row: its number in the dataset.
+        tokens: valid tokens.
+        images, videos: how many grids of each.
+        frames: temporal positions of the videos, first sizes of their grids.
+        compared: whether the reference's own function numbered it too.
+        unanswered: what the reference's own function raised, where `mrope` raised nothing.
+        cause: None in a good row; else the same text in every row that is bad for the same reason.
+        message: what is wrong with this row.
+        layout: of a bad row, where its tokens can be read.
+    """
+
+    row: int
+    tokens: int = 0
+    images: int = 0
+    videos: int = 0
+    frames: int = 0
+    compared: bool = False
+    unanswered: str | None = None
+    cause: str | None = None
+    message: str | None = None
+    layout: RowLayout | None = None
+
+
+class CheckedRows(Dataset[RowCheck]):
+    """Rows of a dataset, each replaced by what is found in it. Looking at a row raises nothing.
+
+    Args:
+        examples: the rows: `input_ids` (S,), and what else the collator reads, as tensors, arrays
+            or lists.
+        spec: the model's numbers.
+        vision: the tower's, to make its tensors of every row too.
+        compare: number each row with the installed transformers' own function too.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        spec: MRopeSpec,
+        vision: VisionSpec | None = None,
+        *,
+        compare: bool = False,
+    ) -> None:
+        self.examples = examples
+        self.spec = spec
+        self.compare = compare
+        self.collate = MRopeCollator(_as_batch, spec, vision)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> RowCheck:
+        return self.look(index)[0]
+
+    def look(self, index: int) -> tuple[RowCheck, dict[str, Any]]:
+        """Return what is found in a row, and the row as a batch, with positions if it is good."""
+        batch: dict[str, Any] = {}
+        try:
+            example = _as_tensors(self.examples[index])
+            batch = _as_batch([example])
+            batch = self.collate([example])
+            check = _counted(index, batch)
+            return (self._compared(check, batch) if self.compare else check), batch
+        # Rows are of users' making, and pictures of anybody's: no list of errors would be whole.
+        except Exception as error:  # noqa: BLE001
+            return self._bad(index, batch, error), batch
+
+    def _compared(self, check: RowCheck, batch: Mapping[str, Any]) -> RowCheck:
+        from mrope.hf.reference import reference_rope_index
+
+        arguments = {
+            theirs: batch[ours] for ours, theirs in _REFERENCE_TAKES.items() if ours in batch
+        }
+        types = batch.get("mm_token_type_ids")
+        if types is None:
+            types = torch.from_numpy(token_types(self.spec, batch["input_ids"].numpy()))
+        try:
+            theirs = reference_rope_index(self.spec, arguments | {"mm_token_type_ids": types})
+        # Releases fail with whatever their loops run into: StopIteration, IndexError, ...
+        except Exception as error:  # noqa: BLE001
+            return replace(check, unanswered=type(error).__name__)
+        _require_equal(self.spec, batch, theirs)
+        return replace(check, compared=True)
+
+    def _bad(self, index: int, batch: Mapping[str, Any], error: Exception) -> RowCheck:
+        try:
+            layout = lay_out(self.spec, batch, error)
+        # What is wrong with the row may be what keeps it from being drawn.
+        except (MRopeError, ValueError, TypeError, LookupError, AttributeError):
+            return RowCheck(index, cause=_cause(error), message=_message(error, index))
+        if isinstance(error, DifferenceError):
+            layout = replace(layout, misfit=Misfit(error.token, 1, None))
+        return RowCheck(index, cause=_cause(error), message=_message(error, index), layout=layout)
+
+
+class DifferenceError(MRopeError):
+    """`mrope` and the installed transformers number a row differently.
+
+    Attributes:
+        token: the first valid token with another position.
+    """
+
+    def __init__(self, message: str, token: int) -> None:
+        super().__init__(message)
+        self.token = token
+
+
+def comparison(spec: MRopeSpec) -> tuple[bool, str]:
+    """Return whether the installed transformers is what the spec follows, and a sentence on it."""
+    installed = installed_transformers()
+    if installed is None:
+        return False, "not compared: transformers is not installed"
+    try:
+        era = resolve_reference("auto", installed)
+    except MRopeError as error:
+        return False, f"not compared: {error}"
+    if era != spec.reference:
+        return False, (
+            f"not compared: rows are numbered as {spec.reference} does, but transformers "
+            f"{installed} is installed"
+        )
+    try:
+        from mrope.hf.reference import reference_class
+
+        reference_class(spec.family)
+    except (ImportError, StopIteration):
+        return False, f"not compared: transformers {installed} does not number {spec.family}"
+    return True, f"compared with the own function of transformers {installed}"
+
+
+def _as_tensors(example: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the columns that a row uses; a table has a null or an empty list in the others."""
+    tensors = {
+        name: _tensor(name, value)
+        for name, value in example.items()
+        if value is not None and name not in _PIXELS
+    }
+    return {name: value for name, value in tensors.items() if value.ndim and len(value)}
+
+
+def _tensor(name: str, value: Any) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, np.ndarray) and not value.flags.writeable:
+        value = value.copy()
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if len(value) == 0:
+            return torch.empty(0)
+        raise MRopeError(f"{name} is ragged, or holds something else than numbers") from error
+
+
+def _as_batch(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return the one example as a batch, dtypes and sizes as they are: nothing is cast or padded.
+
+    Raises:
+        MRopeError: it has no tokens, or not as many labels.
+    """
+    (example,) = examples
+    if "input_ids" not in example:
+        raise MRopeError("no input_ids: the column is missing, null or empty")
+    batch = dict(example)
+    for name in _TOKEN_COLUMNS:
+        if name in batch and batch[name].ndim == 1:
+            batch[name] = batch[name][None]
+    labels, ids = batch.get("labels"), batch["input_ids"]
+    if labels is not None and labels.shape != ids.shape:
+        raise MRopeError(f"{labels.shape[-1]} labels, but {ids.shape[-1]} input_ids")
+    return batch
+
+
+def _counted(index: int, batch: Mapping[str, Any]) -> RowCheck:
+    mask, clips = batch.get("attention_mask"), batch.get("video_grid_thw")
+    return RowCheck(
+        row=index,
+        tokens=batch["input_ids"].numel() if mask is None else int(mask.count_nonzero()),
+        images=len(batch.get("image_grid_thw", ())),
+        videos=0 if clips is None else len(clips),
+        frames=0 if clips is None else int(clips[:, 0].sum()),
+    )
+
+
+def _require_equal(spec: MRopeSpec, batch: Mapping[str, Any], theirs: tuple[Any, Any]) -> None:
+    """Raise where the batch's positions or deltas are not the reference's."""
+    valid = np.ones(batch["input_ids"].shape, np.bool_)
+    if "attention_mask" in batch:
+        valid = batch["attention_mask"].numpy().astype(np.bool_)
+    ours = batch["position_ids"].numpy()[:, valid]
+    other = theirs[0][:, valid]
+    differs_T = (ours != other).any(axis=0)
+    if differs_T.any():
+        token = int(differs_T.argmax())
+        raise DifferenceError(
+            f"valid token {token} has position {ours[:, token].tolist()}, but {spec.reference}'s "
+            f"own function gives {other[:, token].tolist()}",
+            token,
+        )
+    delta, other_delta = int(batch["rope_deltas"][0, 0]), int(theirs[1][0, 0])
+    if delta != other_delta:
+        raise DifferenceError(
+            f"delta {delta}, but {spec.reference}'s own function gives {other_delta}",
+            token=ours.shape[1] - 1,
+        )
+
+
+def _cause(error: Exception) -> str:
+    """Return what rows that are bad for the same reason have in common."""
+    if isinstance(error, SpanMismatchError) and error.cause is not None:
+        return error.cause
+    if isinstance(error, DifferenceError):
+        return "numbered unlike transformers"
+    if not isinstance(error, MRopeError):
+        return f"the row cannot be read: {type(error).__name__}"
+    # Numbers and names are the row's own: [1, 3, 2] and 'a.png' become [N, N, N] and '...'.
+    return re.sub(r"-?\d+(\.\d+)?", "N", re.sub(r"'[^']*'", "'...'", str(error)))
+
+
+def _message(error: Exception, index: int) -> str:
+    """Return an error's message without the number of the row, which is that of a batch of one."""
+    text = str(error).removeprefix(f"row {index} of the dataset: ").removeprefix("row 0, ")
+    return text if isinstance(error, MRopeError) else f"{type(error).__name__}: {text}"
