@@ -1,6 +1,6 @@
 # Every target does all of its own set-up: a fresh clone needs python3, make and a package index.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs parity integration soak cuda bench lowest clean
+.PHONY: help demo test check docs parity integration ray soak fuzz cuda bench lowest clean
 
 PYTHON ?= python3
 LOWEST_PYTHON ?= python3.10
@@ -62,8 +62,22 @@ integration: .venvs/integration/.ready  ## Train with real trainers: Trainer, TR
 	$(@D)/bin/pip install --quiet -c constraints.txt -e '.[integration]'
 	touch $@
 
+# A real Ray of two workers on this machine.
+ray: .venvs/ray/.ready  ## PositionsStage and the collator on Ray Data, and their rows per second (about 3 minutes)
+	PYTHONPATH=src:tests .venvs/ray/bin/python -m pytest -q -p no:cacheprovider --show-capture=no tests/raydata
+	PYTHONPATH=src:tests .venvs/ray/bin/python tests/raydata/rates.py --json docs/benchmarks/ray.json
+
+.venvs/ray/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet -c constraints.txt torch
+	$(@D)/bin/pip install --quiet -c constraints.txt -e '.[ray]' pytest pytest-timeout sybil
+	touch $@
+
 soak: $(READY)  ## 20,000 batches through persistent workers, twice: memory, files, equal results (about 10 minutes)
 	PYTHONPATH=src:tests $(BIN)/python tests/soak/soak.py --json docs/benchmarks/soak.json
+
+fuzz: $(READY)  ## 20,000 damaged samples: the exact result or an MRopeError, and nothing else (about 3 minutes)
+	PYTHONPATH=src:tests $(BIN)/python -X faulthandler -m fuzz.run
 
 # No set-up here: the machine's own Python and CUDA build of torch, with transformers 5.23 and the cli extra.
 cuda:  ## On a machine with a GPU: the guard's snippets, and packing under sdpa, eager and flash attention

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mrope.families import FAMILIES, Family
-from mrope.hf.reading import READERS
+from mrope.hf.attach import ALL_READERS
 from mrope.references import REFERENCES
 from mrope.vision import VisionSpec
 
@@ -87,13 +87,15 @@ def vision_keys(row: Family) -> str:
 
 def waits(name: str) -> str:
     """Return the waits of a step on images: plain, with all that a collator gives, attached."""
-    report = json.loads((ROOT / "docs/benchmarks/waits.json").read_text("utf-8"))
+    found: list[dict[str, Any]] = []
+    for file in ("waits.json", "waits-thinkers.json"):
+        found += json.loads((ROOT / "docs/benchmarks" / file).read_text("utf-8"))["rows"]
     case = {"family": name, "attention": "sdpa", "media": "images", "padding": "no"}
-    rows: list[dict[str, Any]] = [row for row in report["rows"] if case.items() <= row.items()]
+    rows = [row for row in found if case.items() <= row.items()]
     if not rows:
         return "not counted"
     (row,) = rows
-    assert (row["attached"] is not None) == (name in READERS)
+    assert (row["attached"] is not None) == (name in ALL_READERS)
     counts = (row["plain"], row["+ vision tensors"], row["attached"])
     return ", ".join("not attached" if count is None else str(count) for count in counts)
 

@@ -279,6 +279,16 @@ class TestNothingLeft:
         assert collate([truncated(1)])["id"] == ["row-2"]
 
     @quiet
+    def test_labels_stay_since_a_mean_over_no_label_is_nan(self) -> None:
+        collate = skipping()
+        collate([good(0)])
+        labels = collate([truncated(1)])["labels"].flatten()
+        logits = torch.zeros(len(labels), 128)
+        assert torch.nn.functional.cross_entropy(logits, labels).isfinite()
+        muted = torch.full_like(labels, -100)
+        assert torch.nn.functional.cross_entropy(logits, muted).isnan()
+
+    @quiet
     def test_without_any_good_example_it_raises(self) -> None:
         with pytest.raises(
             MRopeError, match=r"none before it to repeat; give .*stand_in=.* 2 x Span"
@@ -297,6 +307,8 @@ class Table(Dataset[Any]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index == self.deadly:
+            # Batches that a dead worker has not handed over yet would be another error.
+            time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
         return truncated(index % 20) if index in self.bad else good(index % 20)
 
@@ -329,16 +341,6 @@ class TestWorkers:
         assert {line["worker"] for line in written} == {0, 1}
         assert len({line["process"] for line in written} | {os.getpid()}) == 3
 
-    def test_a_stream_needs_the_stand_in(self) -> None:
-        with pytest.raises(MRopeError, match="none before it to repeat"):
-            list(loader(Streamed(), skipping()))
-        assert len(list(loader(Streamed(), skipping(stand_in=[good(3)])))) == 4
-
-    def test_max_rejects_stops_the_loader(self) -> None:
-        table = Table(40, bad=range(1, 40, 2))
-        with pytest.raises(MRopeError, match=r"max_rejects=3: worker \d dropped 4 of 8 examples"):
-            list(loader(table, skipping(max_rejects=3), batch_size=2))
-
     def test_a_forked_process_counts_for_itself(self) -> None:
         collate = skipping(max_rejects=4, count_key="dropped")
         with pytest.warns(RejectWarning):
@@ -353,6 +355,16 @@ class TestWorkers:
         assert len(pickle.dumps(collate)) == small
         with pytest.raises(MRopeError, match="none before it"):
             pickle.loads(pickle.dumps(collate))([truncated(1)])
+
+    def test_a_stream_needs_the_stand_in(self) -> None:
+        with pytest.raises(MRopeError, match="none before it to repeat"):
+            list(loader(Streamed(), skipping()))
+        assert len(list(loader(Streamed(), skipping(stand_in=[good(3)])))) == 4
+
+    def test_max_rejects_stops_the_loader(self) -> None:
+        table = Table(40, bad=range(1, 40, 2))
+        with pytest.raises(MRopeError, match=r"max_rejects=3: worker \d dropped 4 of 8 examples"):
+            list(loader(table, skipping(max_rejects=3), batch_size=2))
 
     def test_a_killed_worker_is_the_loaders_error_and_the_file_is_whole(
         self, tmp_path: Path

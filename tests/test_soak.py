@@ -24,7 +24,7 @@ def test_a_short_soak_holds_no_files_and_repeats_itself() -> None:
 def test_growth_is_found() -> None:
     """A worker that keeps a megabyte for every thousand batches, beside one that keeps nothing."""
     looks = [
-        soaking.Look(batches, [2**20 * batches // 1000, 5 * 2**20], [4, 4], 9, 0)
+        soaking.Look(batches, [1, 2], [2**20 * batches // 1000, 5 * 2**20], [4, 4], 9)
         for batches in range(0, 8000, 100)
     ]
     growth, flat = soaking.slopes(looks, after=1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -149,3 +150,10 @@ def test_an_older_transformers_reads_no_audio_tensors(monkeypatch: pytest.Monkey
     spec = MRopeSpec.from_config(tiny_thinker(FAMILIES[0]).config, "transformers-5.23")
     with pytest.raises(MRopeError, match=r"transformers 5.17.0 does not read all audio tensors"):
         MRopeCollator(None, spec, audio=AudioSpec(n_window=100))
+
+
+def test_the_waits_in_the_docs_are_those_counted() -> None:
+    import thinker_waits
+
+    written = json.loads(thinker_waits.FILE.read_text(encoding="utf-8"))
+    assert thinker_waits.rows() == written["rows"]

@@ -21,7 +21,8 @@ from mrope.padding import PaddingCollator
 from mrope.positions import rope_index
 from mrope.rejects import OnError, make_rejects
 from mrope.spans import token_kinds
-from mrope.vision import VisionSpec, check_release, vision_tensors
+from mrope.stored import take_stored
+from mrope.vision import VisionSpec, block_index, check_release, vision_tensors
 
 Collate = Callable[[Any], Any]
 Packing = Literal["flatten"]
@@ -145,7 +146,9 @@ class MRopeCollator:
             - for the reading model of `mrope.hf`: `image_scatter_index` int64 (features,), which of
               the B * S tokens each feature row goes to; `image_split_sizes` and
               `image_window_split_sizes`, lists of ints, the patches of each attention segment; the
-              same for `video_`; and `has_padding`, a bool.
+              same for `video_`; and `has_padding`, a bool. For towers in raster order also
+              `image_block_index` int64 (patches,), the order in which blocks are merged. With
+              `audio`: `audio_scatter_index` and `audio_split_sizes` likewise.
 
         Raises:
             SpanMismatchError: placeholder tokens and grids do not fit together.
@@ -158,8 +161,11 @@ class MRopeCollator:
         return self.rejects.collate(self._collate, examples)
 
     def _collate(self, examples: Any) -> Any:
+        examples, stored = take_stored(self.spec, examples)
         batch = _as_batch(self.inner_collate(examples))
         arguments = _arguments(self.spec, batch, examples)
+        if stored is not None:
+            arguments["stored"] = stored
         if self.packing is None:
             refuse_packed(batch, examples, arguments["input_ids"].shape)
             position_ids, rope_deltas = rope_index(self.spec, **arguments)
@@ -168,7 +174,7 @@ class MRopeCollator:
             added = self._flatten(batch, examples, arguments)
         if self.vision is not None:
             added |= _tower_inputs(self.vision, arguments)
-            added |= _reader_inputs(self.spec, arguments, added)
+            added |= _reader_inputs(self.spec, self.vision, arguments, added)
         if self.audio is not None:
             added |= _audio_inputs(self.spec, self.audio, batch, arguments)
         for name, value in added.items():
@@ -213,7 +219,10 @@ def _tower_inputs(vision: VisionSpec, arguments: Mapping[str, Any]) -> dict[str,
 
 
 def _reader_inputs(
-    spec: MRopeSpec, arguments: Mapping[str, Any], tower_inputs: Mapping[str, Any]
+    spec: MRopeSpec,
+    vision: VisionSpec,
+    arguments: Mapping[str, Any],
+    tower_inputs: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return what the reading model decides by: places, and facts that must stay on the host."""
     mask = arguments.get("attention_mask")
@@ -230,6 +239,9 @@ def _reader_inputs(
             if f"{modality}_{borders}" in tower_inputs:
                 lengths = np.diff(tower_inputs[f"{modality}_{borders}"])
                 inputs[f"{modality}_{sizes}"] = lengths.tolist()
+        if vision.raster:
+            grid_thw = arguments[f"{modality}_grid_thw"]
+            inputs[f"{modality}_block_index"] = block_index(grid_thw, vision.spatial_merge_size)
     return inputs
 
 
@@ -282,7 +294,7 @@ def _keys(batch: Any) -> str:
 
 def _arguments(spec: MRopeSpec, batch: Mapping[str, Any], examples: Any) -> dict[str, Any]:
     """Return the arguments of `rope_index` that the batch and its examples hold."""
-    arguments: dict[str, Any] = {"input_ids": _array("input_ids", batch["input_ids"])}
+    arguments: dict[str, Any] = {"input_ids": _ids(batch["input_ids"])}
     for name in spec.traits.inputs:
         if batch.get(name) is not None:
             value = batch[name]
@@ -301,6 +313,13 @@ def _arguments(spec: MRopeSpec, batch: Mapping[str, Any], examples: Any) -> dict
         elif grid in arguments:
             arguments[counts] = _count(examples, grid, arguments)
     return arguments
+
+
+def _ids(value: Any) -> npt.NDArray[Any]:
+    ids = _array("input_ids", value)
+    if ids.ndim != 2:
+        raise MRopeError(f"input_ids must have shape (B, S), not {ids.shape}")
+    return ids
 
 
 def _array(name: str, value: Any) -> npt.NDArray[Any]:

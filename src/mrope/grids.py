@@ -65,7 +65,7 @@ def to_grids(
     size_3G[0, images:] //= frame_merge
     _check_clips(size_3G[0, images:], video_N3, frame_merge)
     if spec.traits.frames_apart and len(video_N3):
-        frames_N = size_3G[0, images:].copy()
+        frames_N = _clipped(size_3G[0, images:], shape[0] * shape[1])
         size_3G[0, images:] = 1
         frames_3G = size_3G[:, images:].repeat(frames_N, axis=1)
         size_3G = np.concatenate((size_3G[:, :images], frames_3G), axis=1)
@@ -156,12 +156,24 @@ def _check_clips(frames_N: IntArray, video_N3: IntArray, frame_merge: int) -> No
         )
 
 
+def _clipped(frames_N: IntArray, tokens: int) -> IntArray:
+    """Leave out the frames behind the first that the tokens of the batch cannot hold.
+
+    The clip is refused either way, and a size of 2**16 frames would become as many columns.
+    """
+    before_N = np.minimum(frames_N.cumsum() - frames_N, tokens + 1)
+    clipped_N: IntArray = np.minimum(frames_N, tokens + 1 - before_N)
+    return clipped_N
+
+
 def _rows_of(name: str, per_sample: npt.ArrayLike | None, grids: int, rows: int) -> IntArray:
     """Return the row of each grid: counts [2, 0, 1] give rows [0, 0, 2]; no counts give -1."""
     if per_sample is None:
         return np.full(grids, -1)
     counts = as_integers(name, per_sample, "how many grids each row has")
-    if counts.shape != (rows,) or (counts < 0).any() or counts.sum() != grids:
+    # Each within bounds first: the sum of two beyond them may wrap around to the right one.
+    inside = counts.shape == (rows,) and bool(((counts >= 0) & (counts <= grids)).all())
+    if not inside or counts.sum() != grids:
         raise MRopeError(
             f"{name} = {counts.tolist()} does not fit a batch of {rows} rows and {grids} grids"
         )

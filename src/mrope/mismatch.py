@@ -229,3 +229,18 @@ def type_mismatch(
         modality=_NAMES.get(given),
         cause=cause,
     )
+
+
+def stray_video(spec: MRopeSpec, stream: Stream) -> SpanMismatchError:
+    """Return the error for a placeholder of videos where frames have those of images."""
+    token = int((stream.tokens_T == spec.video_token_id).argmax())
+    document = int(stream.start_D.searchsorted(token, side="right")) - 1
+    row = int(stream.row_D[document])
+    return SpanMismatchError(
+        f"row {row}, valid token {token - int(stream.start_D[document])}: video placeholder "
+        f"{spec.video_token_id}, but in {spec.family} frames stand as image placeholders "
+        f"{spec.image_token_id}. Likely cause: {_NO_GRID}.",
+        row=row,
+        modality="video",
+        cause=_NO_GRID,
+    )

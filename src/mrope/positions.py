@@ -8,7 +8,7 @@ height stand still: one row of a frame. A text run counts as one line too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from mrope.families import MRopeSpec
 from mrope.grids import Grids, as_array, as_integers, to_grids
 from mrope.rules import number_by_rule
 from mrope.spans import Runs, find_runs
+from mrope.stored import StoredSpans, stored_runs
 
 PositionIds = npt.NDArray[np.int64]
 Steps = npt.NDArray[Any]  # int64, float32 or float64: the dtype decides how products round
@@ -40,6 +41,7 @@ def rope_index(
     videos_per_sample: npt.ArrayLike | None = None,
     seq_lengths: Sequence[npt.ArrayLike] | npt.ArrayLike | None = None,
     seconds_dtype: npt.DTypeLike = np.float32,
+    stored: StoredSpans | None = None,
     **inputs: Any,
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Compute the 3-D positions of a batch, as `get_rope_index` of the spec's reference does.
@@ -63,6 +65,8 @@ def rope_index(
             Every example is numbered as if it were alone. None: a row is an example.
         seconds_dtype: dtype of the multiplication by the frame's number. float64 is right only
             where the model itself would be given a float64 tensor of seconds.
+        stored: the batch's spans, found ahead of time (see `mrope.stage`), to number by once they
+            agree with tokens and grids. Not for families with a rule of their own.
         inputs: what the rule of the family takes besides, `spec.traits.inputs`; see the function of
             that name in `mrope.rules`.
 
@@ -99,25 +103,78 @@ def rope_index(
         return number_by_rule(spec, input_ids, given | inputs)
     if inputs:
         raise TypeError(f"rope_index takes no {', '.join(inputs)} for {spec.family}")
-    ids_BS = _as_ids(input_ids)
-    valid_BS = _as_valid(attention_mask, ids_BS.shape, spec)
-    stream = to_stream(ids_BS, valid_BS)
-    if seq_lengths is not None:
-        stream = split_rows(stream, seq_lengths, len(ids_BS))
-    grids = to_grids(
-        spec, image_grid_thw, video_grid_thw, images_per_sample, videos_per_sample, ids_BS.shape
+    batch = locate(
+        spec,
+        input_ids,
+        attention_mask,
+        image_grid_thw,
+        video_grid_thw,
+        second_per_grid_ts,
+        mm_token_type_ids=mm_token_type_ids,
+        images_per_sample=images_per_sample,
+        videos_per_sample=videos_per_sample,
+        seq_lengths=seq_lengths,
+        seconds_dtype=seconds_dtype,
+        stored=stored,
     )
-    types_T = _as_types(mm_token_type_ids, ids_BS.shape, stream)
-    runs = find_runs(spec, stream, grids, types_T)
-    step_V = span_steps(spec, grids, second_per_grid_ts, runs.grid_V, seconds_dtype)
+    runs, stream, size_3G = batch.runs, batch.stream, batch.grids.size_3G
     positions_3T, end_D = number_stream(
-        runs, grids.size_3G.take(runs.grid_V, axis=1), step_V, spec.rule.advance_over_time
+        runs, size_3G.take(runs.grid_V, axis=1), batch.step_V, spec.rule.advance_over_time
     )
-    position_ids = to_batch(positions_3T, stream, ids_BS.shape, spec.rule.fill)
+    position_ids = to_batch(positions_3T, stream, batch.shape, spec.rule.fill)
     if seq_lengths is not None:
         return position_ids, (end_D - stream.length_D)[:, None]
     has_grids = image_grid_thw is not None or video_grid_thw is not None
-    return position_ids, _deltas(spec, stream, end_D, ids_BS.shape, has_grids)
+    return position_ids, _deltas(spec, stream, end_D, batch.shape, has_grids)
+
+
+class Located(NamedTuple):
+    """A batch that was checked, and in which every image and clip has its place.
+
+    Attributes:
+        shape: (B, S).
+        stream, grids, runs: see the modules that make them.
+        step_V: temporal step of each span; None: 1 everywhere.
+    """
+
+    shape: tuple[int, int]
+    stream: Stream
+    grids: Grids
+    runs: Runs
+    step_V: Steps | None
+
+
+def locate(
+    spec: MRopeSpec,
+    input_ids: npt.ArrayLike,
+    attention_mask: npt.ArrayLike | None = None,
+    image_grid_thw: npt.ArrayLike | None = None,
+    video_grid_thw: npt.ArrayLike | None = None,
+    second_per_grid_ts: npt.ArrayLike | None = None,
+    *,
+    mm_token_type_ids: npt.ArrayLike | None = None,
+    images_per_sample: npt.ArrayLike | None = None,
+    videos_per_sample: npt.ArrayLike | None = None,
+    seq_lengths: Sequence[npt.ArrayLike] | npt.ArrayLike | None = None,
+    seconds_dtype: npt.DTypeLike = np.float32,
+    stored: StoredSpans | None = None,
+) -> Located:
+    """Do all of `rope_index` but the numbering: arguments and errors are the same."""
+    ids_BS = _as_ids(input_ids)
+    shape = (ids_BS.shape[0], ids_BS.shape[1])
+    stream = to_stream(ids_BS, _as_valid(attention_mask, shape, spec))
+    if seq_lengths is not None:
+        stream = split_rows(stream, seq_lengths, shape[0])
+    grids = to_grids(
+        spec, image_grid_thw, video_grid_thw, images_per_sample, videos_per_sample, shape
+    )
+    types_T = _as_types(mm_token_type_ids, shape, stream)
+    if stored is None:
+        runs = find_runs(spec, stream, grids, types_T)
+    else:
+        runs = stored_runs(spec, stream, grids, stored, shape[0], types_T)
+    step_V = span_steps(spec, grids, second_per_grid_ts, runs.grid_V, seconds_dtype)
+    return Located(shape, stream, grids, runs, step_V)
 
 
 def number_stream(
@@ -225,9 +282,11 @@ def _counting(n: int) -> IntArray:
     kernel's time. What is kept is a third of the largest output at most.
     """
     global _COUNT
-    if n > len(_COUNT):
-        _COUNT = np.arange(n)
-    return _COUNT[:n]
+    # Threads may collate too: what another of them puts there meanwhile could be shorter.
+    count = _COUNT
+    if n > len(count):
+        count = _COUNT = np.arange(n)
+    return count[:n]
 
 
 def span_steps(

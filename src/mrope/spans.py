@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mrope.documents import BoolArray, IntArray, Stream, to_stream
 from mrope.families import MRopeSpec
 from mrope.grids import Grids
-from mrope.mismatch import IMAGE, TEXT, VIDEO, mismatch, missing_start, type_mismatch
+from mrope.mismatch import IMAGE, TEXT, VIDEO, mismatch, missing_start, stray_video, type_mismatch
 
 
 class Runs(NamedTuple):
@@ -70,6 +70,8 @@ def find_runs(
         document_V = stream.start_D.searchsorted(cut.start_R[vision_V], side="right") - 1
         if _takes_anothers(stream.row_D[document_V], grids.row_G[grid_V]):
             raise mismatch(stream, *whole, kind_R, grids)
+    if spec.traits.frames_as_images and spec.video_token_id in stream.tokens_T:
+        raise stray_video(spec, stream)
     first_D = cut.start_R.searchsorted(stream.start_D)
     runs_D = cut.start_R.searchsorted(stream.start_D + stream.length_D) - first_D
     return Runs(*cut, first_D, runs_D, vision_V, grid_V, kind_T == TEXT)

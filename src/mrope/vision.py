@@ -222,6 +222,19 @@ def patch_positions(grid_N3: Int64Array, merge: int) -> Int64Array:
     return positions_P2
 
 
+def block_index(grid_thw: npt.ArrayLike, merge: int) -> Int64Array:
+    """Return the order that brings patches in raster order into blocks, int64 (P,).
+
+    A frame of 2 x 4 patches, merged by 2: patches 0 1 4 5 are the first block, 2 3 6 7 the second.
+    """
+    grid_N3 = _as_grids(grid_thw, merge)
+    size_F = (grid_N3[:, 1] * grid_N3[:, 2]).repeat(grid_N3[:, 0])
+    row_P, column_P = patch_positions(grid_N3, merge).T
+    width_P = grid_N3[:, 2].repeat(grid_N3[:, 0]).repeat(size_F)
+    index_P: Int64Array = row_P * width_P + column_P + (size_F.cumsum() - size_F).repeat(size_F)
+    return index_P
+
+
 def window_order(grid_N3: Int64Array, merge: int, side: int) -> tuple[Int64Array, Int32Array]:
     """Return the order in which windows take the merged tokens, and the windows' borders.
 

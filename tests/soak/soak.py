@@ -65,10 +65,10 @@ class Look(NamedTuple):
     """What was seen after a number of batches: bytes and open files of each worker, and outside."""
 
     batches: int
+    workers: list[int]
     resident: list[int]
     open_files: list[int]
     main_files: int
-    shared_files: int
 
 
 def soak(batches: int, every: int) -> tuple[list[Look], str]:
@@ -107,11 +107,17 @@ def look(batches: int) -> Look:
     workers = [one for one in main.children() if "resource_tracker" not in " ".join(one.cmdline())]
     return Look(
         batches,
+        [one.pid for one in workers],
         [one.memory_info().rss for one in workers],
         [one.num_fds() for one in workers],
         main.num_fds(),
-        sum(1 for _ in Path("/dev/shm").iterdir()),
     )
+
+
+def left_in_shared_memory(looks: list[Look]) -> int:
+    """Return how many files of the workers are still there, after they have gone."""
+    names = [f"torch_{worker}_" for worker in looks[0].workers]
+    return sum(file.name.startswith(tuple(names)) for file in Path("/dev/shm").iterdir())
 
 
 def slopes(looks: list[Look], after: int) -> list[float]:
@@ -148,7 +154,7 @@ def main() -> int:
         "resident_bytes": [looks[0].resident, looks[-1].resident],
         "most_open_files": most(looks, after, lambda one: max(one.open_files)),
         "most_open_files_of_the_main_process": most(looks, after, lambda one: one.main_files),
-        "most_files_in_shared_memory": most(looks, after, lambda one: one.shared_files),
+        "files_left_in_shared_memory": left_in_shared_memory(looks),
         "equal_to_a_second_run": first == second,
     }
     table = Table("what", "found", title=f"soak: {arguments.batches:,} batches, {WORKERS} workers")
@@ -164,7 +170,8 @@ def main() -> int:
     # Batches in flight hold files open, more or fewer at a look.
     files = [report[name] for name in report if name.startswith("most_")]
     steady = all(late <= early * 1.5 + 4 for early, late in files)
-    return 0 if flat and steady and first == second else 1
+    clean = report["files_left_in_shared_memory"] == 0
+    return 0 if flat and steady and clean and first == second else 1
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def _example(
     for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if grids[kind]:
             example[f"{kind}_grid_thw"] = np.array(grids[kind])
-            example[pixels] = _pixels(config, grids[kind], rng)
+            example[pixels] = _pixels(config, spec, grids[kind], rng)
     if spec.tokens_per_second is not None and grids["video"]:
         example["second_per_grid_ts"] = np.array([0.7] * len(grids["video"]), np.float32)
     return example
@@ -87,8 +87,15 @@ def _text(rng: np.random.Generator, count: int) -> list[int]:
     return ids
 
 
-def _pixels(config: Mapping[str, Any], grids: list[list[int]], rng: np.random.Generator) -> Any:
+def _pixels(
+    config: Mapping[str, Any], spec: MRopeSpec, grids: list[list[int]], rng: np.random.Generator
+) -> Any:
     vision = config["vision_config"]
-    size = 3 * vision.get("temporal_patch_size", 1) * vision.get("patch_size", 14) ** 2
+    side = vision.get("patch_size", 14)
     patches = sum(t * h * w for t, h, w in grids)
+    tower = spec.traits.tower
+    if tower is not None and tower.raster:
+        # PaddleOCR-VL's processor leaves patches their shape.
+        return rng.standard_normal((patches, 3, side, side)).astype(np.float32)
+    size = 3 * vision.get("temporal_patch_size", 1) * side**2
     return rng.standard_normal((patches, size)).astype(np.float32)

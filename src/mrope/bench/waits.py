@@ -24,7 +24,7 @@ from mrope.collator import MRopeCollator
 from mrope.config import Config, load_config, model_table
 from mrope.families import Family
 from mrope.hf import attach
-from mrope.hf.reading import READERS
+from mrope.hf.attach import ALL_READERS
 from mrope.padding import PaddingCollator
 from mrope.train import build_model, guarded_step
 from mrope.vision import VisionSpec
@@ -76,7 +76,7 @@ def count_row(cfg: Config, media: str, padded: bool) -> Row:
     positions = plain | {"position_ids": batch["position_ids"]}
     counts: list[int | None]
     counts = [guarded_step(model, one).count for one in (plain, positions, batch)]
-    known = cfg.spec().family in READERS
+    known = cfg.spec().family in ALL_READERS
     counts.append(guarded_step(attach(model), batch).count if known else None)
     return {
         "family": cfg.spec().family,

@@ -10,7 +10,13 @@ import torch
 
 from mrope import references
 from mrope.errors import MRopeError
-from mrope.hf.reading import READERS, add_by_index, attend_segments, mix_segments
+from mrope.hf.reading import (
+    READERS,
+    add_by_index,
+    attend_raster,
+    attend_segments,
+    mix_segments,
+)
 from mrope.hf.thinkers import THINKERS, attend_audio, attend_frames
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -86,8 +92,12 @@ def detach(model: Model) -> Model:
 
 def _stand_ins(base: Any) -> Iterator[tuple[Any, Callable[..., Any]]]:
     """Yield the layers whose forward is replaced, each with what stands in for it."""
-    for block in base.visual.blocks:
-        yield block.attn, attend_segments if hasattr(block.attn, "qkv") else attend_frames
+    if hasattr(base.visual, "vision_model"):
+        for layer in base.visual.vision_model.encoder.layers:
+            yield layer.self_attn, attend_raster
+    else:
+        for block in base.visual.blocks:
+            yield block.attn, attend_segments if hasattr(block.attn, "qkv") else attend_frames
     for layer in base.audio_tower.layers if hasattr(base, "audio_tower") else ():
         yield layer.self_attn, attend_audio
     for layer in base.language_model.layers:

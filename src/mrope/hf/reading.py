@@ -29,20 +29,43 @@ from mrope.layouts import to_model_layout
 from mrope.vision import READ_SINCE
 
 Tensors = MutableMapping[str, Any]
+Encode = Callable[[Any, str, Tensors], tuple[torch.Tensor, Any]]
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 @can_return_tuple  # type: ignore[untyped-decorator]
 def read_flat(self: Any, **inputs: Any) -> Any:
     """Forward of Qwen2-VL, Qwen2.5-VL and Qwen3.5: features of one level, put where they belong."""
+    return read(self, inputs, _encode)
+
+
+def read(self: Any, inputs: Tensors, encode: Encode) -> Any:
+    """Put features of one level where they belong, and run the text model.
+
+    Args:
+        encode: runs the tower on a modality's pixels; returns where its features go, and its output
+            with the features in `pooler_output`. Takes from `inputs` what it uses.
+    """
     inputs = to_model_layout(inputs)
     if not _is_precomputed(self, inputs):
         return type(self).forward(self, **inputs)
     embeds = token_embeddings(self, inputs)
     for modality in _given(inputs):
-        index, features = _encode(self, modality, inputs)
+        index, features = encode(self, modality, inputs)
         embeds = put(embeds, index, features.pooler_output)
     return _decode(self, embeds, inputs)
+
+
+@can_return_tuple  # type: ignore[untyped-decorator]
+def read_frames(self: Any, **inputs: Any) -> Any:
+    """Forward of GLM-4.1V to GLM-4.6V, whose tower counts with its borders on the device."""
+    return read(self, inputs, _encode_frames)
+
+
+@can_return_tuple  # type: ignore[untyped-decorator]
+def read_raster(self: Any, **inputs: Any) -> Any:
+    """Forward of PaddleOCR-VL, whose projector merges patches image by image."""
+    return read(self, inputs, _encode_raster)
 
 
 @can_return_tuple  # type: ignore[untyped-decorator]
@@ -90,6 +113,7 @@ def attend_segments(
     cu_seqlens: tuple[tuple[int, int], ...] | torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     max_seqlen: int | None = None,
+    segments: tuple[tuple[int, int], ...] | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Attend within each segment of a tower's patches; stands in for the tower's attention.
@@ -101,7 +125,9 @@ def attend_segments(
     Args:
         cu_seqlens: the segments as (how many, patches of each), on the host; borders as a tensor,
             which flash attention takes, go to the tower's own attention.
+        segments: the same on the host, from towers that need the borders for themselves.
     """
+    cu_seqlens = cu_seqlens if segments is None else segments
     if isinstance(cu_seqlens, torch.Tensor):
         own = type(self).forward
         result: torch.Tensor = own(
@@ -114,6 +140,31 @@ def attend_segments(
     query, key = modelling.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
     attended: torch.Tensor = self.proj(attend_runs(self, query, key, value, cu_seqlens, **kwargs))
     return attended
+
+
+def attend_raster(
+    self: Any,
+    hidden_states: torch.Tensor,
+    cu_seqlens: tuple[tuple[int, int], ...] | torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    max_seqlen: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Do what `attend_segments` does in PaddleOCR-VL's tower, whose attention returns a pair."""
+    if isinstance(cu_seqlens, torch.Tensor):
+        own = type(self).forward
+        result: tuple[torch.Tensor, None] = own(
+            self, hidden_states, cu_seqlens, position_embeddings, max_seqlen, **kwargs
+        )
+        return result
+    patches = len(hidden_states)
+    query, key, value = (
+        project(hidden_states).view(patches, self.num_heads, -1)
+        for project in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    modelling: Any = sys.modules[type(self).__module__]
+    query, key = modelling.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+    return self.out_proj(attend_runs(self, query, key, value, cu_seqlens, **kwargs)), None
 
 
 def attend_runs(
@@ -228,6 +279,41 @@ def token_embeddings(self: Any, inputs: Tensors) -> torch.Tensor:
 
 def _encode(self: Any, modality: str, inputs: Tensors) -> tuple[torch.Tensor, Any]:
     """Run the tower on one modality's pixels; return where the features go, and its output."""
+    index, pixels, grid_thw, known = _tower_inputs(self, modality, inputs)
+    return index, self.visual(pixels, grid_thw=grid_thw, return_dict=True, **known)
+
+
+def _encode_frames(self: Any, modality: str, inputs: Tensors) -> tuple[torch.Tensor, Any]:
+    """Do the same for a tower that counts with `cu_seqlens`, and takes a grid for each frame."""
+    borders = inputs[f"{modality}_cu_seqlens"]
+    frames = len(inputs[f"{modality}_split_sizes"])
+    index, pixels, grid_thw, known = _tower_inputs(self, modality, inputs)
+    if not isinstance(known["cu_seqlens"], torch.Tensor):
+        known |= {"cu_seqlens": borders, "segments": known["cu_seqlens"]}
+    if frames != len(grid_thw):
+        # With their number on the host, torch does not wait to learn it.
+        rows = torch.repeat_interleave(grid_thw, grid_thw[:, 0], dim=0, output_size=frames)
+        grid_thw = torch.cat((torch.ones_like(rows[:, :1]), rows[:, 1:]), dim=1)
+    return index, self.visual(pixels, grid_thw=grid_thw, return_dict=True, **known)
+
+
+def _encode_raster(self: Any, modality: str, inputs: Tensors) -> tuple[torch.Tensor, Any]:
+    """Do the same, and merge all images' patches at once, by the index of their blocks."""
+    blocks = inputs.pop(f"{modality}_block_index")
+    index, pixels, grid_thw, known = _tower_inputs(self, modality, inputs)
+    output = self.visual(pixels[None], grid_thw=grid_thw, return_dict=True, **known)
+    projector = self.projector
+    patches = projector.pre_norm(output.last_hidden_state).index_select(0, blocks)
+    across, down = projector.merge_kernel_size
+    merged = projector.linear_1(patches.reshape(-1, across * down * patches.shape[-1]))
+    output.pooler_output = projector.linear_2(projector.act(merged))
+    return index, output
+
+
+def _tower_inputs(
+    self: Any, modality: str, inputs: Tensors
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Take from `inputs` where features go, pixels, grids, and what else the tower takes."""
     pixels = inputs.pop(_PIXELS[modality]).type(self.visual.dtype)
     index = inputs.pop(f"{modality}_scatter_index")
     known = {name: inputs.pop(f"{modality}_{name}", None) for name in READ_SINCE}
@@ -241,8 +327,7 @@ def _encode(self: Any, modality: str, inputs: Tensors) -> tuple[torch.Tensor, An
         for name, sizes in splits.items():
             if sizes is not None:
                 known[name] = as_runs(sizes)
-    grid_thw = inputs.pop(f"{modality}_grid_thw")
-    return index, self.visual(pixels, grid_thw=grid_thw, return_dict=True, **known)
+    return index, pixels, inputs.pop(f"{modality}_grid_thw"), known
 
 
 def put(embeds: torch.Tensor, index: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -322,4 +407,8 @@ READERS: dict[str, Callable[..., Any]] = {
     "qwen3_vl_moe": read_deepstack,
     "qwen3_5": read_flat,
     "qwen3_5_moe": read_flat,
+    "glm4v": read_frames,
+    "glm4v_moe": read_frames,
+    "glm46v": read_frames,
+    "paddleocr_vl": read_raster,
 }

@@ -25,7 +25,7 @@ from mrope.documents import BoolArray, IntArray, Stream, to_batch
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.families import MRopeSpec
 from mrope.grids import as_grid, to_grids
-from mrope.rules.hunyuan import (
+from mrope.rules.shared import (
     Spans,
     documents_of,
     id_dtype,

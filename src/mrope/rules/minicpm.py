@@ -22,9 +22,9 @@ import numpy.typing as npt
 from mrope.documents import BoolArray, IntArray, Stream, to_batch
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.families import MRopeSpec
-from mrope.grids import as_integers
+from mrope.grids import as_array, as_integers
 from mrope.mismatch import IMAGE, VIDEO
-from mrope.rules.hunyuan import (
+from mrope.rules.shared import (
     Spans,
     documents_of,
     find_spans,
@@ -160,7 +160,8 @@ def minicpm_index(
 
 
 def _refuse_grids(spec: MRopeSpec, *grids: npt.ArrayLike | None) -> None:
-    if any(np.size(grid) for grid in grids if grid is not None):
+    given = [as_array("a grid", grid, "sizes") for grid in grids if grid is not None]
+    if any(grid.size for grid in given):
         raise MRopeError(
             f"{spec.family} has target_sizes and target_sizes_videos, height and width in patches "
             "of every crop, instead of image_grid_thw and video_grid_thw"
@@ -228,7 +229,9 @@ def _rows_of(name: str, per_sample: npt.ArrayLike | None, sizes: int, rows: int)
     if per_sample is None:
         return None
     counts = as_integers(name, per_sample, "how many sizes each row has")
-    if counts.shape != (rows,) or (counts < 0).any() or counts.sum() != sizes:
+    # Each within bounds first: the sum of two beyond them may wrap around to the right one.
+    inside = counts.shape == (rows,) and bool(((counts >= 0) & (counts <= sizes)).all())
+    if not inside or counts.sum() != sizes:
         raise MRopeError(
             f"{name} = {counts.tolist()} does not fit a batch of {rows} rows and {sizes} sizes"
         )

@@ -30,6 +30,7 @@ Array = npt.NDArray[Any]
 # Far beyond any clip, and within what float32 counts without gaps.
 _MAX_TIME = 2**23
 
+_ONE = np.float32(1)
 _CUT = "the row ends inside it: truncated at max_length after the processor ran"
 _STRAY = "a placeholder token that was typed or sampled as text, or a lost marker"
 _OTHER = "sizes of another sample or processor, or the spec of another model family"
@@ -121,14 +122,22 @@ class _Span(NamedTuple):
     Attributes:
         name: image, video or audio.
         markers: in front of it, and as many behind.
-        frames_3K: positions of the image or video, from 0; None for audio alone.
+        size: frames, merged height and merged width of the image or video; None for audio alone.
+        seconds: between two frames.
         audio: tokens of its audio.
     """
 
     name: str
     markers: int
-    frames_3K: Array | None
+    size: tuple[int, int, int] | None
+    seconds: np.float32
     audio: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens between the markers."""
+        frames, height, width = self.size or (0, 0, 0)
+        return frames * height * width + self.audio
 
 
 def _number(
@@ -202,14 +211,15 @@ class _Row:
             if start < cursor:
                 continue  # the second marker of a video with audio
             span = self._span(tokens_n, start)
+            # Before a block is made: of a size that does not fit, it might be a huge one.
+            self._check_tokens(tokens_n, start, span)
             pieces.append(self._along(base, start - cursor))
             base += self.thinker.dtype(start - cursor)
             shared = span.markers == 2 and self.thinker.shared_markers
             pieces.append(self._markers(base, span.markers, shared))
             base += self.thinker.dtype(1 if shared else span.markers)
             block_3K, last = self._block(base, span)
-            end = start + span.markers + block_3K.shape[1]
-            self._check_tokens(tokens_n, start, span, block_3K.shape[1])
+            end = start + span.markers + span.tokens
             pieces.append(block_3K)
             base = last + one
             pieces.append(self._markers(base, span.markers, shared))
@@ -239,13 +249,13 @@ class _Row:
         spec, audio_start = self.spec, self.spec.numbers["audio_start_token_id"]
         behind = int(tokens_n[start + 1]) if start + 1 < len(tokens_n) else None
         if tokens_n[start] == audio_start:
-            return _Span("audio", 1, None, self._audio())
+            return _Span("audio", 1, None, _ONE, self._audio())
         if behind == spec.image_token_id:
-            return _Span("image", 1, self._frames("image"), 0)
+            return _Span("image", 1, *self._size("image"), 0)
         if behind == spec.video_token_id and not self.audio_in_video:
-            return _Span("video", 1, self._frames("video"), 0)
+            return _Span("video", 1, *self._size("video"), 0)
         if behind == audio_start and self.audio_in_video:
-            return _Span("video", 2, self._frames("video"), self._audio())
+            return _Span("video", 2, *self._size("video"), self._audio())
         raise SpanMismatchError(
             f"row {self.row}, valid token {start}: behind the vision start token stands "
             f"{'nothing' if behind is None else f'token id {behind}'}, which begins no image or "
@@ -255,17 +265,21 @@ class _Row:
             cause=_STRAY,
         )
 
-    def _frames(self, kind: str) -> Array:
-        """Return the block (3, K) of an image or a video, from 0, times as the reference rounds."""
+    def _size(self, kind: str) -> tuple[tuple[int, int, int], np.float32]:
+        """Take the next image or video: frames, height and width, and the seconds of a frame."""
         grids = self.media.images if kind == "image" else self.media.videos
         ordinal = self.dealt.take(kind, len(grids))
         if ordinal is None:
             raise self._no_size(kind, "grid")
         frames, height, width = grids[ordinal].tolist()
-        seconds = np.float32(1) if kind == "image" else self.media.seconds[ordinal]
+        return (frames, height, width), _ONE if kind == "image" else self.media.seconds[ordinal]
+
+    def _frames(self, size: tuple[int, int, int], seconds: np.float32) -> Array:
+        """Return the block (3, K) of an image or a video, from 0, times as the reference rounds."""
+        frames, height, width = size
         rate = np.float32(self.spec.numbers["position_id_per_seconds"])
         times = np.arange(frames).astype(np.float32) * seconds * rate
-        block = np.empty((3, frames, height, width), self.thinker.dtype)
+        block: Array = np.empty((3, frames, height, width), self.thinker.dtype)
         block[0] = times.astype(self.thinker.dtype)[:, None, None]
         block[1] = np.arange(height)[:, None]
         block[2] = np.arange(width)
@@ -280,10 +294,10 @@ class _Row:
 
     def _block(self, base: Any, span: _Span) -> tuple[Array, Any]:
         """Return a span's positions (3, K), and the largest one of its last piece."""
-        if span.frames_3K is None:
+        if span.size is None:
             block_3K = self._along(base, span.audio)
             return block_3K, block_3K[0, -1]
-        video_3K = span.frames_3K + base
+        video_3K = self._frames(span.size, span.seconds) + base
         if span.markers == 1:
             return video_3K, video_3K.max()
         audio_3K = self._along(base, span.audio)
@@ -308,9 +322,9 @@ class _Row:
             last_K[: np.flatnonzero(~last_K)[-1] + 1] = False
         return merged_3K, merged_3K[:, last_K].max()
 
-    def _check_tokens(self, tokens_n: IntArray, start: int, span: _Span, needed: int) -> None:
+    def _check_tokens(self, tokens_n: IntArray, start: int, span: _Span) -> None:
         """Compare the placeholders behind the markers with those that sizes ask for."""
-        first = start + span.markers
+        first, needed = start + span.markers, span.tokens
         wanted = {
             self.spec.image_token_id: needed if span.name == "image" else 0,
             self.spec.video_token_id: needed - span.audio if span.name == "video" else 0,

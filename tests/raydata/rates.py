@@ -1,0 +1,159 @@
+"""How fast rows go through `PositionsStage` on Ray Data, and what a collator gains by what is stored.
+
+    PYTHONPATH=src:tests python tests/raydata/rates.py [--rows 20000] [--json FILE]
+
+Rows are in Ray's object store before the clock starts, so that nothing but the stage, and Ray's own
+work around it, is timed. The ceiling is a stage that returns its table as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from mrope import MRopeCollator, MRopeSpec
+from mrope.bench.conditions import conditions
+from mrope.bench.timing import interleaved_medians, one_thread
+from mrope.families import example_config
+from mrope.padding import PaddingCollator
+from mrope.positions import rope_index
+from mrope.stage import PositionsStage
+from mrope.stored import COLUMNS, take_stored
+
+SPEC = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
+START, IMAGE = SPEC.vision_start_token_id, SPEC.image_token_id
+REPEATS = 5
+BLOCKS = 32
+
+
+def table(rows: int, most_images: int = 4) -> pa.Table:
+    """Return rows of 300 to 600 tokens of text and half to all of so many images, 64 to 400 each."""
+    rng = np.random.default_rng(0)
+    ids, grids = [], []
+    for _ in range(rows):
+        tokens: list[int] = []
+        row_grids = []
+        for _ in range(rng.integers(most_images // 2, most_images + 1)):
+            height, width = rng.integers(8, 21, 2).tolist()
+            row_grids.append([1, 2 * height, 2 * width])
+            tokens += [START, *[IMAGE] * (height * width), 99]
+        ids.append([*tokens, *rng.integers(1, 50, rng.integers(300, 600)).tolist()])
+        grids.append(row_grids or None)
+    return pa.table({"input_ids": ids, "image_grid_thw": grids})
+
+
+def unchanged(batch: pa.Table) -> pa.Table:
+    return batch
+
+
+def rows_per_second(dataset: Any, stage: Callable[[Any], Any], workers: int, form: str) -> float:
+    """Return the median over repeats; the first, in which workers start, is not counted."""
+    times = []
+    for _ in range(REPEATS + 1):
+        pool = ray.data.TaskPoolStrategy(size=workers)
+        mapped = dataset.map_batches(stage, batch_format=form, compute=pool)
+        start = time.perf_counter()
+        mapped.materialize()
+        times.append(time.perf_counter() - start)
+    return float(dataset.count() / statistics.median(times[1:]))
+
+
+def measure_ray(rows: pa.Table) -> list[dict[str, Any]]:
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    dataset = ray.data.from_arrow(rows).repartition(BLOCKS).materialize()
+    cases: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
+        ("returns its table", unchanged, "pyarrow"),
+        ("PositionsStage", PositionsStage(SPEC), "pyarrow"),
+        ("PositionsStage", PositionsStage(SPEC), "numpy"),
+    )
+    found = [
+        {
+            "stage": name,
+            "batch_format": form,
+            "workers": workers,
+            "rows_per_second": round(rows_per_second(dataset, stage, workers, form)),
+        }
+        for name, stage, form in cases
+        for workers in (1, 2)
+    ]
+    ray.shutdown()
+    return found
+
+
+def measure_reading(rows: pa.Table) -> dict[str, Any]:
+    """Return milliseconds for a batch, with stored spans and without, of the same examples."""
+    stored = PositionsStage(SPEC)(rows).to_pylist()
+    examples = [
+        {name: _as_array(value) for name, value in row.items() if value is not None}
+        for row in stored
+    ]
+    bare = [{k: v for k, v in row.items() if k not in COLUMNS} for row in examples]
+    batch = {name: value.numpy() for name, value in PaddingCollator()(bare).items()}
+    spans = take_stored(SPEC, examples)[1]
+    collate = MRopeCollator(None, SPEC)
+    with one_thread():
+        seconds = interleaved_medians(
+            {
+                "rope_index": lambda: rope_index(SPEC, **batch),
+                "rope_index, stored": lambda: rope_index(SPEC, **batch, stored=spans),
+                "collator": lambda: collate(bare),
+                "collator, stored": lambda: collate(examples),
+            },
+            repeats=51,
+        )
+    return {
+        "rows": len(bare),
+        "tokens": int(batch["attention_mask"].sum()),
+        "milliseconds": {name: round(1e3 * value, 4) for name, value in seconds.items()},
+    }
+
+
+def _as_array(value: Any) -> Any:
+    return value if isinstance(value, str) else np.asarray(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = table(options.rows)
+    reading = [measure_reading(table(8)), measure_reading(table(4, most_images=160))]
+    rates = measure_ray(rows)
+    tokens = sum(len(ids) for ids in rows["input_ids"].to_pylist())
+    result = {
+        "conditions": conditions()
+        | {name: importlib.metadata.version(name) for name in ("ray", "pyarrow")},
+        "rows": options.rows,
+        "tokens": tokens,
+        "repeats": REPEATS,
+        "rows_per_second": rates,
+        "reading": reading,
+    }
+    for rate in rates:
+        print(
+            f"{rate['stage']:>18} {rate['batch_format']:>8} {rate['workers']} worker(s) "
+            f"{rate['rows_per_second']:>8,} rows/s"
+        )
+    for found in reading:
+        for name, value in found["milliseconds"].items():
+            print(f"{name:>20} {value:.3f} ms, {found['rows']} rows, {found['tokens']:,} tokens")
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
