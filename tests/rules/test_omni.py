@@ -122,10 +122,11 @@ def test_counts_of_a_row_are_checked(family: str) -> None:
             maker = random_maker(rng, spec)
         batch = maker.batch("right", masked=True)
         counts = [row[kind] for row in maker.counts]
-        assert_equal(rope_index(spec, **batch, **{name: counts}), rope_index(spec, **batch))
+        told: dict[str, Any] = batch | {name: counts}
+        assert_equal(rope_index(spec, **told), rope_index(spec, **batch))
         moved = [counts[0] - 1, counts[1] + 1, *counts[2:]]
         with pytest.raises(MRopeError, match="row 0.*carries"):
-            rope_index(spec, **batch, **{name: moved})
+            rope_index(spec, **(told | {name: moved}))
 
 
 @families

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
@@ -27,8 +26,6 @@ from mrope.bench.timing import interleaved_medians, one_thread
 from mrope.families import MRopeSpec, example_config
 from mrope.positions import rope_index
 from mrope.spans import token_types
-
-IntArray = npt.NDArray[np.int64]
 
 _TEXT_ID = 7
 
@@ -80,7 +77,7 @@ def run(repeats: int, quick: bool, json_file: Path | None, plot_file: Path | Non
         _plot(report, plot_file)
 
 
-def make_batch(case: Case, spec: MRopeSpec) -> dict[str, IntArray]:
+def make_batch(case: Case, spec: MRopeSpec) -> dict[str, Any]:
     """Return a batch of `case` without padding: spans, each behind a marker, then text to the end.
 
     Four fifths of a row are vision, in frames that are as square as they fit.
@@ -134,7 +131,7 @@ def _measure(case: Case, repeats: int) -> dict[str, Any]:
     }
 
 
-def _transformers(spec: MRopeSpec, batch: Mapping[str, IntArray]) -> Callable[[], Any] | None:
+def _transformers(spec: MRopeSpec, batch: Mapping[str, Any]) -> Callable[[], Any] | None:
     """Return a call of the installed transformers' function on tensors, or None without it."""
     try:
         from mrope.hf.reference import installed_reference, reference_rope_index
