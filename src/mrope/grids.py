@@ -62,10 +62,13 @@ def to_grids(
     _check_sizes(size_3G, images, spec.spatial_merge_size, shape)
     size_3G[1:] //= spec.spatial_merge_size
     frame_merge = int(spec.numbers.get("temporal_merge_size", 1))
-    size_3G[0, images:] //= frame_merge
-    _check_clips(size_3G[0, images:], video_N3, frame_merge)
+    if frame_merge != 1:
+        size_3G[0, images:] //= frame_merge
+        _check_clips(size_3G[0, images:], video_N3, frame_merge)
     if spec.traits.frames_apart and len(video_N3):
-        frames_N = _clipped(size_3G[0, images:], shape[0] * shape[1])
+        frames_N = size_3G[0, images:].copy()
+        if int(frames_N.sum()) > shape[0] * shape[1]:
+            frames_N = _clipped(frames_N, shape[0] * shape[1])
         size_3G[0, images:] = 1
         frames_3G = size_3G[:, images:].repeat(frames_N, axis=1)
         size_3G = np.concatenate((size_3G[:, :images], frames_3G), axis=1)
@@ -90,13 +93,14 @@ def as_array(name: str, values: npt.ArrayLike, hint: str) -> npt.NDArray[Any]:
 def as_integers(name: str, values: npt.ArrayLike, hint: str) -> IntArray:
     """Return `values` as an array of integers; anything else, floats too, is an error."""
     array = as_array(name, values, hint)
-    if array.dtype == np.uint64:
-        # Together with int64 they would become floats.
-        if (array > np.iinfo(np.int64).max).any():
-            raise MRopeError(f"{name} holds integers beyond int64: {hint}")
-        return array.astype(np.int64)
-    if array.dtype.kind in "iu":
+    kind = array.dtype.kind
+    if kind == "i":
         return array
+    if kind == "u":
+        # uint64 and int64 together would become floats.
+        if array.itemsize == 8 and (array > np.iinfo(np.int64).max).any():
+            raise MRopeError(f"{name} holds integers beyond int64: {hint}")
+        return array.astype(np.int64) if array.itemsize == 8 else array
     if array.size:
         raise MRopeError(f"{name} must hold integers, not {array.dtype}: {hint}")
     return array.astype(np.int64)

@@ -7,14 +7,11 @@ one by one, and the good ones are collated anew, as if the others had not been t
 from __future__ import annotations
 
 import copy
-import fcntl
-import json
 import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,6 +20,7 @@ from typing import Any, Literal
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from mrope.errors import MRopeError
+from mrope.lines import append_line, locked
 
 OnError = Literal["raise", "skip"]
 Collate = Callable[[Any], Any]
@@ -31,7 +29,8 @@ Kind = tuple[str, str | None]
 INDEX = "mrope_index"
 """Key under which an example says which of its dataset it is; inner functions never see it."""
 
-_NAMES = (INDEX, "index", "id")
+# Where a row has an index of its own, that of the dataset wins.
+_NAMES = ("id", "index", INDEX)
 _FACTS = ("row", "span", "modality", "found", "needed", "cause")
 _LONGEST = 2000
 # A share of few examples says nothing.
@@ -117,7 +116,7 @@ class Rejects:
         if self.file is not None:
             # A path that cannot be written is better found now than at the first bad example.
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(self.file):
+            with locked(self.file):
                 pass
         self._tally: _Tally | None = None
 
@@ -210,7 +209,7 @@ class Rejects:
         if self.file is None:
             return
         worker = get_worker_info()
-        _append(
+        append_line(
             self.file,
             {
                 "time": datetime.now(timezone.utc).isoformat(),
@@ -314,9 +313,9 @@ def _unfitting(
 def _from_dataset(collate: Collate) -> list[Any] | None:
     """Return the first good example of a worker's map-style dataset; None where there is none."""
     worker = get_worker_info()
-    if worker is None or isinstance(worker.dataset, IterableDataset):
+    dataset: Any = None if worker is None else worker.dataset
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return None
-    dataset: Any = worker.dataset
     for index in range(min(len(dataset), _TRIES)):
         try:
             collate(_copies([example := dataset[index]]))
@@ -350,35 +349,3 @@ def _summary(tally: _Tally) -> str:
         for kind, count in tally.kinds.most_common()
     )
     return f"{where} dropped {tally.kinds.total()} of {tally.seen} examples: {kinds}"
-
-
-def _append(file: Path, record: dict[str, Any]) -> None:
-    """Add a line by one write, under a lock.
-
-    The kernel may stop a killed process within a write that crosses a page; so whoever writes next
-    removes what stands behind the last line's end.
-    """
-    line = json.dumps(record, default=str).encode() + b"\n"
-    with _locked(file) as handle:
-        _drop_torn_line(handle)
-        if os.write(handle, line) != len(line):
-            raise OSError(f"{file}: no room for a line of {len(line)} bytes")
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[int]:
-    """Open for appending; the lock ends with the handle, and so with the process at the latest."""
-    handle = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def _drop_torn_line(handle: int) -> None:
-    size = os.fstat(handle).st_size
-    if not size or os.pread(handle, 1, size - 1) == b"\n":
-        return
-    start = max(0, size - (1 << 16))
-    os.ftruncate(handle, start + os.pread(handle, size - start, start).rfind(b"\n") + 1)
