@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -27,6 +26,8 @@ def append_line(file: Path, record: dict[str, Any]) -> None:
 @contextmanager
 def locked(file: Path) -> Iterator[int]:
     """Open for appending; the lock ends with the handle, and so with the process at the latest."""
+    import fcntl  # POSIX alone has it, and this package is imported elsewhere too
+
     handle = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
