@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import pickle
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mrope import MRopeError, MRopeSpec
+from mrope import MRopeError, MRopeSpec, families
 from mrope.families import FAMILIES, NO_TOKEN, example_config
 from mrope.references import REFERENCES, resolve_reference
 
@@ -203,3 +204,16 @@ def test_an_omni_s_config_is_read_where_its_thinker_is() -> None:
 def test_a_reference_that_a_family_was_not_compared_with_is_refused() -> None:
     with pytest.raises(MRopeError, match=r"glm4v was not compared with transformers-4.57; known: "):
         MRopeSpec.from_config(example_config("glm4v"), "transformers-4.57")
+
+
+def test_a_row_of_the_table_is_short() -> None:
+    """At most 12 lines each; what rows share stands above them."""
+    source = Path(families.__file__).read_text(encoding="utf-8")
+    table = next(
+        node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "FAMILIES"
+    )
+    assert isinstance(table, ast.Dict) and len(table.values) == len(FAMILIES)
+    lines = [row.end_lineno - row.lineno + 1 for row in table.values if row.end_lineno]
+    assert max(lines) <= 12

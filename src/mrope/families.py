@@ -98,28 +98,26 @@ class Family:
 # 4.57 has some of the later families, with functions of their own that were not compared.
 _SINCE_5_6 = ("transformers-5.17", "transformers-5.23")
 _STRETCHED = Tower(table=True)
+_COUNTS = ("images_per_sample", "videos_per_sample")
+
+
+def _tokens(*names: str) -> tuple[Number, ...]:
+    """Return token ids that stand in the config under their own names."""
+    return tuple(Number(name, name, 104 + place) for place, name in enumerate(names))
+
+
 _GLM = Family(
     frames_apart=True,
     frames_as_images=True,
     packs=False,
     references=_SINCE_5_6,
     start_keys=("image_start_token_id",),
-    numbers=(
-        Number("video_start_token_id", "video_start_token_id", 104),
-        Number("video_end_token_id", "video_end_token_id", 105),
-    ),
+    numbers=_tokens("video_start_token_id", "video_end_token_id"),
     tower=Tower(),
 )
-
+_AUDIO = ("second_per_grid_ts", "audio_seqlens", "use_audio_in_video", "audios_per_sample")
 _OMNI = Family(
-    inputs=(
-        "second_per_grid_ts",
-        "audio_seqlens",
-        "use_audio_in_video",
-        "images_per_sample",
-        "videos_per_sample",
-        "audios_per_sample",
-    ),
+    inputs=(*_AUDIO, *_COUNTS),
     packs=False,
     image_keys=("image_token_id", "image_token_index"),
     video_keys=("video_token_id", "video_token_index"),
@@ -129,6 +127,8 @@ _OMNI_NUMBERS = (
     Number("audio_start_token_id", "audio_start_token_id", 105),
     Number("position_id_per_seconds", "position_id_per_seconds", 25),
 )
+_CROPS = ("target_sizes", "target_sizes_videos", "downsample_mode")
+_SECTIONS = "text_config.rope_parameters|rope_scaling.mrope_section|xdrope_section"
 
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": Family(tower=Tower()),
@@ -200,34 +200,16 @@ FAMILIES: dict[str, Family] = {
         references=_SINCE_5_6,
         video_keys=(),
         start_keys=(),
-        numbers=(
-            Number(
-                "axes",
-                "text_config.rope_parameters|rope_scaling.mrope_section|xdrope_section",
-                [2, 2, 2, 2],
-            ),
-        ),
+        numbers=(Number("axes", _SECTIONS, [2, 2, 2, 2]),),
     ),
     "minicpmv4_7": Family(
         rule="minicpm",
-        inputs=(
-            "target_sizes",
-            "target_sizes_videos",
-            "mm_token_type_ids",
-            "downsample_mode",
-            "images_per_sample",
-            "videos_per_sample",
-        ),
+        inputs=(*_CROPS, "mm_token_type_ids", *_COUNTS),
         merges={"4x": 2, "16x": 4},
         packs=False,
         references=("transformers-5.23",),
         start_keys=("image_start_id",),
-        numbers=(
-            Number("image_end_id", "image_end_id", 104),
-            Number("slice_start_id", "slice_start_id", 105),
-            Number("slice_end_id", "slice_end_id", 106),
-            Number("newline_id", "newline_id", 107),
-        ),
+        numbers=_tokens("image_end_id", "slice_start_id", "slice_end_id", "newline_id"),
     ),
 }
 
