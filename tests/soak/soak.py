@@ -74,6 +74,7 @@ class Look(NamedTuple):
 def soak(batches: int, every: int) -> tuple[list[Look], str]:
     """Take `batches` batches from persistent workers; return what was seen, and a digest of all."""
     epochs = 4
+    others = {one.pid for one in psutil.Process().children()}
     loader: DataLoader[Any] = DataLoader(
         Samples(batches * ROWS // epochs),
         batch_size=ROWS,
@@ -87,7 +88,7 @@ def soak(batches: int, every: int) -> tuple[list[Look], str]:
             state.update(digest(batch))
             seen += 1
             if seen % every == 0:
-                looks.append(look(seen))
+                looks.append(look(seen, others))
     del loader
     return looks, state.hexdigest()
 
@@ -101,10 +102,14 @@ def digest(batch: dict[str, Any]) -> bytes:
     return state.digest()
 
 
-def look(batches: int) -> Look:
+def look(batches: int, others: set[int]) -> Look:
     main = psutil.Process()
     # The resource tracker of multiprocessing is a child too, and not a worker.
-    workers = [one for one in main.children() if "resource_tracker" not in " ".join(one.cmdline())]
+    workers = [
+        one
+        for one in main.children()
+        if one.pid not in others and "resource_tracker" not in " ".join(one.cmdline())
+    ]
     return Look(
         batches,
         [one.pid for one in workers],
