@@ -15,8 +15,8 @@ from rich.console import Console
 
 import mrope
 from mrope import MRopeError
+from mrope.check.explain import number, plot, show
 from mrope.cli import main
-from mrope.explain import number, plot, show
 
 SAMPLE = ["text:3", "image:4x6", "text:2", "video:2x4x4"]
 DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
@@ -195,14 +195,14 @@ def test_train_compares(
         seen.append(cfg.train.steps)
         return equal
 
-    monkeypatch.setattr("mrope.train.compare", compare)
+    monkeypatch.setattr("mrope.training.loop.compare", compare)
     assert command("train", DEMO, "train.steps=3", "--compare") == code
     assert seen == [3]
 
 
 def test_train_hands_the_config_on(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("mrope.train.train", lambda cfg: seen.append(cfg.rope.enabled))
+    monkeypatch.setattr("mrope.training.loop.train", lambda cfg: seen.append(cfg.rope.enabled))
     assert command("train", DEMO, "rope.enabled=false") == 0
     assert seen == [False]
 
@@ -213,7 +213,7 @@ def test_bench_step_and_syncs_tell_configs_from_overrides(
     seen: list[tuple[Any, ...]] = []
     module = SimpleNamespace(run=lambda *arguments: seen.append(arguments))
     monkeypatch.setitem(sys.modules, "mrope.bench.step", module)
-    monkeypatch.setitem(sys.modules, "mrope.syncs", module)
+    monkeypatch.setitem(sys.modules, "mrope.check.syncs", module)
     words = ("a.yaml", "train.seed=1", "b.yaml")
     assert command("bench", "step", *words, "--device", "cpu", "--steps", "4") == 0
     assert command("syncs", "a.yaml", "train.seed=1") == 0

@@ -12,7 +12,7 @@ import pytest
 from sybil.document import Document
 from sybil.parsers.markdown import PythonCodeBlockParser
 
-from mrope.families import FAMILIES
+from mrope.spec.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
@@ -63,7 +63,7 @@ def test_relative_links_lead_to_files(page: str) -> None:
 def test_the_table_of_families_is_as_the_table_and_the_results_say() -> None:
     families_page = pytest.importorskip("families_page", exc_type=ImportError)
     page = families_page.PAGE.read_text(encoding="utf-8")
-    assert families_page.rendered(page) == page, "run tests/families_page.py"
+    assert families_page.rendered(page) == page, "run tests/support/families_page.py"
 
 
 def test_code_blocks_and_links_are_found() -> None:

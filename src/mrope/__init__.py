@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mrope.collator import MRopeCollator
+from mrope.collate.collator import MRopeCollator
+from mrope.collate.layouts import to_batch_layout, to_model_layout
 from mrope.errors import MRopeError, SpanMismatchError
-from mrope.families import MRopeSpec
-from mrope.layouts import to_batch_layout, to_model_layout
-from mrope.positions import rope_index
-from mrope.sampler import TokenBudgetSampler
-from mrope.sharding import gather_sequence, shard_sequence
-from mrope.vision import VisionSpec
+from mrope.positions.rope_index import rope_index
+from mrope.prepare.sampler import TokenBudgetSampler
+from mrope.spec.spec import MRopeSpec
+from mrope.towers.vision import VisionSpec
+from mrope.transforms.sharding import gather_sequence, shard_sequence
 
 if TYPE_CHECKING:
-    from mrope.config import build_collator, load_config
+    from mrope.training.config import build_collator, load_config
 
 __all__ = [
     "MRopeCollator",
@@ -38,7 +38,7 @@ def __getattr__(name: str) -> Any:
     # The config and its validation library load on first use: a worker, which imports this package
     # to unpickle the collator, never needs them.
     if name in ("build_collator", "load_config"):
-        from mrope import config
+        from mrope.training import config
 
         return getattr(config, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,7 @@ from mrope import __version__
 from mrope.errors import MRopeError
 
 if TYPE_CHECKING:
-    from mrope.explain import Numbered
+    from mrope.check.explain import Numbered
 
 # Packages that a command may find missing, by import name, and the extra that brings each.
 _EXTRAS = {
@@ -174,10 +174,10 @@ def train(
     ] = False,
 ) -> None:
     """Train as a config says."""
-    from mrope.config import load_config
+    from mrope.training.config import load_config
 
     cfg = load_config(config, overrides or ())
-    from mrope import train as loop
+    from mrope.training import loop
 
     if not compare:
         loop.train(cfg)
@@ -206,9 +206,9 @@ def check(
 ) -> None:
     """Look at every row of a dataset before you train; exit with 1 if one is bad."""
     _require_dataset(model, dataset, config)
-    from mrope.check.data import check_config
-    from mrope.check.run import run
-    from mrope.check.walk import INTERRUPTED
+    from mrope.check.commands import run
+    from mrope.check.source import check_config
+    from mrope.check.summary import INTERRUPTED
 
     cfg = check_config(config, model, dataset, reference=reference, rows=limit)
     summary = run(cfg, workers, json_file, report_file)
@@ -254,7 +254,7 @@ def explain(
     Or of a row of a dataset: mrope explain --model FOLDER --dataset PATH --row 7. Of a bad row,
     where it goes wrong; exit with 1.
     """
-    from mrope.explain import number, plot, show
+    from mrope.check.explain import number, plot, show
 
     numbered: Numbered | None
     if row is None:
@@ -276,8 +276,8 @@ def _numbered_row(
     row: int, model: str | None, dataset: str | None, config: Path | None, reference: str | None
 ) -> Numbered | None:
     _require_dataset(model, dataset, config)
-    from mrope.check.data import check_config
-    from mrope.check.run import number_row
+    from mrope.check.commands import number_row
+    from mrope.check.source import check_config
 
     return number_row(check_config(config, model, dataset, reference=reference), row)
 
@@ -380,7 +380,7 @@ def syncs(
     configs, overrides = _split(words or [])
     if len(configs) + (model is not None) != 1:
         raise typer.BadParameter("give one CONFIG, or --model")
-    from mrope.syncs import run
+    from mrope.check.syncs import run
 
     run(configs[0] if configs else None, overrides, model)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from mrope.guard import HostSyncError, SyncGuard
-from snippets import SNIPPETS
+from mrope.guard.sync_guard import HostSyncError, SyncGuard
+from support.snippets import SNIPPETS
 
 
 def main(result: Path) -> int:

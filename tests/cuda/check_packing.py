@@ -4,7 +4,7 @@
 
 Under sdpa in float32 each example's logits are those that it gives alone. Under flash attention, in
 bfloat16, the same within its rounding; the kernel is flash_attn's where it is installed, else torch's
-own for variable lengths (`tests/flash.py`). Attached steps run under CUDA's own
+own for variable lengths (`tests/support/flash.py`). Attached steps run under CUDA's own
 set_sync_debug_mode("error").
 """
 
@@ -22,12 +22,12 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "src")]
 
-from flash import flash_attention
-from models import MODEL_FAMILIES, tiny_model
+from hf.test_packed_models import LINEAR, collator, mixed_examples
 from mrope.bench.conditions import conditions
 from mrope.hf import attach, detach
-from mrope.train import to_device
-from test_packed_models import LINEAR, collator, mixed_examples
+from mrope.training.step import to_device
+from support.flash import flash_attention
+from support.models import MODEL_FAMILIES, tiny_model
 
 CUDA = torch.device("cuda")
 

@@ -26,9 +26,9 @@ from fuzz.samples import (
     merged,
 )
 from mrope import MRopeCollator, MRopeError, MRopeSpec, SpanMismatchError, rope_index
-from mrope.padding import PaddingCollator
-from mrope.spans import token_types
-from twin import slow_rope_index
+from mrope.collate.padding import PaddingCollator
+from mrope.positions.spans import token_types
+from twins.rope_index import slow_rope_index
 
 EXACT = "exact"
 UNDAMAGED = "undamaged"
@@ -126,7 +126,7 @@ def _damage(
 
 def _counts(rng: random.Random, spec: MRopeSpec, examples: list[dict[str, Any]]) -> Arguments:
     """Counts of the damaged rows: rules may need them, others are better with them."""
-    needed = spec.traits.rule is not None
+    needed = spec.family_row.custom_index is not None
     return counts_of(spec, examples) if needed or rng.random() < 0.5 else {}
 
 
@@ -151,7 +151,7 @@ def _verdict(spec: MRopeSpec, arguments: Arguments) -> str:
 
 def _ask_transformers(spec: MRopeSpec, arguments: Arguments, compared: Counter[str]) -> None:
     """Compare with the release itself; it may raise at what the package reads, as lists."""
-    from mrope.hf.reference import installed_reference, reference_rope_index
+    from mrope.hf.get_rope_index import installed_reference, reference_rope_index
 
     if spec.reference != installed_reference():
         return
@@ -162,10 +162,10 @@ def _ask_transformers(spec: MRopeSpec, arguments: Arguments, compared: Counter[s
         "input_ids",
         *SIZES,
     )
-    if spec.traits.rule == "glm_image":
+    if spec.family_row.custom_index == "glm_image":
         reads += ("images_per_sample",)
     asked = {name: value for name, value in arguments.items() if name in reads}
-    if spec.traits.rule is None and asked.get("mm_token_type_ids") is None:
+    if spec.family_row.custom_index is None and asked.get("mm_token_type_ids") is None:
         asked["mm_token_type_ids"] = token_types(spec, np.asarray(asked["input_ids"]))
     if not isinstance(asked.get("use_audio_in_video", False), bool):
         return  # any list is true to it
@@ -192,7 +192,7 @@ def _for_twin(spec: MRopeSpec, arguments: Arguments) -> Arguments:
     full: Arguments = dict.fromkeys(names) | {"use_audio_in_video": False} | arguments
     if full.get("images_per_sample") is None and len(full["input_ids"]) == 1:
         full |= counts_of(spec, [full])
-    if full["attention_mask"] is None and spec.traits.rule is not None:
+    if full["attention_mask"] is None and spec.family_row.custom_index is not None:
         full["attention_mask"] = np.ones_like(full["input_ids"], np.int64)
     return {
         name: np.asarray(value)
@@ -274,9 +274,9 @@ def _skip(
 def _ways(spec: MRopeSpec) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Return inner functions and options; a `PaddingCollator` knows columns of the usual names."""
     yield Merge(spec), {}
-    if spec.traits.rule is None:
+    if spec.family_row.custom_index is None:
         yield PaddingCollator(), {}
-    if spec.traits.packs:
+    if spec.family_row.packs:
         yield PaddingCollator(), {"packing": "flatten"}
 
 

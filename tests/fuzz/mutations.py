@@ -14,7 +14,7 @@ import numpy as np
 
 from fuzz.samples import COUNTS, SIZES, TOKENS, Arguments, Example
 from mrope import MRopeSpec
-from mrope.families import NO_TOKEN
+from mrope.spec.families import NO_TOKEN
 
 HUGE = [2**15, 2**16, 2**16 + 2, 2**20, 2**31, 2**32, 2**40, 2**62, 2**63 - 1]
 NOT_POSITIVE = [0, -1, -2, -4, -(2**31), -(2**63)]
@@ -28,7 +28,7 @@ OfArguments = Callable[[random.Random, MRopeSpec, Arguments], Any]
 
 def special_tokens(spec: MRopeSpec) -> list[int]:
     ids = [spec.image_token_id, spec.video_token_id, spec.vision_start_token_id]
-    ids += [int(value) for name, value in spec.numbers.items() if name.endswith("_id")]
+    ids += [int(value) for name, value in spec.extra.items() if name.endswith("_id")]
     return [token for token in ids if token != NO_TOKEN]
 
 
@@ -245,7 +245,7 @@ def other_shape(rng: random.Random, spec: MRopeSpec, arguments: Arguments) -> An
 
 def other_counts(rng: random.Random, spec: MRopeSpec, arguments: Arguments) -> Any:
     rows = len(arguments["input_ids"])
-    names = set(COUNTS) & set(arguments) if spec.traits.rule else COUNTS
+    names = set(COUNTS) & set(arguments) if spec.family_row.custom_index else COUNTS
     if not names:
         return False
     values = [0, 0, 1, 1, 2, 3, -1, 2**31, 2**63 - 1, -(2**63)]

@@ -18,11 +18,11 @@ import hypothesis
 import numpy as np
 from hypothesis import strategies as st
 
-from batches import ROWS
 from fuzz.judge import EXACT, KINDS, WrongError, judge, memory
 from mrope import MRopeSpec
-from mrope.families import example_config
-from mrope.references import installed_transformers
+from mrope.spec.references import installed_transformers
+from mrope.spec.spec import example_config
+from support.batches import ROWS
 
 _DRAWS = 40
 _CAUSES = (EXACT, "tokens and sizes do not fit", "a bad argument")

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from batches import random_batch
 from mrope import MRopeSpec
+from support.batches import random_batch
 
 Example = dict[str, Any]
 Arguments = dict[str, Any]
@@ -42,7 +42,7 @@ def draw_examples(rng: random.Random, spec: MRopeSpec, count: int) -> list[Examp
         one = _draw(rng, spec)
         if one.get("use_audio_in_video") == examples[0].get("use_audio_in_video"):
             examples.append(one)
-    if rng.random() < 0.5 and spec.traits.rule is None:
+    if rng.random() < 0.5 and spec.family_row.custom_index is None:
         for example in examples:
             del example["mm_token_type_ids"]
     return examples
@@ -76,7 +76,7 @@ def _draw(rng: random.Random, spec: MRopeSpec) -> Example:
     example = {name: value for name, value in batch.items() if value is not None}
     for name in set(TOKENS) & set(example):
         example[name] = example[name][0] if mask is None else example[name][mask != 0]
-    if spec.traits.rule is None:
+    if spec.family_row.custom_index is None:
         # The form of the seconds is the batch's; here every clip has some.
         clips = len(example.get("video_grid_thw", ()))
         seconds = example.pop("second_per_grid_ts", [1.0] * clips)
@@ -118,7 +118,11 @@ def _places(rng: random.Random | None, length: int, width: int) -> Any:
 
 def counts_of(spec: MRopeSpec, examples: Sequence[Example]) -> Arguments:
     """Return how many images and videos each example carries, for rules that read it."""
-    known = COUNTS if spec.traits.rule is None else set(COUNTS) & set(spec.traits.inputs)
+    known = (
+        COUNTS
+        if spec.family_row.custom_index is None
+        else set(COUNTS) & set(spec.family_row.inputs)
+    )
     return {
         name: np.array([_count(example, _COUNTED[name]) for example in examples])
         for name in COUNTS

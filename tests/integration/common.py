@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, Qwen2VLImageProcessorPil, Qwen3VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from models import model_config, tiny_examples, tiny_model, tiny_spec
 from mrope import MRopeCollator, VisionSpec
-from mrope.collator import Collate
-from mrope.demo.tokenizer import CHAT_TEMPLATE, build_tokenizer
+from mrope.collate.collator import Collate
+from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach
-from mrope.padding import PaddingCollator
+from mrope.training.demo.tokenizer import CHAT_TEMPLATE, build_tokenizer
+from support.models import model_config, tiny_examples, tiny_model, tiny_spec
 
 STEPS = 6
 BATCH = 3

@@ -8,7 +8,7 @@ import accelerate
 import pytest
 
 from integration.common import assert_equal_losses, loader, optimizer, rows
-from mrope.collator import Collate
+from mrope.collate.collator import Collate
 
 
 def train(model: Any, collate: Collate, family: str) -> list[float]:

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-import mrope.packing
-from models import model_config, tiny_examples, tiny_spec
+import mrope.collate.packing
 from mrope import MRopeCollator, VisionSpec
-from mrope.adapters import to_ms_swift, to_veomni, to_verl
-from mrope.padding import PaddingCollator
+from mrope.collate.padding import PaddingCollator
+from mrope.transforms.adapters import to_ms_swift, to_veomni, to_verl
+from support.models import model_config, tiny_examples, tiny_spec
 
 ATOL = 1e-5
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -50,7 +50,7 @@ def peer(module: str, pin: str) -> Any:
 @pytest.fixture(autouse=True)
 def _packing_with_the_peers_release(monkeypatch: pytest.MonkeyPatch) -> None:
     """The collator packs only for releases it was compared in; here it is compared with peers."""
-    monkeypatch.setattr(mrope.packing, "COMPARED", (*mrope.packing.COMPARED, "5.9"))
+    monkeypatch.setattr(mrope.collate.packing, "COMPARED", (*mrope.collate.packing.COMPARED, "5.9"))
 
 
 def flattened(family: str, examples: list[dict[str, Any]], multiple: int = 1) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def assert_same(found: Any, wanted: Any) -> None:
 def swift_collator(family: str, padding_free: bool) -> Any:
     """ms-swift's template of the Qwen models, with no more set than its collator looks at."""
     qwen = peer("swift.template.templates.qwen", "ms-swift 4.6.0")
-    from models import tiny_model
+    from support.models import tiny_model
 
     template = qwen.Qwen2VLTemplate.__new__(qwen.Qwen2VLTemplate)
     model = tiny_model(family)

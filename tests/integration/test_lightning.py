@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from integration.common import STEPS, assert_equal_losses, loader, optimizer, rows
-from mrope.collator import Collate
+from mrope.collate.collator import Collate
 
 QUIET: dict[str, Any] = {
     "logger": False,

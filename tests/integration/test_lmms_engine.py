@@ -26,10 +26,10 @@ from integration.common import (
     optimizer,
     rows,
 )
-from models import model_config, tiny_examples, tiny_model
 from mrope import MRopeCollator, MRopeSpec
-from mrope.collator import Collate
-from mrope.padding import PaddingCollator
+from mrope.collate.collator import Collate
+from mrope.collate.padding import PaddingCollator
+from support.models import model_config, tiny_examples, tiny_model
 
 # Its own imports' calls of what others deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -19,8 +19,8 @@ from integration.common import (
     prepared,
     rows,
 )
-from mrope.collator import Collate
-from mrope.sampler import TokenBudgetSampler
+from mrope.collate.collator import Collate
+from mrope.prepare.sampler import TokenBudgetSampler
 
 FAMILY = "qwen3_vl"
 STOP = 2

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from integration.common import BATCH, STEPS, assert_equal_losses, collator, prepared, rows
-from mrope.collator import Collate
+from mrope.collate.collator import Collate
 
 Rows = list[dict[str, Any]]
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 import transformers
 
-from models import model_config, tiny_examples, tiny_model, tiny_spec
 from mrope import MRopeCollator, VisionSpec
-from mrope.demo.tokenizer import build_tokenizer
 from mrope.hf import attach
+from mrope.training.demo.tokenizer import build_tokenizer
+from support.models import model_config, tiny_examples, tiny_model, tiny_spec
 
 STEPS = 10
 ATOL = 1e-4

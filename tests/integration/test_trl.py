@@ -20,8 +20,8 @@ from integration.common import (
     prepared,
 )
 from mrope import SpanMismatchError
-from mrope.collator import Collate
-from mrope.demo.dataset import photographs
+from mrope.collate.collator import Collate
+from mrope.training.demo.dataset import photographs
 
 # The config of `make demo`, whose token ids are those of the demo's tokenizer.
 FAMILY = "demo"

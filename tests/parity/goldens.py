@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from batches import random_batch
 from mrope import MRopeSpec
-from mrope.families import example_config
+from mrope.spec.spec import example_config
+from support.batches import random_batch
 
 BATCHES = 300
 FOLDER = Path(__file__).parent / "data"

@@ -12,9 +12,9 @@ import sys
 
 import transformers
 
-from batches import ROWS
-from mrope.hf.reference import installed_reference, reference_rope_index
+from mrope.hf.get_rope_index import installed_reference, reference_rope_index
 from parity.goldens import FOLDER, digest, golden_batches
+from support.batches import ROWS
 
 
 def main() -> int:

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from batches import ROWS
 from mrope import rope_index
 from parity.goldens import FOLDER, digest, golden_batches
+from support.batches import ROWS
 
 
 @pytest.mark.parametrize(("family", "reference"), ROWS)

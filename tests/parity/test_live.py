@@ -7,11 +7,11 @@ import random
 import numpy as np
 import pytest
 
-from batches import ROWS, random_batch
 from mrope import MRopeSpec, rope_index
-from mrope.families import example_config
+from mrope.spec.spec import example_config
+from support.batches import ROWS, random_batch
 
-peer = pytest.importorskip("mrope.hf.reference", exc_type=ImportError)
+peer = pytest.importorskip("mrope.hf.get_rope_index", exc_type=ImportError)
 
 BATCHES = 300
 

@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from models import LIVE_FAMILIES, media_of, tiny_examples, tiny_model, tiny_spec
 from mrope import MRopeCollator
-from mrope.padding import PaddingCollator
+from mrope.collate.padding import PaddingCollator
+from support.models import LIVE_FAMILIES, media_of, tiny_examples, tiny_model, tiny_spec
 
 CASES = [(family, media) for family in LIVE_FAMILIES for media in media_of(family)]
 

@@ -1,4 +1,4 @@
-"""How fast rows go through `PositionsStage` on Ray Data, and what a collator gains by what is stored.
+"""How fast rows go through `Precheck` on Ray Data, and what a collator gains by what is stored.
 
     PYTHONPATH=src:tests python tests/raydata/rates.py [--rows 80000] [--json FILE]
 
@@ -30,11 +30,11 @@ import ray
 from mrope import MRopeCollator, MRopeSpec
 from mrope.bench.conditions import conditions
 from mrope.bench.timing import one_thread
-from mrope.families import example_config
-from mrope.padding import PaddingCollator
-from mrope.positions import rope_index
-from mrope.stage import PositionsStage
-from mrope.stored import COLUMNS, take_stored
+from mrope.collate.padding import PaddingCollator
+from mrope.positions.rope_index import rope_index
+from mrope.positions.stored import COLUMNS, take_stored
+from mrope.prepare.precheck import Precheck
+from mrope.spec.spec import example_config
 
 SPEC = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
 START, IMAGE = SPEC.vision_start_token_id, SPEC.image_token_id
@@ -103,9 +103,9 @@ def measure_ray(rows: pa.Table) -> list[dict[str, Any]]:
     actors, tasks = ray.data.ActorPoolStrategy, ray.data.TaskPoolStrategy
     cases: tuple[tuple[str, Callable[[Any], Any], str, str, Any], ...] = (
         ("returns its batch", unchanged, "pyarrow", "actors", actors),
-        ("PositionsStage", PositionsStage(SPEC), "pyarrow", "actors", actors),
-        ("PositionsStage", PositionsStage(SPEC), "pyarrow", "tasks", tasks),
-        ("PositionsStage", PositionsStage(SPEC), "numpy", "actors", actors),
+        ("Precheck", Precheck(SPEC), "pyarrow", "actors", actors),
+        ("Precheck", Precheck(SPEC), "pyarrow", "tasks", tasks),
+        ("Precheck", Precheck(SPEC), "numpy", "actors", actors),
     )
     found = [
         {
@@ -124,7 +124,7 @@ def measure_ray(rows: pa.Table) -> list[dict[str, Any]]:
 
 def measure_reading(rows: pa.Table) -> dict[str, Any]:
     """Return milliseconds for a batch, with stored spans and without, of the same examples."""
-    stored = PositionsStage(SPEC)(rows).to_pylist()
+    stored = Precheck(SPEC)(rows).to_pylist()
     examples = [
         {name: _as_array(value) for name, value in row.items() if value is not None}
         for row in stored

@@ -1,4 +1,4 @@
-"""`PositionsStage` in `map_batches`, and the collator in `iter_torch_batches`, on a real Ray."""
+"""`Precheck` in `map_batches`, and the collator in `iter_torch_batches`, on a real Ray."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sybil.document import Document
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 from mrope import MRopeCollator, MRopeSpec, VisionSpec
-from mrope.families import example_config
-from mrope.padding import PaddingCollator
-from mrope.ray_data import RayCollator
-from mrope.stage import PositionsStage
-from mrope.stored import COLUMNS, LENGTH, SPANS
-from stored import columns_of_samples, plain_samples
+from mrope.collate.padding import PaddingCollator
+from mrope.positions.stored import COLUMNS, LENGTH, SPANS
+from mrope.prepare.precheck import Precheck
+from mrope.prepare.ray import RayCollator
+from mrope.spec.spec import example_config
+from support.stored import columns_of_samples, plain_samples
 
 ROOT = Path(__file__).parents[2]
 SPEC = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
@@ -61,8 +61,8 @@ def require_equal(ours: Any, theirs: Any) -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_map_batches_stores_what_the_stage_returns(form: str) -> None:
-    expected = PositionsStage(SPEC)(columns_of_samples(samples()))
-    mapped = dataset(samples()).map_batches(PositionsStage(SPEC), batch_size=4, batch_format=form)
+    expected = Precheck(SPEC)(columns_of_samples(samples()))
+    mapped = dataset(samples()).map_batches(Precheck(SPEC), batch_size=4, batch_format=form)
     rows = mapped.take_all()
     assert [row["id"] for row in rows] == expected["id"]
     assert [np.asarray(row[SPANS]).tolist() for row in rows] == [
@@ -73,7 +73,7 @@ def test_map_batches_stores_what_the_stage_returns(form: str) -> None:
 
 
 def test_through_parquet(tmp_path: Path) -> None:
-    mapped = dataset(samples()).map_batches(PositionsStage(SPEC), batch_format="pyarrow")
+    mapped = dataset(samples()).map_batches(Precheck(SPEC), batch_format="pyarrow")
     mapped.write_parquet(str(tmp_path))
     again = ray.data.read_parquet(str(tmp_path)).sort("id").take_all()
     expected = sorted(mapped.take_all(), key=lambda row: row["id"])
@@ -84,7 +84,7 @@ def test_through_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batches_are_those_of_a_list_of_examples(form: str, side: Any) -> None:
     collate = MRopeCollator(PaddingCollator(padding_side=side), SPEC, VISION)
-    mapped = dataset(samples()).map_batches(PositionsStage(SPEC), batch_format=form)
+    mapped = dataset(samples()).map_batches(Precheck(SPEC), batch_format=form)
     got = list(mapped.iter_torch_batches(batch_size=BATCH, collate_fn=RayCollator(collate)))
     expected = batches(samples(), collate)
     assert len(got) == len(expected) == 5
@@ -100,7 +100,7 @@ def test_flattened_batches_and_nothing_stored() -> None:
 
 
 def test_many_batches_by_several_threads() -> None:
-    """Ray collates on threads; batches of all lengths share what `mrope.positions` keeps."""
+    """Ray collates on threads; batches of all lengths share what `mrope.positions.rope_index` keeps."""
     rows: list[dict[str, Any]] = [{"input_ids": [7] * (1 + 97 * n % 9001)} for n in range(400)]
     collate = RayCollator(MRopeCollator(None, SPEC))
     table = ray.data.from_items(rows, override_num_blocks=8)
@@ -116,7 +116,7 @@ def test_many_batches_by_several_threads() -> None:
 def test_a_bad_row_stops_the_run_by_its_name() -> None:
     rows = samples()
     rows[17]["input_ids"] = rows[17]["input_ids"][:-4]
-    mapped = dataset(rows).map_batches(PositionsStage(SPEC), batch_format="pyarrow")
+    mapped = dataset(rows).map_batches(Precheck(SPEC), batch_format="pyarrow")
     with pytest.raises(ray.exceptions.RayTaskError) as caught:
         mapped.materialize()
     assert "SpanMismatchError: the row with id sample-17: image 1: found" in str(caught.value)

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mrope import MRopeCollator, MRopeSpec, VisionSpec
 from mrope.bench.conditions import conditions
-from mrope.families import example_config
+from mrope.spec.spec import example_config
 
 WORKERS = 2
 ROWS = 4

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mrope.families import MRopeSpec
-from mrope.positions import rope_index
+from mrope.positions.rope_index import rope_index
+from mrope.spec.spec import MRopeSpec
 
 
 class RowsOnHost:

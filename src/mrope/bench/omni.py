@@ -16,12 +16,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mrope.audio import AudioSpec, audio_tokens
 from mrope.bench.conditions import conditions
 from mrope.bench.timing import interleaved_medians, one_thread
-from mrope.families import MRopeSpec, example_config
-from mrope.hf.reference import reference_rope_index
-from mrope.positions import rope_index
+from mrope.hf.get_rope_index import reference_rope_index
+from mrope.positions.rope_index import rope_index
+from mrope.spec.spec import MRopeSpec, example_config
+from mrope.towers.audio import AudioSpec, audio_tokens
 
 THINKERS = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
 # Tokens of the row, and videos in it; four fifths of a row are frames and audio.
@@ -57,10 +57,10 @@ def make_batch(spec: MRopeSpec, width: int, videos: int) -> dict[str, Any]:
     each = width * 4 // 5 // videos
     frames = max(1, each // (frame + 13))
     mel = frames * _MEL_FRAMES_A_SECOND
-    window = spec.numbers.get("n_window")
+    window = spec.extra.get("n_window")
     tower = AudioSpec(int(window or 1), None if window is None else 1)
     sound = int(audio_tokens(tower, np.array([mel]))[0])
-    audio, start = int(spec.numbers["audio_token_id"]), int(spec.numbers["audio_start_token_id"])
+    audio, start = int(spec.extra["audio_token_id"]), int(spec.extra["audio_start_token_id"])
     video = [spec.video_token_id] * (frames * frame)
     one = [spec.vision_start_token_id, start, *video, *[audio] * sound, _END_ID, _END_ID]
     row = one * videos

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mrope.families import MRopeSpec
+from mrope.spec.spec import MRopeSpec
 
 
 def rope_index_on_device(

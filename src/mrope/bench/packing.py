@@ -19,11 +19,11 @@ from rich.table import Table
 
 from mrope.bench.conditions import conditions
 from mrope.bench.timing import interleaved_medians, one_thread
-from mrope.collator import MRopeCollator
-from mrope.families import MRopeSpec, example_config
-from mrope.padding import PaddingCollator
-from mrope.spans import token_types
-from mrope.vision import VisionSpec
+from mrope.collate.collator import MRopeCollator
+from mrope.collate.padding import PaddingCollator
+from mrope.positions.spans import token_types
+from mrope.spec.spec import MRopeSpec, example_config
+from mrope.towers.vision import VisionSpec
 
 TOKENS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 _MEAN_LENGTH = 1024

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from mrope.families import MRopeSpec
+from mrope.spec.spec import MRopeSpec
 
 IntArray = npt.NDArray[np.int64]
 

@@ -23,9 +23,9 @@ from rich.table import Table
 from mrope.bench.conditions import conditions
 from mrope.bench.per_span import per_span_rope_index
 from mrope.bench.timing import interleaved_medians, one_thread
-from mrope.families import MRopeSpec, example_config
-from mrope.positions import rope_index
-from mrope.spans import token_types
+from mrope.positions.rope_index import rope_index
+from mrope.positions.spans import token_types
+from mrope.spec.spec import MRopeSpec, example_config
 
 _TEXT_ID = 7
 
@@ -134,7 +134,7 @@ def _measure(case: Case, repeats: int) -> dict[str, Any]:
 def _transformers(spec: MRopeSpec, batch: Mapping[str, Any]) -> Callable[[], Any] | None:
     """Return a call of the installed transformers' function on tensors, or None without it."""
     try:
-        from mrope.hf.reference import installed_reference, reference_rope_index
+        from mrope.hf.get_rope_index import installed_reference, reference_rope_index
     except ImportError:
         return None
     if installed_reference() == "transformers-4.57":

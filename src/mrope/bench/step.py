@@ -10,7 +10,7 @@ Five ways to run the same steps of the same model, one after another in one proc
 
 Host time is from the call of the forward until it returns, with an idle device before it. Step time
 is forward and backward from one step to the next, with nothing waiting in between but what the
-variant itself waits for. Waits are counted by `mrope.guard`.
+variant itself waits for. Waits are counted by `mrope.guard.sync_guard`.
 """
 
 from __future__ import annotations
@@ -33,20 +33,16 @@ from rich.table import Table
 from mrope.bench.conditions import conditions
 from mrope.bench.known_fix import RowsOnHost
 from mrope.bench.on_device import time_on_device
-from mrope.config import Config, build_collator, load_config
-from mrope.data import RowDataset, make_loader
-from mrope.guard import SyncGuard
+from mrope.collate.padding import PaddingCollator
+from mrope.guard.sync_guard import SyncGuard
 from mrope.hf import attach, detach
 from mrope.hf.attach import base_model
-from mrope.padding import PaddingCollator
-from mrope.train import (
-    build_model,
-    endless,
-    finish,
-    guarded_step,
-    load_run_rows,
-    to_device,
-)
+from mrope.training.config import build_collator, load_config
+from mrope.training.dataloader import RowDataset, make_loader
+from mrope.training.loop import load_run_rows
+from mrope.training.model import build_model
+from mrope.training.sections import Config
+from mrope.training.step import endless, finish, guarded_step, to_device
 
 VARIANTS = ("plain", "rows", "positions", "vision", "attached")
 _WARM_UP = 3

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mrope.families import MRopeSpec
-from mrope.spans import token_types
+from mrope.positions.spans import token_types
+from mrope.spec.spec import MRopeSpec
 
 TEXT_IDS = range(20, 300)
 
@@ -42,7 +42,7 @@ def _example(
     tokens: list[int] = _text(rng, 4)
     grids: dict[str, list[list[int]]] = {"image": [], "video": []}
     for kind in kinds:
-        frames = 3 * int(spec.numbers.get("temporal_merge_size", 1)) if kind == "video" else 1
+        frames = 3 * int(spec.extra.get("temporal_merge_size", 1)) if kind == "video" else 1
         grid = [frames, *(2 * rng.integers(1, 4, 2)).tolist()]
         grids[kind].append(grid)
         tokens += _span_tokens(spec, kind, grid, rng)
@@ -68,16 +68,16 @@ def _span_tokens(
 ) -> list[int]:
     """Return the tokens of an image or of a clip, with text behind each of its spans."""
     t, h, w = grid
-    apart = kind == "video" and spec.traits.frames_apart
-    as_image = kind == "image" or spec.traits.frames_as_images
+    apart = kind == "video" and spec.family_row.frames_apart
+    as_image = kind == "image" or spec.family_row.frames_as_images
     placeholder = spec.image_token_id if as_image else spec.video_token_id
-    shared = int(spec.numbers.get("temporal_merge_size", 1)) if kind == "video" else 1
+    shared = int(spec.extra.get("temporal_merge_size", 1)) if kind == "video" else 1
     tokens: list[int] = []
     for _ in range(t if apart else 1):
         size = h * w // 4 if apart else t // shared * h * w // 4
         tokens += [spec.vision_start_token_id, *[placeholder] * size, *_text(rng, 2)]
-    if kind == "video" and spec.traits.frames_as_images:
-        markers = spec.numbers["video_start_token_id"], spec.numbers["video_end_token_id"]
+    if kind == "video" and spec.family_row.frames_as_images:
+        markers = spec.extra["video_start_token_id"], spec.extra["video_end_token_id"]
         tokens = [int(markers[0]), *tokens, int(markers[1])]
     return tokens
 
@@ -93,7 +93,7 @@ def _pixels(
     vision = config["vision_config"]
     side = vision.get("patch_size", 14)
     patches = sum(t * h * w for t, h, w in grids)
-    tower = spec.traits.tower
+    tower = spec.family_row.tower
     if tower is not None and tower.raster:
         # PaddleOCR-VL's processor leaves patches their shape.
         return rng.standard_normal((patches, 3, side, side)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""How fast are the vision tensors? `mrope.vision` against `transformers.vision_utils`.
+"""How fast are the vision tensors? `mrope.towers.vision` against `transformers.vision_utils`.
 
 The ceiling is `np.copyto` of the finished arrays: nothing that writes them can take less. "cold" is
 a call after `clear_cache()`: every distinct size of the batch is computed, as in a worker's first
@@ -21,10 +21,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mrope import vision
 from mrope.bench.conditions import conditions
 from mrope.bench.timing import interleaved_medians, one_thread
 from mrope.errors import MRopeError
+from mrope.towers import frame_cache, vision
 
 Arrays = tuple[npt.NDArray[Any], ...]
 
@@ -146,7 +146,7 @@ def _answer(question: Question, grid_thw: npt.NDArray[np.int64], repeats: int) -
     targets = [np.empty_like(array) for array in expected]
 
     def cold() -> None:
-        vision.clear_cache()
+        frame_cache.clear_cache()
         question.ours(grid_thw)
 
     def ceiling() -> None:

@@ -20,14 +20,16 @@ from rich.table import Table
 
 from mrope.bench.conditions import conditions
 from mrope.bench.tiny import tiny_examples
-from mrope.collator import MRopeCollator
-from mrope.config import Config, load_config, model_table
-from mrope.families import Family
+from mrope.collate.collator import MRopeCollator
+from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach
 from mrope.hf.attach import ALL_READERS
-from mrope.padding import PaddingCollator
-from mrope.train import build_model, guarded_step
-from mrope.vision import VisionSpec
+from mrope.spec.families import Family
+from mrope.towers.vision import VisionSpec
+from mrope.training.config import load_config, model_table
+from mrope.training.model import build_model
+from mrope.training.sections import Config
+from mrope.training.step import guarded_step
 
 COLUMNS = ("plain", "+ positions", "+ vision tensors", "attached")
 _MEDIA = {"images": (True, False), "videos": (False, True), "both": (True, True)}
@@ -62,7 +64,7 @@ def run(configs: list[Path], json_file: Path | None, markdown_file: Path | None)
 
 def count(cfg: Config) -> Iterator[Row]:
     """Yield a row for each attention, media and padding."""
-    kinds = _media(cfg.spec().traits)
+    kinds = _media(cfg.spec().family_row)
     for attention, media, padded in itertools.product(("sdpa", "eager"), kinds, (True, False)):
         model = cfg.model.model_copy(update={"attn_implementation": attention})
         yield count_row(cfg.model_copy(update={"model": model}), media, padded)

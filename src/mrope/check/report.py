@@ -15,9 +15,9 @@ from rich.text import Text
 
 from mrope import __version__
 from mrope.check.rows import RowCheck
-from mrope.check.walk import Findings, Summary
+from mrope.check.summary import Findings, Summary
 from mrope.errors import MRopeError
-from mrope.families import MRopeSpec
+from mrope.spec.spec import MRopeSpec
 
 _ROWS_LISTED = 12
 _COUNTS = ("of", "rows", "bad", "compared", "tokens", "images", "videos", "frames")

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mrope.check.layout import Misfit, RowLayout, lay_out
-from mrope.collator import MRopeCollator
+from mrope.check.row_layout import Misfit, RowLayout, lay_out
+from mrope.collate.collator import MRopeCollator
 from mrope.errors import MRopeError, SpanMismatchError
-from mrope.families import MRopeSpec
-from mrope.references import installed_transformers, resolve_reference
-from mrope.spans import token_types
-from mrope.vision import VisionSpec
+from mrope.positions.spans import token_types
+from mrope.spec.references import installed_transformers, resolve_reference
+from mrope.spec.spec import MRopeSpec
+from mrope.towers.vision import VisionSpec
 
 _TOKEN_COLUMNS = ("input_ids", "attention_mask", "labels", "mm_token_type_ids")
 _PIXELS = ("pixel_values", "pixel_values_videos")
@@ -115,7 +115,7 @@ class CheckedRows(Dataset[RowCheck]):
             return self._bad(index, batch, error), batch
 
     def _compared(self, check: RowCheck, batch: Mapping[str, Any]) -> RowCheck:
-        from mrope.hf.reference import reference_rope_index
+        from mrope.hf.get_rope_index import reference_rope_index
 
         arguments = {
             theirs: batch[ours] for ours, theirs in _REFERENCE_TAKES.items() if ours in batch
@@ -169,7 +169,7 @@ def comparison(spec: MRopeSpec) -> tuple[bool, str]:
             f"{installed} is installed"
         )
     try:
-        from mrope.hf.reference import reference_class
+        from mrope.hf.get_rope_index import reference_class
 
         reference_class(spec.family)
     except (ImportError, StopIteration):

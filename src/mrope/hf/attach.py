@@ -8,16 +8,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from mrope import references
 from mrope.errors import MRopeError
-from mrope.hf.reading import (
-    READERS,
-    add_by_index,
-    attend_raster,
-    attend_segments,
-    mix_segments,
-)
-from mrope.hf.thinkers import THINKERS, attend_audio, attend_frames
+from mrope.hf.attention import attend_raster, attend_segments, mix_segments
+from mrope.hf.forwards import READERS, add_by_index
+from mrope.hf.omni_forwards import THINKERS, attend_audio, attend_frames
+from mrope.spec import references
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 

@@ -1,0 +1,52 @@
+"""Array types, and the checks of array arguments that every module shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mrope.errors import MRopeError
+
+IntArray = npt.NDArray[np.integer[Any]]
+BoolArray = npt.NDArray[np.bool_]
+
+
+def as_array(name: str, values: npt.ArrayLike, hint: str) -> npt.NDArray[Any]:
+    """Return `values` as an array; lists of unequal length are an error."""
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise MRopeError(f"{name} is ragged: {hint}") from error
+
+
+def as_integers(name: str, values: npt.ArrayLike, hint: str) -> IntArray:
+    """Return `values` as an array of integers; anything else, floats too, is an error."""
+    array = as_array(name, values, hint)
+    kind = array.dtype.kind
+    if kind == "i":
+        return array
+    if kind == "u":
+        # uint64 and int64 together would become floats.
+        if array.itemsize == 8 and (array > np.iinfo(np.int64).max).any():
+            raise MRopeError(f"{name} holds integers beyond int64: {hint}")
+        return array.astype(np.int64) if array.itemsize == 8 else array
+    if array.size:
+        raise MRopeError(f"{name} must hold integers, not {array.dtype}: {hint}")
+    return array.astype(np.int64)
+
+
+_NO_GRID = np.empty((0, 3), np.int64)
+
+
+def as_grid(name: str, grid_thw: npt.ArrayLike | None) -> npt.NDArray[np.int64]:
+    """Return grids as int64 (N, 3), no rows for None; sizes are not looked at."""
+    if grid_thw is None:
+        return _NO_GRID
+    array = as_integers(name, grid_thw, "frames, height and width in patches")
+    if array.ndim != 2 or array.shape[1] != 3:
+        if array.shape == (0,):
+            return _NO_GRID
+        raise MRopeError(f"{name} must have shape (N, 3), not {array.shape}")
+    return array.astype(np.int64, copy=False)

@@ -1,0 +1,283 @@
+"""What the numbers look like: a sample given in words, numbered, as a table or as a picture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+from mrope.check.row_layout import Misfit, RowLayout, lay_out, valid_tokens
+from mrope.check.rows import RowCheck
+from mrope.errors import MRopeError
+from mrope.positions.rope_index import rope_index
+from mrope.spec.spec import MRopeSpec, example_config
+
+COLOURS = {"text": "white", "start": "yellow", "image": "cyan", "video": "magenta"}
+"""Kinds of tokens, and the colour of each in the table."""
+
+_INK = {"text": "0.35", "start": "goldenrod", "image": "teal", "video": "darkmagenta"}
+# Numbers in the size of a word.
+_SIZES = {"text": 1, "image": 2, "video": 3}
+_TEXT_ID = 7
+_MOST_TOKENS = 2**20
+# A word with more tokens than this is shown by its first and last ones.
+_LONG, _FIRST, _LAST = 12, 6, 4
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a batch, made from words.
+
+    Attributes:
+        input_ids: token ids, with a vision start marker before each span.
+        grids: frames, height and width in patches of each image and of each video.
+        lengths: tokens of each word, markers included.
+    """
+
+    input_ids: list[int]
+    grids: dict[str, list[tuple[int, int, int]]]
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """A sample with its positions.
+
+    Attributes:
+        spec: the model's numbers and the reference that was followed.
+        kinds: a key of `COLOURS` for each of the S tokens.
+        lengths: tokens of each word, in order; their sum is S.
+        position_ids: int64 (3, S): time, height, width.
+        rope_delta: largest position + 1 - S.
+    """
+
+    spec: MRopeSpec
+    kinds: list[str]
+    lengths: list[int]
+    position_ids: npt.NDArray[np.int64]
+    rope_delta: int
+
+
+def number(
+    words: Sequence[str], family: str, reference: str = "auto", seconds: float | None = None
+) -> Numbered:
+    """Number a sample that is given in words.
+
+    Args:
+        words: spans in order: `text:N` tokens, `image:HxW` or `video:TxHxW` patches. With the merge
+            size of 2, `image:4x6` has 2 x 3 tokens.
+        family: a key of `FAMILIES`.
+        reference: see `resolve_reference`.
+        seconds: seconds between two temporal positions of every video; None: 1.
+
+    Raises:
+        MRopeError: a word that cannot be read, a grid that the merge size does not divide, an
+            unknown family or reference, seconds for a family that does not read them.
+
+    Example:
+        >>> number(["text:2", "image:4x4"], "qwen3_vl", "transformers-5.23").position_ids.tolist()
+        [[0, 1, 2, 3, 3, 3, 3], [0, 1, 2, 3, 3, 4, 4], [0, 1, 2, 3, 4, 3, 4]]
+    """
+    spec = MRopeSpec.from_config(example_config(family), reference)
+    if seconds is not None and not spec.family_row.timed:
+        raise MRopeError(f"{family} does not read seconds: its processor writes them as text")
+    sample = to_sample(words, spec)
+    images, videos = sample.grids["image"], sample.grids["video"]
+    position_ids, rope_deltas = rope_index(
+        spec,
+        [sample.input_ids],
+        image_grid_thw=images or None,
+        video_grid_thw=videos or None,
+        second_per_grid_ts=None if seconds is None else [seconds] * len(videos),
+    )
+    names = {
+        spec.vision_start_token_id: "start",
+        spec.image_token_id: "image",
+        spec.video_token_id: "video",
+    }
+    kinds = [names.get(token, "text") for token in sample.input_ids]
+    return Numbered(spec, kinds, sample.lengths, position_ids[:, 0], int(rope_deltas[0, 0]))
+
+
+def numbered_row(spec: MRopeSpec, batch: Mapping[str, Any]) -> Numbered:
+    """Return a batch of one row as `show` takes it; padding is left out.
+
+    Args:
+        spec: the model's numbers.
+        batch: what `MRopeCollator` returned.
+    """
+    runs = lay_out(spec, batch).runs
+    kinds = [run.kind for run in runs for _ in range(run.tokens)]
+    for token in (valid_tokens(batch) == spec.vision_start_token_id).nonzero()[0]:
+        kinds[token] = "start"
+    valid = batch.get("attention_mask")
+    position_ids = batch["position_ids"][:, 0]
+    if valid is not None:
+        position_ids = position_ids[:, valid[0] != 0]
+    delta = int(batch["rope_deltas"][0, 0])
+    return Numbered(spec, kinds, [run.tokens for run in runs], position_ids.numpy(), delta)
+
+
+def to_sample(words: Sequence[str], spec: MRopeSpec) -> Sample:
+    """Make the tokens and grids of a sample from words.
+
+    In families whose frames stand apart, each frame of a video has a marker of its own.
+
+    Raises:
+        MRopeError: a word that cannot be read, or more tokens than a table can show.
+    """
+    sample = Sample([], {"image": [], "video": []}, [])
+    placeholders = {"image": spec.image_token_id, "video": spec.video_token_id}
+    for word in words:
+        kind, size = _read(word)
+        if kind == "text":
+            _append(sample, [_TEXT_ID], size[0], repeats=1)
+            continue
+        frames, height, width = size if kind == "video" else (1, *size)
+        sample.grids[kind].append((frames, height, width))
+        area = (height // spec.spatial_merge_size) * (width // spec.spatial_merge_size)
+        spans = frames if spec.family_row.frames_apart else 1
+        marker = [spec.vision_start_token_id]
+        _append(sample, [placeholders[kind]], frames // spans * area, spans, marker)
+    return sample
+
+
+def _read(word: str) -> tuple[str, tuple[int, ...]]:
+    kind, _, size = word.partition(":")
+    numbers = size.split("x")
+    sound = all(re.fullmatch("[1-9][0-9]{0,8}", number) for number in numbers)
+    if len(numbers) != _SIZES.get(kind) or not sound:
+        raise MRopeError(
+            f"cannot read {word!r}: a span is text:N in tokens, image:HxW or video:TxHxW in "
+            "patches, with sizes of at least 1"
+        )
+    return kind, tuple(map(int, numbers))
+
+
+def _append(
+    sample: Sample, token: list[int], count: int, repeats: int, marker: Sequence[int] = ()
+) -> None:
+    length = repeats * (count + len(marker))
+    if len(sample.input_ids) + length > _MOST_TOKENS:
+        raise MRopeError(f"the sample has more than {_MOST_TOKENS:,} tokens, too many to show")
+    sample.input_ids.extend([*marker, *token * count] * repeats)
+    sample.lengths.append(length)
+
+
+def show(numbered: Numbered, console: Console, everything: bool = False) -> None:
+    """Print one line for each token, and the delta below.
+
+    Args:
+        numbered: what `number` returned.
+        console: where to print.
+        everything: show all tokens of long words too.
+    """
+    spec = numbered.spec
+    table = Table(title=f"{spec.family}, {spec.reference}")
+    for heading in ("token", "kind", "t", "h", "w"):
+        table.add_column(heading, justify="left" if heading == "kind" else "right")
+    for token, ends_word in _shown_tokens(numbered.lengths, everything):
+        if isinstance(token, range):
+            table.add_row("...", f"{len(token):,} more", *["..."] * 3, style="dim")
+            continue
+        kind = numbered.kinds[token]
+        cells = (str(token), kind, *map(str, numbered.position_ids[:, token].tolist()))
+        table.add_row(*cells, style=COLOURS[kind], end_section=ends_word)
+    console.print(table)
+    tokens = len(numbered.kinds)
+    console.print(
+        f"delta {numbered.rope_delta}: the next token, number {tokens}, has position "
+        f"{tokens + numbered.rope_delta}; {spec.spatial_merge_size} x {spec.spatial_merge_size} "
+        "patches make a token",
+        highlight=False,
+    )
+
+
+def show_bad_row(found: RowCheck, spec: MRopeSpec, console: Console) -> None:
+    """Print the runs of a bad row, which of them does not fit, and what is wrong."""
+    if found.layout is not None:
+        console.print(_runs(found.layout, f"{spec.family}, {spec.reference}, row {found.row}"))
+    console.print(
+        f"row {found.row}: {found.message}",
+        style="red",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _runs(layout: RowLayout, title: str) -> Table:
+    table = Table("first", "last", "kind", "tokens", "", title=title)
+    misfit = layout.misfit
+    for run in layout.runs:
+        end = run.start + run.tokens
+        inside = misfit is not None and run.start <= misfit.start < end
+        style = "red" if inside else COLOURS[run.kind]
+        cells = (str(run.start), str(end - 1), run.kind, str(run.tokens))
+        table.add_row(*cells, describe_misfit(misfit) if misfit and inside else "", style=style)
+    if misfit is not None and misfit.start >= layout.tokens:
+        table.add_row(str(misfit.start), "", "missing", "0", describe_misfit(misfit), style="red")
+    return table
+
+
+def describe_misfit(misfit: Misfit) -> str:
+    """Return in a few words what does not fit."""
+    which = f"{misfit.found} from {misfit.start}"
+    if misfit.needed is None:
+        return f"wrong: {which}"
+    return f"{which}: {f'its grid needs {misfit.needed}' if misfit.needed else 'no grid'}"
+
+
+def _shown_tokens(lengths: Sequence[int], everything: bool) -> Iterator[tuple[int | range, bool]]:
+    """Yield the tokens to show, a range in place of tokens left out, and whether a word ends."""
+    start = 0
+    for length in lengths:
+        stop = start + length
+        hidden = range(start + _FIRST, stop - _LAST)
+        for token in range(start, stop):
+            if everything or length <= _LONG or token not in hidden:
+                yield token, token == stop - 1
+            elif token == hidden.start:
+                yield hidden, False
+        start = stop
+
+
+def plot(numbered: Numbered, file: Path) -> None:
+    """Save time, height and width over the tokens as a picture.
+
+    Args:
+        numbered: what `number` returned.
+        file: its ending names the format, `.png` for one.
+
+    Raises:
+        MRopeError: the file cannot be written.
+    """
+    # A figure of its own: pyplot would choose a backend for the whole process.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True, sharey=True)
+    kinds = np.array(numbered.kinds)
+    for axis, name, row in zip(
+        axes, ("time", "height", "width"), numbered.position_ids, strict=True
+    ):
+        axis.plot(row, color="0.85", linewidth=1, zorder=1)
+        for kind in dict.fromkeys(numbered.kinds):
+            tokens = (kinds == kind).nonzero()[0]
+            axis.scatter(tokens, row[tokens], s=14, color=_INK[kind], label=kind, zorder=2)
+        axis.set_ylabel(name)
+    axes[-1].set_xlabel("token")
+    spec = numbered.spec
+    figure.suptitle(f"{spec.family}, {spec.reference}, delta {numbered.rope_delta}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    try:
+        figure.savefig(file, dpi=120)
+    except (OSError, ValueError) as error:
+        raise MRopeError(f"cannot write the plot {file}: {error}") from error

@@ -1,0 +1,1 @@
+"""The collator, and what it does to a batch."""

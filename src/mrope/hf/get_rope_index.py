@@ -1,0 +1,116 @@
+"""The installed transformers' `get_rope_index`, called on an object with a config alone.
+
+What `mrope` must equal: the parity tests and `mrope bench positions` call it, nothing in a worker.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+
+from mrope.spec.references import resolve_reference
+from mrope.spec.spec import MRopeSpec
+
+# Methods that transformers' functions call on the model.
+_CALLED = (
+    "get_vision_position_ids",
+    "get_llm_pos_ids_for_vision",
+    "get_chunked_index",
+    "_group_visual_frames",
+    "_frame_end_idx",
+)
+
+
+def installed_reference() -> str:
+    """Return the name of the reference that the installed transformers is."""
+    return resolve_reference("auto", transformers.__version__)
+
+
+def reference_class(family: str) -> Any:
+    """Return transformers' own model class whose function numbers `family`.
+
+    aero_realtime, and where a release does not know it yet qwen3_5, are numbered by Qwen3-VL's
+    class: lmms-engine calls that function for both.
+    """
+    name = family.removesuffix("_thinker")
+    if importlib.util.find_spec(f"transformers.models.{name}") is None:
+        name = "qwen3_vl"
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    classes = (one for one in vars(module).values() if isinstance(one, type))
+    return next(
+        one
+        for one in classes
+        if one.__module__ == module.__name__ and "get_rope_index" in vars(one)
+    )
+
+
+def reference_rope_index(
+    spec: MRopeSpec, arguments: Mapping[str, Any]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return what the installed transformers computes.
+
+    Args:
+        spec: the model's numbers; its reference is not looked at.
+        arguments: of `mrope.rope_index` by name, `mm_token_type_ids` among them: from 5.3 on
+            transformers needs it. Arrays go in as tensors, lists as they are.
+    """
+    model = reference_class(spec.family)
+    holder = _holder(spec)
+    for name in _CALLED:
+        function = inspect.getattr_static(model, name, None)
+        if isinstance(function, staticmethod):
+            setattr(holder, name, function.__func__)
+        elif function is not None:
+            setattr(holder, name, types.MethodType(function, holder))
+    tensors = {name: _tensor(value) for name, value in arguments.items()}
+    typed = spec.family_row.custom_index is None or "mm_token_type_ids" in spec.family_row.inputs
+    if installed_reference() == "transformers-4.57" or not typed:
+        tensors.pop("mm_token_type_ids", None)
+    if "audio_seqlens" in spec.family_row.inputs:
+        # The thinkers' own name of the same numbers.
+        tensors["second_per_grids"] = tensors.pop("second_per_grid_ts", None)
+    elif spec.tokens_per_second is None:
+        tensors.pop("second_per_grid_ts", None)
+    if spec.family_row.custom_index is not None:
+        # Counts for each row are ours, but for GLM-Image.
+        taken = inspect.signature(model.get_rope_index).parameters
+        tensors = {name: value for name, value in tensors.items() if name in taken}
+    position_ids, rope_deltas = model.get_rope_index(holder, **tensors)
+    return position_ids.numpy(), rope_deltas.numpy()
+
+
+def _holder(spec: MRopeSpec) -> types.SimpleNamespace:
+    """Return what stands in for the model: its config, with a spec's numbers wherever they are."""
+    numbers = types.SimpleNamespace(
+        spatial_merge_size=spec.spatial_merge_size,
+        tokens_per_second=spec.tokens_per_second,
+        **spec.extra,
+    )
+    config = types.SimpleNamespace(
+        image_token_id=spec.image_token_id,
+        video_token_id=spec.video_token_id,
+        vision_start_token_id=spec.vision_start_token_id,
+        image_start_token_id=spec.vision_start_token_id,
+        image_start_id=spec.vision_start_token_id,
+        downsample_mode="4x" if spec.spatial_merge_size == 2 else "16x",
+        vision_config=numbers,
+        audio_config=numbers,
+        text_config=types.SimpleNamespace(
+            rope_parameters={"mrope_section": [1] * int(spec.extra.get("axes", 3))}
+        ),
+        **spec.extra,
+    )
+    return types.SimpleNamespace(config=config, spatial_merge_size=spec.spatial_merge_size)
+
+
+def _tensor(value: Any) -> Any:
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value

@@ -1,0 +1,1 @@
+"""M-RoPE position ids and rope deltas, in vectorised numpy."""

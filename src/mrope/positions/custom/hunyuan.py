@@ -1,0 +1,165 @@
+"""HunYuan-VL: as many axes as the config has sections, text and images counted alike.
+
+Every axis begins as the token's own number in its document. Within an image the last three axes
+hold column, row and the image's ordinal instead; each line of an image ends with a newline token,
+a column of its own. Nothing is compressed: text goes on with its own number.
+
+Source: `get_rope_index` of `hunyuan_vl`, transformers 5.23.
+
+Shape suffixes: B rows of the batch, S padded length, T tokens of the stream, D documents, V spans
+of placeholders, I tokens of all blocks, A axes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mrope.arrays import IntArray, as_grid
+from mrope.errors import MRopeError
+from mrope.positions.custom.shared import (
+    Spans,
+    find_spans,
+    id_dtype,
+    misfit,
+    number_cells,
+    read_kinds,
+    read_stream,
+    refuse_counts,
+)
+from mrope.positions.grids import Grids, to_grids
+from mrope.positions.stream import IMAGE, Stream, to_batch
+from mrope.spec.spec import MRopeSpec
+
+Array = npt.NDArray[Any]
+
+_WRAPPERS = 2
+_OTHER = "a grid of another sample or processor, truncation, or the spec of another model family"
+
+
+def hunyuan_index(
+    spec: MRopeSpec,
+    input_ids: npt.ArrayLike,
+    attention_mask: npt.ArrayLike | None = None,
+    image_grid_thw: npt.ArrayLike | None = None,
+    video_grid_thw: npt.ArrayLike | None = None,
+    *,
+    mm_token_type_ids: npt.ArrayLike | None = None,
+    images_per_sample: npt.ArrayLike | None = None,
+) -> tuple[Array, Array]:
+    """Number the tokens of a HunYuan-VL batch.
+
+    The ordinal of an image counts over the whole batch, as the reference has it: a row's numbers
+    depend on the rows before it, and its delta may too.
+
+    Args:
+        spec: with `numbers` axes, the length of `text_config.rope_parameters["mrope_section"]`.
+        input_ids: (B, S) integers.
+        attention_mask: (B, S), 0 at padding and 1 elsewhere, or bool. None: no padding.
+        image_grid_thw: (N, 3) frames, height and width in patches; one frame each.
+        video_grid_thw: the family has no videos: None or empty.
+        mm_token_type_ids: (B, S), checked against the tokens; not needed.
+        images_per_sample: (B,) how many of the N images each row has; with it every row is checked
+            on its own.
+
+    Returns:
+        Positions (A, B, S), 0 at padding, and deltas (B, 1), both int64; int32 where the ids are.
+        A delta is the largest position of the row + 1, less its tokens.
+
+    Raises:
+        SpanMismatchError: an image of neither H * (W + 1) tokens (its merged height and width, and
+            a newline for each line), nor these and 2 wrappers; an image without a grid, or a grid
+            without an image; types that are not those of the tokens.
+        MRopeError: less than 3 axes; an argument of a wrong shape, dtype or value.
+
+    Example:
+        Text, then an image of 1 x 2 merged patches and its newline, then text.
+
+        >>> spec = MRopeSpec("hunyuan_vl", "transformers-5.23", 9, -1, -1, 2, extra={"axes": 3})
+        >>> positions, delta = hunyuan_index(spec, [[5, 9, 9, 9, 6]], image_grid_thw=[[1, 2, 4]])
+        >>> positions[:, 0].tolist()
+        [[0, 0, 1, 2, 4], [0, 0, 0, 0, 4], [0, 0, 0, 0, 4]]
+        >>> delta.tolist()
+        [[0]]
+    """
+    axes = _axes(spec)
+    ids_BS, stream = read_stream(input_ids, attention_mask)
+    shape = ids_BS.shape
+    grids = _to_images(spec, image_grid_thw, video_grid_thw, images_per_sample, shape)
+    kind_T = read_kinds(spec, stream, shape, mm_token_type_ids)
+    images = find_spans(stream, kind_T, IMAGE, "image")
+    cells_V = _match(stream, images, grids)
+    # An image's tokens include its two wrappers, or the processor leaves them to the text.
+    first_V = images.start_V + (images.length_V - cells_V) // _WRAPPERS
+    own_T = np.arange(len(kind_T)) - stream.start_D.repeat(stream.length_D)
+    positions_AT = own_T[None].repeat(axes, axis=0)
+    token_I, cell_I = number_cells(first_V, cells_V)
+    wide_I = (grids.size_3G[2] + 1).repeat(cells_V)
+    positions_AT[-3, token_I] = cell_I % wide_I
+    positions_AT[-2, token_I] = cell_I // wide_I
+    positions_AT[-1, token_I] = np.arange(len(cells_V)).repeat(cells_V)
+    dtype = id_dtype(ids_BS)
+    delta_B = np.zeros(shape[0], np.int64)
+    delta_B[stream.row_D] = _ends(positions_AT, stream) - stream.length_D
+    return to_batch(positions_AT.astype(dtype), stream, shape, 0), delta_B[:, None].astype(dtype)
+
+
+def _axes(spec: MRopeSpec) -> int:
+    axes = int(spec.extra["axes"])
+    if axes < 3:
+        raise MRopeError(
+            f"{spec.family}: mrope_section has {axes} axes, but column, row and image take 3"
+        )
+    return axes
+
+
+def _to_images(
+    spec: MRopeSpec,
+    image_grid_thw: npt.ArrayLike | None,
+    video_grid_thw: npt.ArrayLike | None,
+    images_per_sample: npt.ArrayLike | None,
+    shape: tuple[int, ...],
+) -> Grids:
+    rows, width = shape
+    if len(as_grid("video_grid_thw", video_grid_thw)):
+        raise MRopeError(f"{spec.family} has no videos, but video_grid_thw is given")
+    grids = to_grids(spec, image_grid_thw, None, images_per_sample, None, (rows, width))
+    clips = grids.size_3G[0] != 1
+    if clips.any():
+        image = int(clips.argmax())
+        raise MRopeError(
+            f"image_grid_thw[{image}] has {grids.size_3G[0, image]} frames, but an image of "
+            f"{spec.family} has 1"
+        )
+    return grids
+
+
+def _match(stream: Stream, images: Spans, grids: Grids) -> IntArray:
+    """Return the cells of each image: its merged patches, and a newline for each line."""
+    _, height_G, width_G = grids.size_3G
+    cells_G: IntArray = height_G * (width_G + 1)
+    count = min(len(cells_G), len(images.start_V))
+    more_V = images.length_V[:count] - cells_G[:count]
+    bad_V = (more_V != 0) & (more_V != _WRAPPERS)
+    if grids.row_G is not None or not bad_V.any():
+        refuse_counts(stream, images, cells_G + _WRAPPERS, grids.row_G, "image_grid_thw")
+    if bad_V.any():
+        image = int(bad_V.argmax())
+        needed = int(cells_G[image]) + _WRAPPERS
+        patches = [1, *(grids.size_3G[1:, image] * grids.merge).tolist()]
+        size = (
+            f"its grid {patches}, merged by {grids.merge}, needs {needed}, or {needed - _WRAPPERS} "
+            "without wrappers"
+        )
+        raise misfit(stream, images, image, needed, size, _OTHER)
+    return cells_G
+
+
+def _ends(positions_AT: IntArray, stream: Stream) -> IntArray:
+    """Return the largest position of each document + 1."""
+    if not len(stream.start_D):
+        return np.empty(0, np.int64)
+    ends_D: IntArray = np.maximum.reduceat(positions_AT.max(axis=0), stream.start_D) + 1
+    return ends_D

@@ -1,0 +1,1 @@
+"""Before collating: check a dataset, and deal its rows into batches."""

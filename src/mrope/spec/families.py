@@ -1,0 +1,232 @@
+"""What each model family is: a row of plain data in `FAMILIES`, keyed by `config.model_type`.
+
+Nothing else in the package asks for a model type. What a release does is in
+`mrope.spec.references`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from mrope.spec.references import REFERENCES
+
+NO_TOKEN = -1
+"""Stands for the id of a token that a family does not have."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What a family's vision tower takes beside its pixels: see `mrope.towers.vision`.
+
+    Attributes:
+        videos: it takes videos too.
+        positions: it takes its patches' positions.
+        windows: most layers attend within square windows (Qwen2.5-VL).
+        table: a square table of learned positions is stretched to each frame (Qwen3-VL and kin).
+        raster: patches are numbered row by row over the whole frame, not by merged blocks, and the
+            table's edges, not its corners' centres, meet the frame's (PaddleOCR-VL).
+    """
+
+    videos: bool = True
+    positions: bool = True
+    windows: bool = False
+    table: bool = False
+    raster: bool = False
+
+
+class ConfigValue(NamedTuple):
+    """A further number that a family's rule reads of the config.
+
+    Attributes:
+        name: of the number in `MRopeSpec.extra`.
+        key: where the config has it, with dots between sections, and bars between other names of
+            the same. Where there is a list, its length is the number.
+        example: a value for `example_config`.
+    """
+
+    name: str
+    key: str
+    example: int | list[int]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a model family lays out its tokens, and where its config keeps the numbers.
+
+    Attributes:
+        custom_index: name of a function of `mrope.positions.custom` that numbers the tokens; None: `mrope.positions.rope_index`.
+        inputs: what that function takes of a batch beside tokens, mask and grids.
+        frames_apart: every frame of a video is a span of its own, as if it were an image (Qwen3-VL
+            and its kin, whose processors write a timestamp before each frame).
+        frames_as_images: a frame's placeholders are those of images, and stand between a video's
+            start and end marker (GLM-V).
+        merges: patches that share a token along each side, by the config's `downsample_mode`; None:
+            `vision_config.spatial_merge_size`.
+        timed: the temporal step of a video is `tokens_per_second * second_per_grid_ts`.
+        packs: its examples were seen to be kept apart in one row (see `mrope.collate.packing`).
+        references: those whose numbers it was compared with.
+        image_keys, video_keys, start_keys: names under which a config may hold the token ids of the
+            image placeholder, the video placeholder and the vision start marker; none: the family
+            has no such token.
+        extra: further ones of the config: `temporal_merge_size`, frames of a video that share
+            their tokens; `video_start_token_id`, `video_end_token_id`, with `frames_as_images`.
+        tower: its vision tower; None: transformers' does not take anything from outside.
+    """
+
+    custom_index: str | None = None
+    inputs: tuple[str, ...] = ()
+    frames_apart: bool = False
+    frames_as_images: bool = False
+    merges: Mapping[str, int] | None = None
+    timed: bool = False
+    packs: bool = True
+    references: tuple[str, ...] = tuple(REFERENCES)
+    image_keys: tuple[str, ...] = ("image_token_id",)
+    video_keys: tuple[str, ...] = ("video_token_id",)
+    start_keys: tuple[str, ...] = ("vision_start_token_id",)
+    extra: tuple[ConfigValue, ...] = ()
+    tower: Tower | None = None
+
+
+# 4.57 has some of the later families, with functions of their own that were not compared.
+_SINCE_5_6 = ("transformers-5.17", "transformers-5.23")
+
+
+_STRETCHED = Tower(table=True)
+
+
+_COUNTS = ("images_per_sample", "videos_per_sample")
+
+
+def _tokens(*names: str) -> tuple[ConfigValue, ...]:
+    """Return token ids that stand in the config under their own names."""
+    return tuple(ConfigValue(name, name, 104 + place) for place, name in enumerate(names))
+
+
+_GLM = Family(
+    frames_apart=True,
+    frames_as_images=True,
+    packs=False,
+    references=_SINCE_5_6,
+    start_keys=("image_start_token_id",),
+    extra=_tokens("video_start_token_id", "video_end_token_id"),
+    tower=Tower(),
+)
+
+
+_AUDIO = ("second_per_grid_ts", "audio_seqlens", "use_audio_in_video", "audios_per_sample")
+
+
+_OMNI = Family(
+    inputs=(*_AUDIO, *_COUNTS),
+    packs=False,
+    image_keys=("image_token_id", "image_token_index"),
+    video_keys=("video_token_id", "video_token_index"),
+)
+
+
+_OMNI_NUMBERS = (
+    ConfigValue("audio_token_id", "audio_token_id|audio_token_index", 104),
+    ConfigValue("audio_start_token_id", "audio_start_token_id", 105),
+    ConfigValue("position_id_per_seconds", "position_id_per_seconds", 25),
+)
+
+
+_CROPS = ("target_sizes", "target_sizes_videos", "downsample_mode")
+
+
+_SECTIONS = "text_config.rope_parameters|rope_scaling.mrope_section|xdrope_section"
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": Family(tower=Tower()),
+    "qwen2_5_vl": Family(timed=True, tower=Tower(windows=True)),
+    "qwen3_vl": Family(frames_apart=True, tower=_STRETCHED),
+    "qwen3_vl_moe": Family(frames_apart=True, tower=_STRETCHED),
+    "qwen3_5": Family(frames_apart=True, tower=_STRETCHED),
+    "qwen3_5_moe": Family(frames_apart=True, tower=_STRETCHED),
+    "qwen4_exp": Family(frames_apart=True, packs=False, references=_SINCE_5_6, tower=_STRETCHED),
+    # LMMs-Lab's config exposes every id under two names; a hand-written one may have either.
+    "aero_realtime": Family(
+        frames_apart=True,
+        packs=False,
+        image_keys=("image_token_index", "image_token_id"),
+        video_keys=("video_token_index", "video_token_id"),
+        start_keys=("vision_start_token_index", "vision_start_token_id"),
+    ),
+    "glm4v": _GLM,
+    "glm4v_moe": _GLM,
+    "glm46v": _GLM,
+    "glm_ocr": _GLM,
+    "ernie4_5_vl_moe": Family(
+        packs=False,
+        references=_SINCE_5_6,
+        start_keys=("image_start_token_id",),
+        extra=(ConfigValue("temporal_merge_size", "vision_config.temporal_merge_size", 2),),
+        tower=Tower(),
+    ),
+    "paddleocr_vl": Family(
+        packs=False,
+        references=_SINCE_5_6,
+        tower=Tower(videos=False, table=True, raster=True),
+    ),
+    "cohere_compass": Family(
+        frames_apart=True, packs=False, references=_SINCE_5_6, tower=_STRETCHED
+    ),
+    "cosmos3_omni": Family(frames_apart=True, packs=False, references=_SINCE_5_6, tower=_STRETCHED),
+    "cosmos3_edge": Family(
+        frames_apart=True, packs=False, references=_SINCE_5_6, tower=Tower(positions=False)
+    ),
+    "qwen2_5_omni_thinker": replace(
+        _OMNI,
+        custom_index="omni_2_5",
+        extra=(*_OMNI_NUMBERS, ConfigValue("seconds_per_chunk", "seconds_per_chunk", 2)),
+        tower=Tower(windows=True),
+    ),
+    # 4.57 counts audio tokens for windows of 50 alone.
+    "qwen3_omni_moe_thinker": replace(
+        _OMNI,
+        custom_index="omni_3",
+        references=_SINCE_5_6,
+        extra=(*_OMNI_NUMBERS, ConfigValue("n_window", "audio_config.n_window", 50)),
+        tower=_STRETCHED,
+    ),
+    "glm_image": Family(
+        custom_index="glm_image",
+        inputs=("images_per_sample",),
+        packs=False,
+        references=_SINCE_5_6,
+        video_keys=(),
+        start_keys=("image_start_token_id",),
+        extra=(ConfigValue("image_end_token_id", "image_end_token_id", 103),),
+        tower=Tower(videos=False),
+    ),
+    "hunyuan_vl": Family(
+        custom_index="hunyuan",
+        inputs=("mm_token_type_ids", "images_per_sample"),
+        packs=False,
+        references=_SINCE_5_6,
+        video_keys=(),
+        start_keys=(),
+        extra=(ConfigValue("axes", _SECTIONS, [2, 2, 2, 2]),),
+    ),
+    "minicpmv4_7": Family(
+        custom_index="minicpm",
+        inputs=(*_CROPS, "mm_token_type_ids", *_COUNTS),
+        merges={"4x": 2, "16x": 4},
+        packs=False,
+        references=("transformers-5.23",),
+        start_keys=("image_start_id",),
+        extra=_tokens("image_end_id", "slice_start_id", "slice_end_id", "newline_id"),
+    ),
+}
+
+
+ONE_DIMENSIONAL: dict[str, Tower | None] = {
+    "exaone4_5": Tower(windows=True),
+    "hyperclovax_vision_v2": Tower(windows=True),
+    "video_llama_3": None,
+}
+"""Vision-language models whose tokens transformers 5.23 numbers in 1-D, and their towers."""

@@ -1,0 +1,181 @@
+"""Read an `MRopeSpec` from a model's config: all numbers that position ids depend on."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mrope.errors import MRopeError
+from mrope.spec.families import FAMILIES, NO_TOKEN, ONE_DIMENSIONAL, ConfigValue, Family
+from mrope.spec.model_config import as_mapping, model_section, read_int
+from mrope.spec.references import REFERENCES, Reference, nearest, resolve_reference
+
+
+@dataclass(frozen=True)
+class MRopeSpec:
+    """All that the kernel needs to know of a model: plain numbers, picklable, comparable.
+
+    Attributes:
+        family: `model_type` of the config, a key of `FAMILIES`.
+        reference: the release whose numbers are computed, a key of `REFERENCES`.
+        image_token_id, video_token_id, vision_start_token_id: token ids of the model; `NO_TOKEN`
+            where the family has no such token.
+        spatial_merge_size: patches that the vision tower merges along each side.
+        tokens_per_second: temporal positions in a second; None in families without timed videos.
+        extra: what else the family's rule reads of the config, by name.
+    """
+
+    family: str
+    reference: str
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    spatial_merge_size: int
+    tokens_per_second: int | None = None
+    extra: Mapping[str, int | float] = field(default_factory=dict, hash=False)
+
+    @property
+    def family_row(self) -> Family:
+        """The family's row of the table."""
+        return FAMILIES[self.family]
+
+    @property
+    def conventions(self) -> Reference:
+        """The reference's row of the table."""
+        return REFERENCES[self.reference]
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any] | str | os.PathLike[str] | Any, reference: str = "auto"
+    ) -> MRopeSpec:
+        """Read a spec from a model's config.
+
+        Args:
+            config: a dict, the path of a `config.json` or of the folder that holds it, or a live
+                `PretrainedConfig` (anything with `to_dict`).
+            reference: see `resolve_reference`.
+
+        Raises:
+            MRopeError: no such file, not a config, an unknown `model_type`, a key that is missing,
+                of the wrong type, or given twice with two values; token ids that are not distinct.
+
+        Example:
+            >>> MRopeSpec.from_config({
+            ...     "model_type": "qwen2_vl", "image_token_id": 5, "video_token_id": 6,
+            ...     "vision_start_token_id": 4, "vision_config": {"spatial_merge_size": 2},
+            ... }, reference="transformers-5.23").spatial_merge_size
+            2
+        """
+        name, table = model_section(as_mapping(config))
+        if name not in FAMILIES:
+            raise MRopeError(_unknown_family(name))
+        family = FAMILIES[name]
+        reference = resolve_reference(reference)
+        if reference not in family.references:
+            raise MRopeError(
+                f"{name} was not compared with {reference}; known: {', '.join(family.references)}"
+            )
+        vision = table.get("vision_config")
+        if not isinstance(vision, Mapping):
+            raise MRopeError(f"{name}: the config has no vision_config section")
+        where = f"{name} vision_config"
+        spec = cls(
+            family=name,
+            reference=reference,
+            image_token_id=_read_token(table, family.image_keys, name),
+            video_token_id=_read_token(table, family.video_keys, name),
+            vision_start_token_id=_read_token(table, family.start_keys, name),
+            spatial_merge_size=read_int(vision, ("spatial_merge_size",), where, 1)
+            if family.merges is None
+            else _read_merge(table, family.merges, name),
+            tokens_per_second=read_int(vision, ("tokens_per_second",), where, 1)
+            if family.timed
+            else None,
+            extra={number.name: _read_number(table, number, name) for number in family.extra},
+        )
+        _refuse_equal_tokens(spec)
+        return spec
+
+
+def example_config(family: str) -> dict[str, Any]:
+    """Return a smallest config of `family`, with made-up token ids, to show or test its numbering.
+
+    Example:
+        >>> example_config("qwen3_vl")["vision_config"]
+        {'spatial_merge_size': 2}
+    """
+    if family not in FAMILIES:
+        raise MRopeError(_unknown_family(family))
+    row = FAMILIES[family]
+    vision = {} if row.merges is not None else {"spatial_merge_size": 2}
+    vision |= {"tokens_per_second": 2} if row.timed else {}
+    config: dict[str, Any] = {"model_type": family, "vision_config": vision}
+    for keys, token in ((row.start_keys, 101), (row.image_keys, 102), (row.video_keys, 103)):
+        config |= dict.fromkeys(keys[:1], token)
+    if row.merges is not None:
+        config["downsample_mode"] = next(iter(row.merges))
+    for number in row.extra:
+        *sections, key = number.key.split(".")
+        section = config
+        for part in sections:
+            section = section.setdefault(part.split("|")[0], {})
+        section[key.split("|")[0]] = number.example
+    return config
+
+
+def _read_token(table: Mapping[str, Any], keys: tuple[str, ...], where: str) -> int:
+    return read_int(table, keys, where) if keys else NO_TOKEN
+
+
+def _read_number(table: Mapping[str, Any], number: ConfigValue, name: str) -> int:
+    """Read a number at its dotted key: "vision_config.temporal_merge_size"."""
+    *sections, key = number.key.split(".")
+    for section in sections:
+        inner = [table.get(one) for one in section.split("|")]
+        found = [one for one in inner if isinstance(one, Mapping)]
+        if not found:
+            raise MRopeError(f"{name}: the config has no {section.replace('|', ' or ')} section")
+        table = found[0]
+    keys = tuple(key.split("|"))
+    sizes = {one: len(table[one]) for one in keys if isinstance(table.get(one), (list, tuple))}
+    return read_int({**table, **sizes}, keys, " ".join((name, *sections)))
+
+
+def _read_merge(table: Mapping[str, Any], merges: Mapping[str, int], name: str) -> int:
+    mode = str(table.get("downsample_mode"))
+    if mode not in merges:
+        raise MRopeError(f"{name}: downsample_mode must be one of {', '.join(merges)}, not {mode}")
+    return merges[mode]
+
+
+def _refuse_equal_tokens(spec: MRopeSpec) -> None:
+    tokens = {
+        "image": spec.image_token_id,
+        "video": spec.video_token_id,
+        "vision start": spec.vision_start_token_id,
+        **{name: int(value) for name, value in spec.extra.items() if name.endswith("_id")},
+    }
+    names: dict[int, str] = {}
+    for name, token in tokens.items():
+        if token != NO_TOKEN and token in names:
+            raise MRopeError(
+                f"{spec.family}: token id {token} stands for two tokens, {names[token]} and {name}"
+            )
+        names[token] = name
+
+
+def _unknown_family(name: object) -> str:
+    known = f"known: {', '.join(FAMILIES)}"
+    if not isinstance(name, str):
+        return f"the config has no model_type, so its family cannot be told; {known}"
+    if re.search(r"_(text|vision)$", name):
+        return f"model_type {name!r} is a part of a model; give the whole model's config; {known}"
+    if name in ONE_DIMENSIONAL:
+        return (
+            f"transformers 5.23 numbers the tokens of {name} in 1-D, as those of a text: there is "
+            f"nothing to compute; {known}"
+        )
+    return f"unknown model_type {name!r}{nearest(name, FAMILIES)}; {known}"

@@ -1,0 +1,1 @@
+"""Tensors that a vision or audio tower would derive from sizes, computed in the worker."""

@@ -1,0 +1,1 @@
+"""The training config, and the reference loop that it drives."""

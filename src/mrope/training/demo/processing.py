@@ -1,0 +1,275 @@
+"""From conversations to columns: what a Qwen processor does, without torchvision.
+
+transformers' own processors of these families cannot be built where torchvision is missing, since
+they hold a video processor that needs it. The image processor has a PIL twin; it is used here for
+images and, frame by frame, for clips. The expansion of placeholders is written out below.
+
+Shape suffixes: F frames, N temporal positions (pairs of frames), P patches of a frame, C channels,
+X pixels of a patch in one channel.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+
+from mrope.errors import MRopeError
+from mrope.positions.spans import token_types
+from mrope.spec.spec import MRopeSpec
+from mrope.training.demo.tokenizer import CHAT_TEMPLATE, build_tokenizer
+
+IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
+START, END = "<|vision_start|>", "<|vision_end|>"
+_CHANNELS = 3
+
+Pixels = npt.NDArray[np.float32]
+Grids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Processing:
+    """Turn one row of `messages`, `images`, `videos` and `fps` into the columns of a batch.
+
+    Attributes:
+        spec: the model's numbers.
+        tokenizer: has the Qwen special tokens under the ids of the spec, and a chat template.
+        image_processor: cuts images into the model's patches.
+        fps: frames per second of the clips of a row that does not say it.
+        folder: where relative paths of pictures start.
+    """
+
+    spec: MRopeSpec
+    tokenizer: Any
+    image_processor: Any
+    fps: float = 2.0
+    folder: Path = Path()
+
+    def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        """Return the row's columns; those of a modality that it does not have are empty.
+
+        Raises:
+            MRopeError: placeholders and pictures do not fit together, or a picture cannot be read.
+        """
+        try:
+            return self._columns(row)
+        except MRopeError as error:
+            raise MRopeError(f"row {index} of the dataset: {error}") from error
+
+    def features(self) -> datasets.Features:
+        """Return the types of the columns, as `Dataset.map` takes them."""
+        processor = self.image_processor
+        width = _CHANNELS * processor.temporal_patch_size * processor.patch_size**2
+        tokens = datasets.List(datasets.Value("int64"))
+        pixels = datasets.Array2D((None, width), "float32")
+        names = ("input_ids", "attention_mask", "labels", "mm_token_type_ids")
+        columns: dict[str, Any] = dict.fromkeys(names, tokens)
+        columns |= {"pixel_values": pixels, "pixel_values_videos": pixels}
+        columns |= {
+            "image_grid_thw": datasets.List(tokens),
+            "video_grid_thw": datasets.List(tokens),
+        }
+        if self.spec.family_row.timed:
+            columns["second_per_grid_ts"] = datasets.List(datasets.Value("float32"))
+        return datasets.Features(columns)
+
+    def _columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        images = [_picture(value, self.folder) for value in row.get("images") or []]
+        clips = [_frames(value, self.folder) for value in row.get("videos") or []]
+        fps = row.get("fps") or self.fps
+        pixel_values, image_grid_thw = self._patches(images)
+        pixel_values_videos, video_grid_thw = self._clip_patches(clips)
+        text = self.tokenizer.apply_chat_template(_messages(row), tokenize=False)
+        text = _expand(text, IMAGE, [self._tokens(grid) * IMAGE for grid in image_grid_thw])
+        text = _expand(text, START + VIDEO + END, [self._clip(g, fps) for g in video_grid_thw])
+        columns = self._token_columns(text)
+        columns |= {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        columns |= {"pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw}
+        if self.spec.family_row.timed:
+            seconds = self.image_processor.temporal_patch_size / fps
+            columns["second_per_grid_ts"] = [seconds] * len(clips)
+        return columns
+
+    def _token_columns(self, text: str) -> dict[str, Any]:
+        ids = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
+        types = token_types(self.spec, ids)
+        return {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids),
+            "labels": np.where(types == 0, ids, -100),
+            "mm_token_type_ids": types,
+        }
+
+    def _patches(self, pictures: Sequence[Image.Image]) -> tuple[Pixels, Grids]:
+        """Return the patches of pictures, (patches, C * 2 * X), and their grids, (n, 3)."""
+        if not pictures:
+            width = _CHANNELS * self.image_processor.temporal_patch_size
+            width *= self.image_processor.patch_size**2
+            return np.empty((0, width), np.float32), np.empty((0, 3), np.int64)
+        out = self.image_processor(images=list(pictures), return_tensors="np")
+        return out["pixel_values"], out["image_grid_thw"]
+
+    def _clip_patches(self, clips: Sequence[Sequence[Image.Image]]) -> tuple[Pixels, Grids]:
+        made = [self._one_clip(frames) for frames in clips] or [self._patches([])]
+        return np.concatenate([pixels for pixels, _ in made]), np.concatenate([g for _, g in made])
+
+    def _one_clip(self, frames: Sequence[Image.Image]) -> tuple[Pixels, Grids]:
+        """Return the patches of one clip and its grid, (1, 3).
+
+        A patch of a clip holds `temporal_patch_size` frames. The image processor fills all of its
+        temporal places with one picture; so each frame is processed as a picture, and then the
+        first place is taken from the first frame of a group, the second from the second. A last
+        group that is not full repeats the last frame.
+        """
+        depth = self.image_processor.temporal_patch_size
+        padded = [*frames, *[frames[-1]] * (-len(frames) % depth)]
+        pixels, grids = self._patches(padded)
+        groups, height, width = len(padded) // depth, *grids[0, 1:]
+        pixels_NFPCFX = pixels.reshape(groups, depth, height * width, _CHANNELS, depth, -1)
+        place = np.arange(depth)
+        # The two picked axes come first: (frame, group, P, C, X); the place goes behind C.
+        clip_FNPCX = pixels_NFPCFX[:, place, :, :, place]
+        clip = np.moveaxis(clip_FNPCX, 0, 3).reshape(groups * height * width, -1)
+        return clip, np.array([[groups, height, width]], np.int64)
+
+    def _tokens(self, grid: npt.NDArray[np.int64]) -> int:
+        return int(grid.prod()) // self.spec.spatial_merge_size**2
+
+    def _clip(self, grid: npt.NDArray[np.int64], fps: float) -> str:
+        """Return what stands for a clip: one span, or a span for each pair of frames, timed."""
+        if not self.spec.family_row.frames_apart:
+            return START + VIDEO * self._tokens(grid) + END
+        span = START + VIDEO * self._tokens(grid[1:]) + END
+        depth = self.image_processor.temporal_patch_size
+        # The time of a group is the mean of its first and its last frame's.
+        times = [(depth * number + (depth - 1) / 2) / fps for number in range(grid[0])]
+        return "".join(f"<{time:.1f} seconds>{span}" for time in times)
+
+
+def build_processing(
+    spec: MRopeSpec,
+    model_config: Any,
+    *,
+    folder: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    fps: float = 2.0,
+    pictures: Path = Path(),
+) -> Processing:
+    """Return the processing that fits a model.
+
+    Args:
+        spec: the model's numbers.
+        model_config: the live config; its vision tower's patch sizes are used.
+        folder: folder with a tokenizer and, where it has one, a `preprocessor_config.json`. None:
+            the demo's tokenizer and the image processor's defaults.
+        min_pixels, max_pixels: as in the config's `data` section.
+        fps: likewise.
+        pictures: where relative paths of pictures start.
+
+    Raises:
+        MRopeError: the tokenizer and the model's config do not fit together.
+    """
+    vision = model_config.vision_config
+    sizes: dict[str, Any] = {
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+    }
+    source = Path(folder) if folder else None
+    if source and (source / "preprocessor_config.json").is_file():
+        processor = Qwen2VLImageProcessorPil.from_pretrained(source, local_files_only=True, **sizes)
+    else:
+        processor = Qwen2VLImageProcessorPil(**sizes)
+    processor.size = {
+        "shortest_edge": min_pixels or processor.size["shortest_edge"],
+        "longest_edge": max_pixels or processor.size["longest_edge"],
+    }
+    tokenizer = _tokenizer(source)
+    _check(tokenizer, spec, model_config.get_text_config().vocab_size)
+    return Processing(spec, tokenizer, processor, fps, pictures)
+
+
+def _tokenizer(folder: Path | None) -> Any:
+    if folder is None:
+        return build_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
+    return tokenizer
+
+
+def _check(tokenizer: Any, spec: MRopeSpec, vocab_size: int) -> None:
+    wanted = {
+        IMAGE: spec.image_token_id,
+        VIDEO: spec.video_token_id,
+        START: spec.vision_start_token_id,
+    }
+    for token, id_ in wanted.items():
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found != id_:
+            raise MRopeError(
+                f"the tokenizer has {token} as {found}, but the model's config says {id_}: "
+                "they are not of one model"
+            )
+    if len(tokenizer) > vocab_size:
+        raise MRopeError(
+            f"the tokenizer has {len(tokenizer)} entries, but vocab_size is {vocab_size}"
+        )
+
+
+def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the row's messages without the nulls that a table's columns put into its items."""
+    return [
+        {**message, "content": [_without_nulls(item) for item in message["content"]]}
+        if not isinstance(message["content"], str)
+        else message
+        for message in row["messages"]
+    ]
+
+
+def _without_nulls(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in item.items() if value is not None}
+
+
+def _expand(text: str, placeholder: str, expanded: Sequence[str]) -> str:
+    parts = re.split(re.escape(placeholder), text)
+    if len(parts) - 1 != len(expanded):
+        kind = "images" if placeholder == IMAGE else "videos"
+        raise MRopeError(
+            f"its messages show {len(parts) - 1} {kind}, but its column holds {len(expanded)}"
+        )
+    return parts[0] + "".join(map("".join, zip(expanded, parts[1:], strict=True)))
+
+
+def _frames(value: Any, folder: Path) -> list[Image.Image]:
+    if not isinstance(value, list):
+        raise MRopeError(
+            f"a video must be a list of frames, not {type(value).__name__}: video files are not "
+            "decoded here; decode them when you write the dataset"
+        )
+    frames = [_picture(frame, folder) for frame in value]
+    if len({frame.size for frame in frames}) != 1:
+        raise MRopeError("the frames of a video must be there and of one size")
+    return frames
+
+
+def _picture(value: Any, folder: Path) -> Image.Image:
+    if isinstance(value, Image.Image):
+        return value
+    try:
+        if isinstance(value, str):
+            return Image.open(folder / value)
+        if isinstance(value, Mapping) and {"bytes", "path"} >= set(value):
+            picture: Image.Image = datasets.Image().decode_example(dict(value))
+            return picture
+    except OSError as error:
+        raise MRopeError(f"cannot read a picture: {error}") from error
+    raise MRopeError(f"a picture must be an image or a path, not {type(value).__name__}")

@@ -1,0 +1,82 @@
+"""Build the model that a training config names; needs transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mrope.training.config import model_table
+from mrope.training.sections import Config, ConfigError
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def load_model_config(cfg: Config) -> Any:
+    """Return the live transformers config of `model.config`.
+
+    Raises:
+        ConfigError: transformers has no class for the model, and the folder does not carry one.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    table = dict(model_table(cfg.model.config))
+    carried = _carries_code(cfg, table)
+    if table.get("model_type") not in CONFIG_MAPPING and not carried:
+        raise ConfigError(_no_class(table))
+    if isinstance(cfg.model.config, str):
+        return AutoConfig.from_pretrained(
+            cfg.model.config, local_files_only=True, trust_remote_code=carried
+        )
+    return AutoConfig.for_model(**table)
+
+
+def build_model(cfg: Config) -> torch.nn.Module:
+    """Return the model in training mode: weights of the folder where it has some, else random.
+
+    Raises:
+        ConfigError: as `load_model_config` does.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    auto: Any = AutoModelForImageTextToText
+    options: dict[str, Any] = {
+        "attn_implementation": cfg.model.attn_implementation,
+        "dtype": getattr(torch, cfg.train.dtype),
+        "trust_remote_code": _carries_code(cfg, model_table(cfg.model.config)),
+    }
+    if _has_weights(cfg.model.config):
+        model = auto.from_pretrained(cfg.model.config, local_files_only=True, **options)
+    else:
+        model = auto.from_config(load_model_config(cfg), **options)
+    trained: torch.nn.Module = model.train()
+    return trained
+
+
+def _carries_code(cfg: Config, table: Mapping[str, Any]) -> bool:
+    folder = isinstance(cfg.model.config, str) and Path(cfg.model.config).is_dir()
+    return folder and cfg.model.trust_remote_code and "auto_map" in table
+
+
+def _no_class(table: Mapping[str, Any]) -> str:
+    import transformers
+
+    if "auto_map" in table:
+        hint = "its folder carries one: set model.trust_remote_code: true to run that code"
+    else:
+        hint = (
+            "train with a framework that has it (build_collator(cfg) gives its collator), or name "
+            "a folder that carries the class"
+        )
+    return (
+        f"model.config: transformers {transformers.__version__} has no class for model_type "
+        f"{table.get('model_type')!r}; {hint}"
+    )
+
+
+def _has_weights(config: Any) -> bool:
+    if not isinstance(config, str) or not Path(config).is_dir():
+        return False
+    return any(next(Path(config).glob(pattern), None) for pattern in _WEIGHTS)

@@ -1,0 +1,1 @@
+"""After collating: cut batches for sequence parallelism, rename keys for other trainers."""

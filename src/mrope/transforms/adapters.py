@@ -1,0 +1,175 @@
+"""Batches in the form that other trainers expect: a pure function for each of them.
+
+Every adapter takes a batch of `MRopeCollator` in model layout and returns a new dict with the same
+values under other names or in other shapes; the batch it is given stays as it is. Docstrings name
+the release in which the peer's own code was read; docs/adapters.md says what was run.
+
+Shape suffixes: B rows and S width of a padded batch, T tokens of a flattened one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from mrope.collate.layouts import BATCH_FIRST, to_batch_layout
+from mrope.errors import MRopeError
+from mrope.spec.spec import MRopeSpec
+from mrope.towers.vision import VisionSpec, vision_tensors
+
+_BORDERS = "cu_seq_lens_q"
+# What VeOmni's towers read of `vision_tensors`, and under which name.
+_VEOMNI_NAMES = {
+    "cu_seqlens": "cu_seqlens",
+    "max_seqlen": "max_seqlen",
+    "window_index": "window_index",
+    "cu_window_seqlens": "cu_window_seqlens",
+    "max_window_seqlen": "win_max_seqlen",
+}
+
+
+def to_ms_swift(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the batch with `position_ids` (3, B, S) and the text row in `text_position_ids`.
+
+    ms-swift keeps the text row apart: its trainers take `text_position_ids` out of the batch in
+    front of the model, and count borders in it where the loss or the accuracy goes by example.
+
+    Flattened batches: `text_position_ids` int64 (1, T) restarts at every example, `position_ids`
+    becomes (3, 1, T). Borders are in the batch already, under the names that ms-swift uses; its own
+    `max_length_q` is a tensor, here it stays an int. Without the text row sdpa and eager attention
+    look over the borders, so that only flash attention will do; ms-swift refuses anything else when
+    `padding_free` or `packing` is set.
+
+    Padded batches: `text_position_ids` int64 (B, S) is the column, padding included.
+
+    Source: ms-swift 4.6.0, swift/template/templates/qwen.py, `Qwen2VLTemplate._data_collator`;
+    swift/trainers/seq2seq_trainer.py, `Seq2SeqTrainer.compute_loss`; swift/arguments/sft_args.py,
+    `_check_padding_free`.
+
+    Raises:
+        MRopeError: `position_ids` are missing, of another shape, or in batch layout.
+    """
+    positions = _positions(batch, "to_ms_swift")
+    if _BORDERS in batch:
+        text, spatial = positions[0], positions[1:]
+    else:
+        _, rows, width = positions.shape
+        text, spatial = torch.arange(width).repeat(rows, 1), positions
+    return {**batch, "position_ids": spatial, "text_position_ids": text}
+
+
+def to_verl(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a padded batch with `position_ids` int64 (B, 4, S), the text row first.
+
+    The text row counts the valid tokens of its row from 0 and holds 1 on padding. verl cuts padding
+    off by `attention_mask` before a model sees anything, and hands it (4, 1, T) or (4, B, S). Since
+    the result is in batch layout it carries `batch_first`, which verl does not read.
+
+    Source: verl 0.9.1, verl/experimental/agent_loop/agent_loop.py, `_compute_position_ids`;
+    verl/workers/utils/padding.py, `left_right_2_no_padding`; verl/workers/engine/fsdp/
+    transformer_impl.py, `FSDPEngineWithLMHead.prepare_model_inputs`.
+
+    Raises:
+        MRopeError: a flattened batch, or one without `attention_mask`; several examples in a row;
+            `position_ids` are missing, of another shape, or in batch layout.
+    """
+    positions_3BS = _positions(batch, "to_verl")
+    if _BORDERS in batch:
+        raise MRopeError(
+            "to_verl takes padded batches, but this one is flattened (cu_seq_lens_q): verl drops "
+            "the padding itself; leave out MRopeCollator(packing='flatten')"
+        )
+    if batch.get("attention_mask") is None:
+        raise MRopeError("to_verl needs attention_mask (B, S): verl tells padding by it alone")
+    mask_BS = torch.as_tensor(batch["attention_mask"])
+    if bool((mask_BS > 1).any()):
+        raise MRopeError(
+            f"attention_mask counts up to {int(mask_BS.max())}: several examples in a row, which "
+            "verl would take for one; give verl a row for each example"
+        )
+    valid_BS = mask_BS != 0
+    text_BS = (valid_BS.cumsum(1) - 1).masked_fill(~valid_BS, 1)
+    return to_batch_layout({**batch, "position_ids": torch.cat((text_BS[None], positions_3BS))})
+
+
+def to_veomni(batch: Mapping[str, Any], spec: MRopeSpec, vision: VisionSpec) -> dict[str, Any]:
+    """Return a flattened batch with `multimodal_metadata`, `image_mask` and `video_mask`.
+
+    `multimodal_metadata` is what VeOmni's vision towers would otherwise read back from the device.
+    It holds for the images, and likewise for the videos, of a batch that has any:
+
+    - `image_grid_thw_list`: the grids as lists of three ints.
+    - `vit_image_cu_seqlens` int32 (frames + 1,), `vit_image_max_seqlen` int: the frames' borders.
+    - `vit_image_window_index` int64 (M,), `vit_image_cu_window_seqlens` int32 (windows + 1,),
+      `vit_image_win_max_seqlen` int: with `vision.window_side`.
+
+    A batch without pixels has no such key. `image_mask` and `video_mask`, bool (1, T), say which
+    tokens are placeholders; VeOmni's Qwen2-VL and Qwen2.5-VL do not work without. `position_ids`
+    stay (4, 1, T): VeOmni's own are (1, 3, T), with which sdpa and eager attention look over the
+    borders; its models take both.
+
+    Everything is computed from grids and tokens: a collator for VeOmni needs no `vision`.
+
+    Args:
+        batch: a flattened batch, `MRopeCollator(packing="flatten")`.
+        spec: the model's token ids.
+        vision: the vision tower's numbers.
+
+    Source: VeOmni 0.1.12, veomni/models/transformers/<family>/generated/*_gpu.py: written by
+    `collate_multimodal_metadata`, read by the model's `forward`; veomni/data/data_transform.py,
+    `_process_sample_qwen_vl_base`.
+
+    Raises:
+        MRopeError: a padded batch; `position_ids` are missing, of another shape, or in batch
+            layout; wrong grids.
+    """
+    _positions(batch, "to_veomni")
+    if _BORDERS not in batch:
+        raise MRopeError(
+            "to_veomni takes flattened batches, but this one has no cu_seq_lens_q: VeOmni's models "
+            "take one row without padding; give MRopeCollator(packing='flatten')"
+        )
+    metadata: dict[str, Any] = {}
+    for modality in ("image", "video"):
+        metadata |= _tower_metadata(modality, batch.get(f"{modality}_grid_thw"), vision)
+    masks = {
+        "image_mask": batch["input_ids"] == spec.image_token_id,
+        "video_mask": batch["input_ids"] == spec.video_token_id,
+    }
+    return {**batch, **masks} | ({"multimodal_metadata": metadata} if metadata else {})
+
+
+def _tower_metadata(modality: str, grid_thw: Any, vision: VisionSpec) -> dict[str, Any]:
+    """Return the entries of `multimodal_metadata` for one modality; none where it has no grids."""
+    # The table is left out, since VeOmni's towers interpolate in their forward.
+    tensors = vision_tensors(replace(vision, table_side=None), grid_thw)
+    if not tensors:
+        return {}
+    metadata: dict[str, Any] = {f"{modality}_grid_thw_list": np.asarray(grid_thw).tolist()}
+    for name, value in tensors.items():
+        if name in _VEOMNI_NAMES:
+            entry = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            metadata[f"vit_{modality}_{_VEOMNI_NAMES[name]}"] = entry
+    return metadata
+
+
+def _positions(batch: Mapping[str, Any], adapter: str) -> torch.Tensor:
+    """Return `position_ids`, 4 rows where the batch is flattened and 3 where it is padded."""
+    if BATCH_FIRST in batch:
+        raise MRopeError(
+            f"{adapter} takes model layout, but the batch is in batch layout ({BATCH_FIRST}); give "
+            "MRopeCollator(layout='model'), or to_model_layout(batch)"
+        )
+    positions = batch.get("position_ids")
+    rows, width = (4, "(4, 1, T)") if _BORDERS in batch else (3, "(3, B, S)")
+    if isinstance(positions, torch.Tensor) and positions.ndim == 3 and len(positions) == rows:
+        return positions
+    found = tuple(positions.shape) if isinstance(positions, torch.Tensor) else "none"
+    raise MRopeError(
+        f"{adapter} needs the position_ids {width} of MRopeCollator, found {found}; usual cause: "
+        "the batch is of another collator, or went through an adapter before"
+    )

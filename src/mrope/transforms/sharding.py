@@ -1,0 +1,284 @@
+"""Sequence and context parallelism: a whole batch is made first, then each rank takes its part.
+
+Positions, borders and vision tensors need the whole sequence; a rank that computed them for its
+part alone would number it from 0. So the collator runs on all of it, in the worker, and
+`shard_sequence` cuts what it made.
+
+Shape suffixes: S tokens of a whole row, L tokens of a rank's part, padding included, D segments of
+a flattened row; a padded batch counts as one segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mrope.collate.layouts import BATCH_FIRST
+from mrope.collate.packing import is_column
+from mrope.errors import MRopeError
+
+IntArray = npt.NDArray[np.int64]
+Scheme = Literal["contiguous", "zigzag"]
+
+_FILL = {"labels": -100, "shift_labels": -100}
+# Host numbers by which the reading model of `mrope.hf` attends; they are of the whole sequence.
+_NOT_OF_A_PART = (
+    "has_padding",
+    "segment_sizes",
+    "image_split_sizes",
+    "image_window_split_sizes",
+    "video_split_sizes",
+    "video_window_split_sizes",
+)
+
+
+class _Plan(NamedTuple):
+    """Where a rank's tokens come from, and in which segments of the padded row they are.
+
+    Attributes:
+        source_L: the token's place in the row as it was; at padding the last token before it in
+            its segment, -1 where there is none.
+        beyond_L: 0 at tokens; at padding how many places behind that last token.
+        segment_L: the segment of the padded row.
+        borders_D: of the padded segments, their number + 1.
+    """
+
+    source_L: IntArray
+    beyond_L: IntArray
+    segment_L: IntArray
+    borders_D: IntArray
+
+
+def shard_sequence(
+    batch: Mapping[str, Any],
+    rank: int,
+    world_size: int,
+    scheme: Scheme = "contiguous",
+    *,
+    pad_token_id: int = 0,
+) -> dict[str, Any]:
+    """Return a rank's part of a batch of `MRopeCollator`, padded or flattened.
+
+    - "contiguous": rank r has the r-th of `world_size` equal parts. For attention that sees the
+      whole sequence (Ulysses, or keys gathered from all ranks): `cu_seq_lens_*` and `max_length_*`
+      stay those of the whole row.
+    - "zigzag": the row is cut in 2 * `world_size` parts, and rank r has part r and the r-th from
+      the end, so that causal attention is as much work for every rank (ring attention). In a
+      flattened row each example is padded at its end and cut for itself; `cu_seq_lens_*` and
+      `max_length_*` are those of the rank's part, a `world_size`-th of the padded ones.
+
+    Args:
+        batch: in model layout, with `input_ids` (B, S) and `position_ids` (3|4, B, S).
+        rank, world_size: of the group that shares a sequence.
+        scheme: see above.
+        pad_token_id: id at padding.
+
+    Returns:
+        A new dict. `position_ids` is cut on axis 2 and every other tensor with an entry for each
+        token on axis 1; pixels, grids, vision tensors and `rope_deltas` stay whole. Padding has
+        labels of -100 and a mask of 0; in a flattened row it is a segment of its own ("contiguous")
+        or the end of each example, where it comes after every token that could see it ("zigzag").
+        Besides:
+
+        - `shift_labels` where there are `labels`: what each token is to predict. A model shifts the
+          labels that it is given, and would lose one at each cut; transformers' losses take these
+          instead.
+        - `image_scatter_index`: places among the rank's B * L tokens; `image_feature_index`: which
+          feature rows go there. The same for `video_`. What else the reading model of `mrope.hf`
+          decides by is left out: it attends within one process, and so refuses the part.
+
+    Raises:
+        MRopeError: a rank that is none, an unknown scheme, a batch without token ids or positions,
+            or one in batch layout.
+
+    Example:
+        >>> ids = torch.arange(8)[None]
+        >>> batch = {"input_ids": ids, "position_ids": ids.expand(3, 1, 8)}
+        >>> shard_sequence(batch, 0, 2)["input_ids"].tolist()
+        [[0, 1, 2, 3]]
+        >>> shard_sequence(batch, 0, 2, "zigzag")["input_ids"].tolist()
+        [[0, 1, 6, 7]]
+    """
+    _check(batch, rank, world_size, scheme)
+    whole = dict(batch)
+    shape, flattened = tuple(batch["input_ids"].shape[:2]), "cu_seq_lens_q" in batch
+    if whole.get("labels") is not None:
+        whole["shift_labels"] = _next_labels(whole["labels"])
+    if not flattened and whole.get("attention_mask") is None:
+        whole["attention_mask"] = torch.ones(shape, dtype=torch.int64)
+    plan = _plan(whole, shape[1], rank, world_size, scheme)
+    fills = {**_FILL, "input_ids": pad_token_id}
+    part = {name: value for name, value in whole.items() if name not in _NOT_OF_A_PART}
+    for name, value in whole.items():
+        if is_column(name, value, shape):
+            part[name] = _cut(value, plan, fills.get(name, 0))
+    part["position_ids"] = _cut_positions(whole["position_ids"], plan, flattened)
+    if flattened:
+        part |= _borders(plan, world_size if scheme == "zigzag" else 1)
+    for modality in ("image", "video"):
+        if f"{modality}_scatter_index" in whole:
+            part |= _places(modality, whole[f"{modality}_scatter_index"], plan, shape[1])
+    return part
+
+
+def gather_sequence(
+    parts: Sequence[Mapping[str, Any]], scheme: Scheme = "contiguous"
+) -> dict[str, torch.Tensor]:
+    """Put the ranks' parts back together.
+
+    Args:
+        parts: of the ranks in their order, as `shard_sequence` returned them.
+        scheme: by which they were cut.
+
+    Returns:
+        The columns of tokens (B, S, ...) and `position_ids` (3|4, B, S) of the whole; S counts the
+        padding that made it divisible.
+    """
+    shape = tuple(parts[0]["input_ids"].shape[:2])
+    names = [name for name, value in parts[0].items() if is_column(name, value, shape)]
+    whole = {name: torch.cat([part[name] for part in parts], dim=1) for name in names}
+    whole["position_ids"] = torch.cat([part["position_ids"] for part in parts], dim=2)
+    if scheme == "contiguous":
+        return whole
+    ranks = len(parts)
+    borders = parts[0].get("cu_seq_lens_q", torch.tensor([0, shape[1]])).numpy().astype(np.int64)
+    own = [_zigzag(borders * ranks, rank, ranks) for rank in range(ranks)]
+    order = torch.from_numpy(np.concatenate(own).argsort())
+    return {
+        name: value.index_select(2 if name == "position_ids" else 1, order)
+        for name, value in whole.items()
+    }
+
+
+def _check(batch: Mapping[str, Any], rank: int, world_size: int, scheme: str) -> None:
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise MRopeError(f"rank {rank} is not one of world_size={world_size} ranks")
+    if scheme not in get_args(Scheme):
+        raise MRopeError(f"scheme must be 'contiguous' or 'zigzag', not {scheme!r}")
+    lacking = [name for name in ("input_ids", "position_ids") if batch.get(name) is None]
+    if lacking:
+        raise MRopeError(
+            f"cannot shard a batch without {lacking[0]}: positions are those of the whole "
+            "sequence, so let a MRopeCollator make it first"
+        )
+    if BATCH_FIRST in batch:
+        raise MRopeError("shard_sequence takes model layout; call to_model_layout(batch) first")
+
+
+def _next_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Return what each token predicts: (B, S), the next token's label; -100 at the end."""
+    return torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+
+
+def _plan(
+    whole: Mapping[str, Any], width: int, rank: int, world_size: int, scheme: Scheme
+) -> _Plan:
+    """Pad a row so that it can be cut evenly, and say which tokens are the rank's.
+
+    Two ranks, zigzag, a flattened row of 3 and 4 tokens: each segment is padded to 4 tokens, and
+    cut in 4. Rank 0 has the first and the last of each:
+
+        padded row  source 0 1 2 2 3 4 5 6    beyond 0 0 0 1 0 0 0 0    borders 0 4 8
+        rank 0      places 0 3 4 7            source 0 2 3 6            beyond 0 1 0 0
+    """
+    length_D = _lengths(whole, width)
+    if scheme == "zigzag":
+        padded_D = -(-length_D // (2 * world_size)) * (2 * world_size)
+    else:
+        tail = -width % world_size
+        if tail and _without_tail(whole, len(length_D)):
+            length_D = np.append(length_D, 0)
+        padded_D = length_D.copy()
+        padded_D[-1] += tail
+    borders_D = np.concatenate(([0], padded_D.cumsum()))
+    if scheme == "zigzag":
+        place_L = _zigzag(borders_D, rank, world_size)
+    else:
+        place_L = np.arange(borders_D[-1]).reshape(world_size, -1)[rank]
+    segment_L = np.arange(len(padded_D)).repeat(padded_D)[place_L]
+    within_L = place_L - borders_D[segment_L]
+    last_L = np.minimum(within_L, length_D[segment_L] - 1)
+    source_L = (length_D.cumsum() - length_D)[segment_L] + last_L
+    source_L[last_L < 0] = -1
+    return _Plan(source_L, within_L - last_L, segment_L, borders_D)
+
+
+def _lengths(whole: Mapping[str, Any], width: int) -> IntArray:
+    """Return the tokens of each segment of a flattened row; of a padded batch, its width."""
+    borders = whole.get("cu_seq_lens_q")
+    border_D = np.array([0, width]) if borders is None else borders.numpy().astype(np.int64)
+    length_D: IntArray = np.diff(border_D)
+    return length_D
+
+
+def _without_tail(whole: Mapping[str, Any], segments: int) -> bool:
+    """Whether a flattened row ends with an example: a tail has no delta of its own."""
+    return "cu_seq_lens_q" in whole and segments == len(whole["rope_deltas"])
+
+
+def _zigzag(borders_D: IntArray, rank: int, world_size: int) -> IntArray:
+    """Return a rank's places in a row whose segments are each cut in 2 * world_size."""
+    chunk_D = np.diff(borders_D) // (2 * world_size)
+    # Two chunks of each segment, one after another: (D, 2) starts, each of chunk_D tokens.
+    start_D2 = borders_D[:-1, None] + chunk_D[:, None] * [rank, 2 * world_size - 1 - rank]
+    starts, lengths = start_D2.ravel(), chunk_D.repeat(2)
+    ends = lengths.cumsum()
+    place_L: IntArray = np.arange(lengths.sum()) + (starts - ends + lengths).repeat(lengths)
+    return place_L
+
+
+def _cut(column: torch.Tensor, plan: _Plan, fill: int) -> torch.Tensor:
+    """Return (B, L, ...) of a column (B, S, ...), `fill` at padding."""
+    part = column.index_select(1, torch.from_numpy(plan.source_L).clamp(min=0))
+    part[:, torch.from_numpy(plan.beyond_L > 0)] = fill
+    return part
+
+
+def _cut_positions(position_ids: torch.Tensor, plan: _Plan, flattened: bool) -> torch.Tensor:
+    """Return (3|4, B, L). Padding of a padded batch has 0; that of a segment counts on from it."""
+    source_L, beyond_L = torch.from_numpy(plan.source_L), torch.from_numpy(plan.beyond_L)
+    part = position_ids.index_select(2, source_L.clamp(min=0))
+    if not flattened:
+        part[:, :, beyond_L > 0] = 0
+        return part
+    part[:, :, source_L < 0] = -1
+    return part + beyond_L
+
+
+def _borders(plan: _Plan, ranks: int) -> dict[str, Any]:
+    """Return borders of the padded segments, or of a rank's share of each; and `seq_idx` (1, L)."""
+    borders_D = plan.borders_D // ranks
+    borders = torch.from_numpy(borders_D.astype(np.int32))
+    longest = int(np.diff(borders_D).max())
+    return {
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders.clone(),
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "seq_idx": torch.from_numpy(plan.segment_L.astype(np.int32))[None],
+    }
+
+
+def _places(
+    modality: str, scatter_index: torch.Tensor, plan: _Plan, width: int
+) -> dict[str, torch.Tensor]:
+    """Return which feature rows are for the rank's tokens, and where among those they go.
+
+    Rows of 4 tokens, rank 1 of 2, features at the flat places 1 2 6 7: places 2 and 6, 7 are its
+    own, features 1 2 3, and in its own rows of 2 tokens they are at 0, 2, 3.
+    """
+    real = (plan.beyond_L == 0).nonzero()[0]
+    local_S = np.full(width, -1)
+    local_S[plan.source_L[real]] = real
+    row, place = np.divmod(scatter_index.numpy(), width)
+    local = local_S[place]
+    feature = (local >= 0).nonzero()[0]
+    own = row[feature] * len(plan.source_L) + local[feature]
+    return {
+        f"{modality}_scatter_index": torch.from_numpy(own),
+        f"{modality}_feature_index": torch.from_numpy(feature),
+    }

@@ -1,0 +1,89 @@
+"""An attached model never waits: forward and backward, every family, every row of the table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from hf.test_forwards import MEDIA, make_batches
+from mrope.bench.waits import count_row, markdown
+from mrope.guard.sync_guard import SyncGuard
+from mrope.hf import attach
+from mrope.training.config import load_config
+from mrope.training.step import guarded_step
+from support.models import CONFIGS, MODEL_FAMILIES, tiny_model
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
+@pytest.mark.parametrize("media", MEDIA)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_an_attached_model_does_not_wait(
+    family: str, attention: str, media: str, padded: bool
+) -> None:
+    _, batch = make_batches(family, media, padded)
+    guard = guarded_step(attach(tiny_model(family, attention).train()), batch)
+    assert guard.count == 0, guard.report()
+
+
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_each_step_of_the_way_takes_waits_off_the_forward(family: str) -> None:
+    plain_batch, batch = make_batches(family)
+    model = tiny_model(family).train()
+    positions = plain_batch | {"position_ids": batch["position_ids"]}
+    counts = [guarded_step(model, one).count for one in (plain_batch, positions, batch)]
+    assert counts[0] > counts[1] > counts[2] > 0
+
+
+def test_the_sites_of_a_plain_model_are_those_known() -> None:
+    plain_batch, _ = make_batches("qwen3_vl")
+    report = guarded_step(tiny_model("qwen3_vl").train(), plain_batch).report()
+    for function in (
+        "get_rope_index: tolist",
+        "get_placeholder_mask: format",
+        "get_image_features: tolist",
+        "_deepstack_process: indexing by a mask",
+        "_ignore_causal_mask_sdpa via modeling_qwen3_vl.py",
+        "get_vision_position_ids via modeling_qwen3_vl.py",
+        "masked_select (backward of MaskedScatterBackward0)",
+    ):
+        assert function in report
+
+
+@pytest.mark.parametrize(
+    ("dropped", "site"),
+    [
+        ("image_split_sizes", "tolist"),
+        ("has_padding", "_ignore_causal_mask_sdpa"),
+        ("_deepstack_process", "_deepstack_process"),
+    ],
+)
+def test_without_one_of_its_parts_the_model_waits_again(dropped: str, site: str) -> None:
+    _, batch = make_batches("qwen3_vl")
+    model = attach(tiny_model("qwen3_vl").train(), strict=False)
+    text = model.model.language_model
+    if dropped in batch:
+        del batch[dropped]
+    else:
+        del text._deepstack_process
+        mask = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+        index = batch["image_scatter_index"]
+        mask.view(-1)[index] = True
+        with SyncGuard() as guard:
+            text._deepstack_process(torch.zeros(*mask.shape, 4), mask, torch.zeros(len(index), 4))
+        assert site in guard.report()
+        return
+    assert site in guarded_step(model, batch).report()
+
+
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_the_table_in_the_docs_is_what_is_counted(family: str) -> None:
+    """Two rows of each family; `mrope bench waits` counts all of them, and writes the table."""
+    page = (CONFIGS.parent / "docs" / "guard.md").read_text(encoding="utf-8")
+    for attention, media, padded in (("sdpa", "both", True), ("eager", "images", False)):
+        cfg = load_config(CONFIGS / f"{family}.yaml", [f"model.attn_implementation={attention}"])
+        row = count_row(cfg, media, padded)
+        assert row["attached"] == 0
+        assert markdown([row]).splitlines()[-1] in page

@@ -1,0 +1,248 @@
+"""The model that only reads: same outputs, same gradients, nothing else touched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from mrope import MRopeCollator, MRopeError
+from mrope.collate.padding import PaddingCollator
+from mrope.hf import attach, detach
+from mrope.towers.vision import VisionSpec
+from support.models import MODEL_FAMILIES, model_config, tiny_examples, tiny_model, tiny_spec
+
+MEDIA = {
+    "images": {"images": True, "videos": False},
+    "videos": {"images": False, "videos": True},
+    "both": {"images": True, "videos": True},
+    "text": {"images": False, "videos": False},
+}
+
+
+def make_batches(
+    family: str, media: str = "both", padded: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what an inner collate function makes, and the same from a collator with vision."""
+    examples = tiny_examples(family, **MEDIA[media])
+    if not padded:
+        examples = [examples[0]] * 2
+    inner = PaddingCollator(padding_side="left")
+    plain_batch, batch = inner(examples), reading_collator(family, inner)(examples)
+    if media == "text":
+        # Left to itself, transformers 5 numbers such a batch without looking at the mask.
+        plain_batch["position_ids"] = batch["position_ids"]
+    return plain_batch, batch
+
+
+def reading_collator(family: str, inner: Any = None) -> MRopeCollator:
+    vision = VisionSpec.from_config(model_config(family))
+    return MRopeCollator(inner, tiny_spec(family), vision)
+
+
+def step(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return the output of a training step and the gradients of every parameter."""
+    model.zero_grad()
+    output = model(**batch)
+    output.loss.backward()
+    named = model.named_parameters()
+    return output, {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+def assert_same_step(ours: Any, theirs: Any, atol: float = 0.0) -> None:
+    """Outputs and gradients are equal: to the last bit, where no tolerance is given."""
+    (output, gradients), (own_output, own_gradients) = ours, theirs
+    torch.testing.assert_close(output.logits, own_output.logits, rtol=0, atol=atol)
+    torch.testing.assert_close(output.loss, own_output.loss, rtol=0, atol=atol)
+    assert gradients.keys() == own_gradients.keys()
+    for name, gradient in gradients.items():
+        difference = (gradient - own_gradients[name]).abs().max().item()
+        assert difference <= atol, f"{name} differs by {difference}"
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
+@pytest.mark.parametrize("media", MEDIA)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_logits_and_gradients_are_equal(
+    family: str, attention: str, media: str, padded: bool
+) -> None:
+    """To the last bit; but eager attention multiplies frames in batches, and rounds differently."""
+    atol = 1e-6 if attention == "eager" else 0.0
+    plain_batch, batch = make_batches(family, media, padded)
+    model = tiny_model(family, attention).train()
+    theirs = step(model, plain_batch)
+    assert_same_step(step(model, batch), theirs)  # the unmodified model takes the batch too
+    attach(model)
+    assert_same_step(step(model, batch), theirs, atol)
+    detach(model)
+    assert_same_step(step(model, plain_batch), theirs)
+
+
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_generation_gives_the_same_tokens(family: str) -> None:
+    examples = [{k: v for k, v in e.items() if k != "labels"} for e in tiny_examples(family)]
+    inner = PaddingCollator(padding_side="left")
+    plain_batch, batch = inner(examples), reading_collator(family, inner)(examples)
+    model = tiny_model(family)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**plain_batch, **options)
+    attach(model)
+    assert torch.equal(model.generate(**plain_batch, **options), expected)
+
+    model.model.rope_deltas = None  # what the calls above left there
+    with torch.no_grad():
+        prefill = model(**batch, use_cache=True)
+    assert torch.equal(model.model.rope_deltas, batch["rope_deltas"])
+    first = prefill.logits[:, -1:].argmax(-1)
+    tokens = torch.cat([batch["input_ids"], first], dim=1)
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(first)], dim=1)
+    options["max_new_tokens"] = 5
+    continued = model.generate(
+        input_ids=tokens, attention_mask=mask, past_key_values=prefill.past_key_values, **options
+    )
+    assert torch.equal(continued, expected)
+
+
+def test_a_batch_without_positions_is_refused_and_strict_false_computes_them() -> None:
+    plain_batch, batch = make_batches("qwen3_vl")
+    model = tiny_model("qwen3_vl")
+    expected = model(**plain_batch).logits
+    attach(model)
+    with pytest.raises(MRopeError, match="got image and video pixels without position_ids"):
+        model(**plain_batch)
+    without_vision = plain_batch | {"position_ids": batch["position_ids"]}
+    with pytest.raises(MRopeError, match="without image_scatter_index, image_split_sizes, video_"):
+        model(**without_vision)
+    without_positions = {name: value for name, value in batch.items() if name != "position_ids"}
+    with pytest.raises(MRopeError, match="vision tensors of a MRopeCollator, but no position_ids"):
+        model(**without_positions)
+    attach(detach(model), strict=False)
+    assert torch.equal(model(**plain_batch).logits, expected)
+    assert torch.equal(model(**batch).logits, expected)
+
+
+def test_only_the_instance_is_touched_and_detach_restores_it() -> None:
+    model, other = tiny_model("qwen3_vl"), tiny_model("qwen3_vl")
+    base_class, text_class = type(model.model), type(model.model.language_model)
+    before = base_class.forward, text_class._deepstack_process
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    assert attach(model) is model
+    assert (base_class.forward, text_class._deepstack_process) == before
+    assert "forward" not in vars(other.model)
+    assert model.state_dict().keys() == state.keys()
+    assert detach(model) is model
+    for touched in (model.model, model.model.language_model):
+        assert not {"forward", "_deepstack_process", "mrope_strict"} & vars(touched).keys()
+
+
+def test_a_copy_of_an_attached_model_reads_with_its_own_weights() -> None:
+    _, batch = make_batches("qwen3_vl")
+    model = attach(tiny_model("qwen3_vl"))
+    twin = copy.deepcopy(model)
+    expected = model(**batch).logits
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.model.language_model.embed_tokens.weight.zero_()
+    assert torch.equal(twin(**batch).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_attach_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attach(tiny_model("qwen3_vl"))
+    with pytest.raises(MRopeError, match="already has a forward of its own"):
+        attach(model)
+    with pytest.raises(MRopeError, match="is not attached"):
+        detach(tiny_model("qwen3_vl"))
+    with pytest.raises(MRopeError, match="Linear holds 0 base models of a known family"):
+        attach(torch.nn.Linear(2, 2))
+    pair = torch.nn.ModuleList([tiny_model("qwen2_vl"), tiny_model("qwen3_vl")])
+    with pytest.raises(MRopeError, match="ModuleList holds 2 base models"):
+        attach(pair)
+    with pytest.raises(MRopeError, match="too late: .* wrapped by DataParallel"):
+        attach(torch.nn.DataParallel(tiny_model("qwen3_vl")))
+    with pytest.raises(MRopeError, match=r"too late: .* wrapped by torch.compile"):
+        attach(cast("torch.nn.Module", torch.compile(tiny_model("qwen3_vl"))))
+    sliding = tiny_model("qwen2_vl")
+    sliding.model.language_model.config.layer_types[0] = "sliding_attention"
+    with pytest.raises(MRopeError, match="sliding window layers"):
+        attach(sliding)
+    monkeypatch.setattr("mrope.spec.references.installed_transformers", lambda: "5.31.0")
+    with pytest.raises(MRopeError, match=r"tested with transformers 5.23, not 5.31.0"):
+        attach(tiny_model("qwen3_vl"))
+    attach(tiny_model("qwen3_vl"), strict=False)
+
+
+@pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_gradient_checkpointing(family: str) -> None:
+    plain_batch, batch = make_batches(family)
+    model = tiny_model(family).train()
+    model.gradient_checkpointing_enable()
+    theirs = step(model, plain_batch)
+    assert_same_step(step(attach(model), batch), theirs)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_compiled_text_layers(family: str) -> None:
+    plain_batch, batch = make_batches(family)
+    model = tiny_model(family).train()
+    theirs = step(model, plain_batch)
+    attach(model)
+    for layer in model.model.language_model.layers:
+        layer.compile(backend="aot_eager")
+    assert_same_step(step(model, batch), theirs, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
+def test_a_peft_model() -> None:
+    peft = pytest.importorskip("peft")
+    plain_batch, batch = make_batches("qwen3_vl")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("qwen3_vl"), config).train()
+    theirs = step(model, plain_batch)
+    assert len(theirs[1]) == 4 * len(model.base_model.model.model.language_model.layers)
+    assert_same_step(step(attach(model), batch), theirs)
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_ddp_and_fsdp2_wrap_an_attached_model() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    plain_batch, batch = make_batches("qwen3_vl")
+    model = tiny_model("qwen3_vl").train()
+    expected = step(model, plain_batch)[0].loss
+    wrapped = DistributedDataParallel(attach(model))
+    assert torch.equal(step(wrapped, batch)[0].loss, expected)
+    with pytest.raises(MRopeError, match="too late: .* wrapped by DistributedDataParallel"):
+        attach(wrapped)
+
+    sharded = attach(tiny_model("qwen3_vl").train())
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in sharded.model.language_model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    output = sharded(**batch)
+    output.loss.backward()
+    torch.testing.assert_close(output.loss, expected, rtol=0, atol=1e-6)
+    with pytest.raises(MRopeError, match="too late: .* wrapped by FSDPModule"):
+        attach(sharded)

@@ -1,0 +1,139 @@
+"""Bad input gets one clear error that names the row, the span and both counts."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mrope import MRopeCollator, MRopeError, MRopeSpec, SpanMismatchError, rope_index
+from mrope.spec.references import REFERENCES
+from mrope.spec.spec import example_config
+from support.batches import SPAN_ROWS
+from support.malformed import MALFORMED, Malformed
+
+ERRORS_PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
+
+
+def spec_of(case: Malformed) -> MRopeSpec:
+    return MRopeSpec.from_config(example_config(case.family), case.reference)
+
+
+@pytest.mark.parametrize("case", MALFORMED, ids=lambda case: case.name)
+def test_the_error_names_row_span_and_both_counts(case: Malformed) -> None:
+    with pytest.raises(SpanMismatchError) as caught:
+        rope_index(spec_of(case), **case.arguments)
+    error = caught.value
+    assert str(error) == case.message
+    facts = (error.row, error.span, error.modality, error.found, error.needed)
+    assert facts == (case.row, case.span, case.modality, case.found, case.needed)
+    assert error.cause is not None and error.cause in case.message
+    assert isinstance(error, MRopeError) and isinstance(error, ValueError)
+
+
+@pytest.mark.parametrize("case", MALFORMED, ids=lambda case: case.name)
+def test_the_docs_show_the_message(case: Malformed) -> None:
+    page = " ".join(ERRORS_PAGE.read_text(encoding="utf-8").split())
+    assert case.message in page
+    assert " ".join(case.what.split()) in page
+
+
+@pytest.mark.parametrize(("family", "reference"), SPAN_ROWS)
+@pytest.mark.parametrize("case", MALFORMED[:7], ids=lambda case: case.name)
+def test_no_family_or_reference_lets_it_pass(case: Malformed, family: str, reference: str) -> None:
+    spec = MRopeSpec.from_config(example_config(family), reference)
+    with pytest.raises(SpanMismatchError, match=r"row 0, (image|video) \d"):
+        rope_index(spec, **case.arguments)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_grids_of_the_right_sum_with_borders_elsewhere_are_refused(rows: int) -> None:
+    """Two runs of 3 tokens, in one row or in two, and grids of 2 and of 4 tokens."""
+    spec = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
+    tokens = np.array([7, 102, 102, 102] * 2).reshape(rows, -1)
+    with pytest.raises(SpanMismatchError, match="row 0, image 1 .*found 1 placeholder.*needs 4"):
+        rope_index(spec, tokens, image_grid_thw=[[1, 2, 4], [1, 4, 4]])
+
+
+def test_the_error_survives_pickling_and_raising_by_its_message() -> None:
+    error = SpanMismatchError("row 3, image 1: ...", row=3)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert str(SpanMismatchError(str(error))) == str(error)
+
+
+GOOD: dict[str, Any] = {"input_ids": [[101, 102, 7]], "image_grid_thw": [[1, 2, 2]]}
+BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    ({"image_grid_thw": [[1, 0, 2]]}, r"image_grid_thw\[0\] = \[1, 0, 2\]: every size must be at"),
+    ({"image_grid_thw": [[-1, 2, 2]]}, r"image_grid_thw\[0\] = \[-1, 2, 2\]: every size must be"),
+    ({"image_grid_thw": [[1, 3, 2]]}, r"\[1, 3, 2\]: height and width .* multiples of .*_size=2"),
+    ({"image_grid_thw": [[1, 2**62, 2]]}, "needs more than the 3 tokens of the whole batch"),
+    ({"image_grid_thw": [1, 2, 2]}, r"image_grid_thw must have shape \(N, 3\), not \(3,\)"),
+    ({"image_grid_thw": [[1, 2]]}, r"image_grid_thw must have shape \(N, 3\), not \(1, 2\)"),
+    ({"image_grid_thw": [[1.0, 2.0, 2.0]]}, "image_grid_thw must hold integers, not float64"),
+    ({"image_grid_thw": [[1, 2, 2], [1]]}, "image_grid_thw is ragged"),
+    ({"image_grid_thw": None}, "row 0, image 0: found 1 placeholder token, but has no grid"),
+    ({"video_grid_thw": [[1, 2, 2]]}, "row 0, video 0: found 0 placeholder tokens, but its grid"),
+    ({"input_ids": [[101.0, 102.0, 7.0]]}, "input_ids must hold integers, not float64"),
+    ({"input_ids": [101, 102, 7]}, r"input_ids must have shape \(B, S\), not \(3,\)"),
+    ({"input_ids": [[101, 102], [7]]}, "input_ids is ragged"),
+    ({"attention_mask": [[1, 1]]}, r"attention_mask has shape \(1, 2\), but input_ids \(1, 3\)"),
+    ({"attention_mask": [[1.0, 1, 1]]}, "attention_mask must be bool or integers, not float64"),
+    ({"mm_token_type_ids": [[0, 1]]}, r"mm_token_type_ids has shape \(1, 2\), but input_ids"),
+    ({"mm_token_type_ids": [[0.0, 1, 0]]}, "mm_token_type_ids must hold integers, not float64"),
+    ({"mm_token_type_ids": [[0, 1, 3]]}, r"says 3 \(unknown to this family\), but token id 7 is"),
+    ({"images_per_sample": [2]}, r"images_per_sample = \[2\] does not fit a batch of 1 rows and 1"),
+    ({"images_per_sample": [-1]}, r"images_per_sample = \[-1\] does not fit"),
+    ({"images_per_sample": [1, 0]}, r"images_per_sample = \[1, 0\] does not fit a batch of 1 row"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_ARGUMENTS, ids=lambda value: str(value)[:60])
+def test_other_bad_input(change: dict[str, Any], message: str) -> None:
+    spec = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
+    rope_index(spec, **GOOD)
+    with pytest.raises(MRopeError, match=message):
+        rope_index(spec, **(GOOD | change))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "message"),
+    [
+        ([0.5, 0.5], r"second_per_grid_ts has shape \(2,\), but the batch has 1 videos"),
+        ([-1.0], r"second_per_grid_ts\[0\] = -1.0: must be finite, not negative"),
+        ([float("nan")], r"second_per_grid_ts\[0\] = nan: must be finite"),
+        ([float("inf")], r"second_per_grid_ts\[0\] = inf: must be finite"),
+        ([1e30], r"second_per_grid_ts\[0\] = 1e\+30: must be finite"),
+        (np.array([0.5], np.float16), "float32, float64 or integers, not float16"),
+        (["half"], "float32, float64 or integers, not <U4"),
+    ],
+)
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_bad_seconds(seconds: Any, message: str, reference: str) -> None:
+    spec = MRopeSpec.from_config(example_config("qwen2_5_vl"), reference)
+    tokens = [[101, 103, 103]]
+    with pytest.raises(MRopeError, match=message):
+        rope_index(spec, tokens, video_grid_thw=[[2, 2, 2]], second_per_grid_ts=seconds)
+
+
+def test_seconds_are_not_looked_at_in_families_without_timed_videos() -> None:
+    spec = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
+    plain = rope_index(spec, [[101, 103]], video_grid_thw=[[1, 2, 2]])[0]
+    given = rope_index(spec, [[101, 103]], None, None, [[1, 2, 2]], [0.5])[0]
+    np.testing.assert_array_equal(plain, given)
+
+
+def test_a_row_never_takes_its_neighbours_grid_when_examples_carry_their_own() -> None:
+    """Row 0 lost an image, row 1 has one token run more than its grids: the sums agree."""
+    spec = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
+    image = [101, 102, 99]
+    examples = [
+        {"input_ids": [7, *image, 7, 7, 7], "image_grid_thw": np.array([[1, 2, 2]] * 2)},
+        {"input_ids": [7, *image, *image], "image_grid_thw": np.array([[1, 2, 2]])},
+    ]
+    whole = [np.array(example["input_ids"]) for example in examples]
+    rope_index(spec, np.stack(whole), image_grid_thw=[[1, 2, 2]] * 3)
+    with pytest.raises(SpanMismatchError, match="row 0, image 1: found 0 placeholder tokens"):
+        MRopeCollator(None, spec)(examples)

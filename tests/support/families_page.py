@@ -1,0 +1,104 @@
+"""Write the table of `docs/families.md`: from the table of families, and from results of tests.
+
+    PYTHONPATH=src:tests python tests/support/families_page.py
+
+References are those with goldens under `tests/parity/data`, which `make parity` compares with the
+releases themselves; waits are those that `mrope bench waits` counted.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mrope.hf.attach import ALL_READERS
+from mrope.spec.families import FAMILIES, Family
+from mrope.spec.references import REFERENCES
+from mrope.towers.vision import VisionSpec
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "families.md"
+MARKS = "<!-- families -->", "<!-- /families -->"
+HEAD = ("`model_type`", "rule", "equal to transformers", "inputs", "vision keys", "waits")
+
+
+def rendered(page: str) -> str:
+    """Return the page with its table as it must be now."""
+    before, _, rest = page.partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    lines = [HEAD, ("---",) * len(HEAD), *(cells(name, row) for name, row in FAMILIES.items())]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{after}"
+
+
+def cells(name: str, row: Family) -> tuple[str, ...]:
+    return (f"`{name}`", rule(row), references(name), inputs(row), vision_keys(row), waits(name))
+
+
+CUSTOM_INDICES = {
+    "omni_2_5": "spans in seconds, audio, in chunks",
+    "omni_3": "spans in seconds, audio, by time",
+    "glm_image": "images by markers",
+    "hunyuan": "images counted",
+    "minicpm": "canvas of slices",
+}
+
+
+def rule(row: Family) -> str:
+    if row.custom_index is not None:
+        return CUSTOM_INDICES[row.custom_index]
+    if row.frames_as_images:
+        return "frames apart, as images between markers"
+    if row.frames_apart:
+        return "frames apart"
+    merged = any(number.name == "temporal_merge_size" for number in row.extra)
+    return "clips in seconds" if row.timed else "clips, frames merged" if merged else "clips"
+
+
+def references(name: str) -> str:
+    found = []
+    for reference in REFERENCES:
+        golden = json.loads((ROOT / f"tests/parity/data/{reference}.json").read_text("utf-8"))
+        if name in golden["families"]:
+            found.append(reference.removeprefix("transformers-"))
+    return ", ".join(found)
+
+
+def inputs(row: Family) -> str:
+    names = ["image_grid_thw", "video_grid_thw"] + ["second_per_grid_ts"] * row.timed
+    names += [name for name in row.inputs if not name.endswith("_per_sample")]
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def vision_keys(row: Family) -> str:
+    tower = row.tower
+    if tower is None:
+        return "none"
+    spec = VisionSpec(
+        spatial_merge_size=2,
+        window_side=4 if tower.windows else None,
+        table_side=16 if tower.table else None,
+        positions=tower.positions,
+    )
+    keys = [key for key in spec.keys if not key.startswith("max_")]
+    return ", ".join(f"`{key}`" for key in keys) + ("" if tower.videos else " (images)")
+
+
+def waits(name: str) -> str:
+    """Return the waits of a step on images: plain, with all that a collator gives, attached."""
+    found: list[dict[str, Any]] = []
+    for file in ("waits.json", "waits-thinkers.json"):
+        found += json.loads((ROOT / "docs/benchmarks" / file).read_text("utf-8"))["rows"]
+    case = {"family": name, "attention": "sdpa", "media": "images", "padding": "no"}
+    rows = [row for row in found if case.items() <= row.items()]
+    if not rows:
+        return "not counted"
+    (row,) = rows
+    assert (row["attached"] is not None) == (name in ALL_READERS)
+    counts = (row["plain"], row["+ vision tensors"], row["attached"])
+    return ", ".join("not attached" if count is None else str(count) for count in counts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(rendered(PAGE.read_text("utf-8")), encoding="utf-8")

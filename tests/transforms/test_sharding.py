@@ -1,0 +1,335 @@
+"""Parts of a sequence: each rank's tokens with the positions that they have in the whole."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.nn
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mrope import MRopeCollator, MRopeError, MRopeSpec, gather_sequence, shard_sequence
+from mrope.spec.spec import example_config
+from mrope.towers.vision import VisionSpec
+
+SPEC = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
+VISION = VisionSpec(spatial_merge_size=2, table_side=16)
+START, IMAGE = 101, 102
+SCHEMES: Any = ("contiguous", "zigzag")
+
+
+def text(*lengths: int) -> list[dict[str, Any]]:
+    """Examples whose ids and labels count on from example to example: 10 11 12, 20 21 ..."""
+    rows = [[10 * (n + 1) + i for i in range(length)] for n, length in enumerate(lengths)]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def pictures(*images: int) -> list[dict[str, Any]]:
+    """An example for each number of images, of 2 tokens each, with text between."""
+    made = []
+    for count in images:
+        ids = [7, *[START, IMAGE, IMAGE, 8] * count, 9]
+        made.append(
+            {"input_ids": ids, "labels": [one if one < 100 else -100 for one in ids]}
+            | ({"image_grid_thw": [[1, 2, 4]] * count} if count else {})
+        )
+    return made
+
+
+def parts(batch: Any, ranks: int, scheme: Any = "contiguous", **options: Any) -> list[Any]:
+    return [shard_sequence(batch, rank, ranks, scheme, **options) for rank in range(ranks)]
+
+
+def test_a_padded_batch_in_equal_parts() -> None:
+    batch = MRopeCollator(None, SPEC)(text(5, 3))
+    first, second = parts(batch, 2, pad_token_id=99)
+    assert first["input_ids"].tolist() == [[10, 11, 12], [20, 21, 22]]
+    assert second["input_ids"].tolist() == [[13, 14, 99], [0, 0, 99]]
+    assert second["attention_mask"].tolist() == [[1, 1, 0], [0, 0, 0]]
+    assert second["labels"].tolist() == [[13, 14, -100], [-100, -100, -100]]
+    assert first["shift_labels"].tolist() == [[11, 12, 13], [21, 22, -100]]
+    assert second["shift_labels"].tolist() == [[14, -100, -100], [-100] * 3]
+    assert second["position_ids"][0].tolist() == [[3, 4, 0], [0, 0, 0]]
+    assert torch.equal(first["rope_deltas"], batch["rope_deltas"])
+
+
+def test_a_padded_batch_in_zigzag() -> None:
+    batch = MRopeCollator(None, SPEC)(text(7, 8))
+    first, second = parts(batch, 2, "zigzag")
+    assert first["input_ids"].tolist() == [[10, 11, 16, 0], [20, 21, 26, 27]]
+    assert second["input_ids"].tolist() == [[12, 13, 14, 15], [22, 23, 24, 25]]
+    assert first["position_ids"][2].tolist() == [[0, 1, 6, 0], [0, 1, 6, 7]]
+    assert first["shift_labels"].tolist() == [[11, 12, -100, -100], [21, 22, 27, -100]]
+
+
+def test_a_flattened_row_in_equal_parts() -> None:
+    """The row of 3 + 4 tokens gets a tail, a segment of its own; borders are those of the whole."""
+    batch = MRopeCollator(None, SPEC, packing="flatten")(text(3, 4))
+    first, second = parts(batch, 2)
+    assert first["input_ids"].tolist() == [[10, 11, 12, 20]]
+    assert second["input_ids"].tolist() == [[21, 22, 23, 0]]
+    assert second["position_ids"][:, 0].tolist() == [[1, 2, 3, 0]] * 4
+    assert second["seq_idx"].tolist() == [[1, 1, 1, 2]]
+    for part in (first, second):
+        assert part["cu_seq_lens_q"].tolist() == [0, 3, 7, 8] == part["cu_seq_lens_k"].tolist()
+        assert part["cu_seq_lens_q"].dtype == torch.int32
+        assert part["max_length_q"] == part["max_length_k"] == 4
+        assert part["use_cache"] is False and "attention_mask" not in part
+    # The first label of the second example belongs to nobody.
+    assert first["shift_labels"].tolist() == [[11, 12, -100, 21]]
+
+
+def test_a_tail_that_is_there_grows() -> None:
+    batch = MRopeCollator(None, SPEC, packing="flatten", pad_to_multiple_of=5)(text(3, 5))
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 8, 10]
+    last = parts(batch, 4)[3]
+    assert last["cu_seq_lens_q"].tolist() == [0, 3, 8, 12]
+    assert last["position_ids"][:, 0].tolist() == [[1, 2, 3]] * 4
+    assert last["seq_idx"].tolist() == [[2, 2, 2]]
+
+
+def test_a_flattened_row_in_zigzag_cuts_each_example() -> None:
+    """3 tokens are padded to 4; the padding counts on behind them, and nobody learns it."""
+    batch = MRopeCollator(None, SPEC, packing="flatten")(text(3, 8))
+    first, second = parts(batch, 2, "zigzag")
+    assert first["input_ids"].tolist() == [[10, 0, 20, 21, 26, 27]]
+    assert second["input_ids"].tolist() == [[11, 12, 22, 23, 24, 25]]
+    assert first["position_ids"][:, 0].tolist() == [[0, 3, 0, 1, 6, 7]] * 4
+    assert first["shift_labels"].tolist() == [[11, -100, 21, 22, 27, -100]]
+    for part in (first, second):
+        assert part["cu_seq_lens_q"].tolist() == [0, 2, 6]
+        assert part["max_length_k"] == 4
+        assert part["seq_idx"].tolist() == [[0, 0, 1, 1, 1, 1]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    images=st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    ranks=st.integers(1, 4),
+    scheme=st.sampled_from(SCHEMES),
+    packing=st.sampled_from([None, "flatten"]),
+    multiple=st.sampled_from([1, 3]),
+)
+def test_the_parts_together_are_the_whole(
+    images: list[int], ranks: int, scheme: Any, packing: Any, multiple: int
+) -> None:
+    multiple = multiple if packing else 1
+    collate = MRopeCollator(None, SPEC, VISION, packing=packing, pad_to_multiple_of=multiple)
+    batch = collate(pictures(*images))
+    cut = parts(batch, ranks, scheme)
+    assert len({part["input_ids"].shape for part in cut}) == 1
+    whole = gather_sequence(cut, scheme)
+    # Padding may stand between segments: what is no padding is the row, in its order.
+    real = torch.ones_like(whole["input_ids"], dtype=torch.bool)
+    if packing:
+        sizes = batch["cu_seq_lens_q"].diff().tolist()
+        borders = (cut[0]["cu_seq_lens_q"] * (ranks if scheme == "zigzag" else 1)).tolist()
+        real[:] = False
+        for start, size in zip(borders, sizes, strict=False):
+            real[0, start : start + size] = True
+    else:
+        real[:, batch["input_ids"].shape[1] :] = False
+    for name in ("input_ids", "labels", "position_ids", *(["seq_idx"] if packing else [])):
+        kept = whole[name][..., real[0]]
+        assert torch.equal(kept, batch[name]), name
+        assert name != "labels" or whole[name][:, ~real[0]].eq(-100).all()
+    _features_go_where_they_went(batch, cut)
+
+
+def _features_go_where_they_went(batch: Any, cut: list[Any]) -> None:
+    if "image_scatter_index" not in batch:
+        assert "image_feature_index" not in cut[0]
+        return
+    features = torch.arange(len(batch["image_scatter_index"])) + 1
+    taken = torch.cat([part["image_feature_index"] for part in cut])
+    assert taken.sort().values.tolist() == (features - 1).tolist()
+    for part in cut:
+        places = torch.zeros(part["input_ids"].numel(), dtype=torch.int64)
+        places[part["image_scatter_index"]] = features[part["image_feature_index"]]
+        # The k-th placeholder of the whole batch takes the k-th feature, wherever it stands.
+        assert torch.equal(places.view_as(part["input_ids"]) > 0, part["input_ids"] == IMAGE)
+    whole = torch.zeros(batch["input_ids"].numel(), dtype=torch.int64)
+    whole[batch["image_scatter_index"]] = features
+    marked = {**batch, "marks": whole.view_as(batch["input_ids"])}
+    for rank, part in enumerate(cut):
+        for scheme in SCHEMES:
+            again = shard_sequence(marked, rank, len(cut), scheme)
+            flat = again["marks"].ravel()[again["image_scatter_index"]]
+            assert torch.equal(flat, features[again["image_feature_index"]])
+        assert part.keys() >= {"image_grid_thw", "image_cu_seqlens", "image_position_ids"}
+        assert not part.keys() & {"image_split_sizes", "has_padding", "segment_sizes"}
+
+
+def test_the_batch_is_not_written_to_and_the_stage_pickles() -> None:
+    batch = MRopeCollator(None, SPEC, VISION, packing="flatten")(pictures(2, 1))
+    before = pickle.loads(pickle.dumps(batch))
+    stage = pickle.loads(pickle.dumps(partial(shard_sequence, rank=1, world_size=2)))
+    stage(batch)
+    assert batch.keys() == before.keys()
+    for name, value in batch.items():
+        same = torch.equal(value, before[name]) if torch.is_tensor(value) else value == before[name]
+        assert same, name
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, {"rank": 2}, "rank 2 is not one of world_size=2 ranks"),
+        ({}, {"rank": 0, "world_size": 0}, "world_size=0"),
+        ({}, {"scheme": "ring"}, "scheme must be 'contiguous' or 'zigzag', not 'ring'"),
+        ({"position_ids": None}, {}, "without position_ids: .* MRopeCollator"),
+        ({"batch_first": torch.ones(1)}, {}, r"call to_model_layout\(batch\) first"),
+    ],
+)
+def test_what_is_refused(change: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    batch = {**MRopeCollator(None, SPEC)(text(4)), **change}
+    with pytest.raises(MRopeError, match=message):
+        shard_sequence(batch, **{"rank": 0, "world_size": 2, **options})
+
+
+def test_an_attached_model_refuses_a_part() -> None:
+    models = pytest.importorskip("models", exc_type=ImportError)
+    from mrope.hf import attach
+
+    vision = VisionSpec.from_config(models.model_config("qwen2_vl"))
+    batch = MRopeCollator(None, models.tiny_spec("qwen2_vl"), vision)(
+        models.tiny_examples("qwen2_vl")
+    )
+    model = attach(models.tiny_model("qwen2_vl"))
+    with pytest.raises(MRopeError, match="without .*split_sizes"):
+        model(**shard_sequence(batch, 0, 2))
+
+
+# Two processes.
+
+
+def run_in_two(function: Any, tmp_path: Path, *arguments: Any) -> list[Any]:
+    """Run `function(rank, *arguments)` in two gloo processes; return what each returned."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(  # type: ignore[attr-defined, no-untyped-call]
+        _one_of_two, (function, port, str(tmp_path), arguments), nprocs=2, join=True
+    )
+    return [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _one_of_two(rank: int, function: Any, port: int, folder: str, arguments: Any) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", address, rank=rank, world_size=2)
+    torch.save(function(rank, *arguments), Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def gathered_parts(rank: int, scheme: Any, packing: Any) -> dict[str, torch.Tensor]:
+    batch = MRopeCollator(None, SPEC, packing=packing)(pictures(2, 0, 3))
+    own = shard_sequence(batch, rank, 2, scheme)
+    everyones: list[Any] = [None, None]
+    torch.distributed.all_gather_object(everyones, own)
+    return gather_sequence(everyones, scheme)
+
+
+@pytest.mark.parametrize("packing", [None, "flatten"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_parts_gathered_from_two_processes(tmp_path: Path, scheme: Any, packing: Any) -> None:
+    batch = MRopeCollator(None, SPEC, packing=packing)(pictures(2, 0, 3))
+    expected = gather_sequence(parts(batch, 2, scheme), scheme)
+    for whole in run_in_two(gathered_parts, tmp_path, scheme, packing):
+        assert whole.keys() == expected.keys()
+        assert all(torch.equal(whole[name], expected[name]) for name in whole)
+        if packing is None and scheme == "contiguous":
+            width = batch["input_ids"].shape[1]
+            assert torch.equal(whole["position_ids"][..., :width], batch["position_ids"])
+
+
+def gathered_attention(
+    module: Any, query: Any, key: Any, value: Any, *_: Any, **options: Any
+) -> Any:
+    """Attend from a rank's tokens to those of all ranks before them, in their own segment."""
+    keys, values = (
+        torch.distributed.nn.all_gather(one)  # type: ignore[no-untyped-call]
+        for one in (key, value)
+    )
+    whole_key, whole_value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+    width, start = query.shape[2], torch.distributed.get_rank() * query.shape[2]
+    place = torch.arange(whole_key.shape[2])
+    mask = place[None] <= (start + torch.arange(width))[:, None]
+    if (borders := options.get("cu_seq_lens_q")) is not None:
+        segment = torch.bucketize(place, borders[1:-1].long(), right=True)
+        mask &= segment[None] == segment[start : start + width, None]
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, whole_key, whole_value, attn_mask=mask, scale=options["scaling"], enable_gqa=True
+    )
+    return output.transpose(1, 2), None
+
+
+def run_on_a_part(rank: int, family: str, packing: Any) -> dict[str, Any]:
+    """Embed the whole sequence, as Ulysses trainers do, then run the layers on this rank's part."""
+    from transformers import AttentionInterface
+
+    from mrope.hf.attach import base_model
+    from support import models
+
+    AttentionInterface.register("gathered", gathered_attention)
+    batch = _model_batch(models, family, packing)
+    model = models.tiny_model(family, "sdpa")
+    base = base_model(model)
+    embeds = _embed(base, batch)
+    part = shard_sequence({**batch, "embeds": embeds}, rank, 2)
+    model.set_attn_implementation({"text_config": "gathered"})
+    borders = {name: part[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k") if name in part}
+    with torch.no_grad():
+        hidden = base.language_model(
+            inputs_embeds=part["embeds"],
+            position_ids=part["position_ids"][-3:],
+            use_cache=False,
+            **borders,
+        ).last_hidden_state
+        logits = model.lm_head(hidden)
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), part["shift_labels"].flatten(), reduction="sum", ignore_index=-100
+        )
+    return {"logits": logits, "loss": losses, "tokens": part["shift_labels"].ne(-100).sum()}
+
+
+def _model_batch(models: Any, family: str, packing: Any) -> Any:
+    vision = VisionSpec.from_config(models.model_config(family))
+    examples = models.tiny_examples(family, rows=3)
+    return MRopeCollator(None, models.tiny_spec(family), vision, packing=packing)(examples)
+
+
+def _embed(base: Any, batch: Any) -> torch.Tensor:
+    """Return the token embeddings of the whole sequence with the features in their places."""
+    embeds = base.get_input_embeddings()(batch["input_ids"]).flatten(0, 1)
+    with torch.no_grad():
+        for modality, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            grid = batch[f"{modality}_grid_thw"]
+            features = base.visual(batch[pixels], grid_thw=grid).pooler_output
+            embeds = embeds.index_copy(0, batch[f"{modality}_scatter_index"], features)
+    whole: torch.Tensor = embeds.view(*batch["input_ids"].shape, -1).detach()
+    return whole
+
+
+@pytest.mark.parametrize("packing", [None, "flatten"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_model_on_two_parts_gives_what_it_gives_on_the_whole(
+    tmp_path: Path, family: str, packing: Any
+) -> None:
+    models = pytest.importorskip("models", exc_type=ImportError)
+    batch = _model_batch(models, family, packing)
+    with torch.no_grad():
+        whole = models.tiny_model(family)(**batch)
+    found = run_in_two(run_on_a_part, tmp_path, family, packing)
+    logits = torch.cat([one["logits"] for one in found], dim=1)[:, : batch["input_ids"].shape[1]]
+    valid = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    torch.testing.assert_close(logits[valid], whole.logits[valid], rtol=0, atol=1e-4)
+    loss = sum(one["loss"] for one in found) / sum(one["tokens"] for one in found)
+    assert loss.item() == pytest.approx(whole.loss.item(), abs=1e-5)
