@@ -9,8 +9,9 @@ from typing import Any
 from mrope import MRopeSpec
 from positions.custom import test_glm_image as glm_image
 from positions.custom import test_hunyuan as hunyuan
-from support.omni import random_omni_batch, slow_omni_index
+from support.omni import random_omni_batch
 from twins import minicpm
+from twins.omni import slow_omni_index
 
 Batch = dict[str, Any]
 

@@ -131,9 +131,7 @@ def random_maker(rng: random.Random, spec: MRopeSpec) -> Maker:
     return maker
 
 
-def random_omni_batch(
-    rng: random.Random, spec: MRopeSpec, *, masked: bool = False
-) -> dict[str, Any]:
+def processor_batch(rng: random.Random, spec: MRopeSpec, *, masked: bool = False) -> dict[str, Any]:
     """Return arguments of `rope_index`; `masked`: there always is a mask, which Qwen3-Omni needs."""
     padding = rng.choice(["left", "right", "ragged", "none"])
     return random_maker(rng, spec).batch(padding, masked or rng.random() < 0.5)
@@ -175,7 +173,7 @@ def in_chunks(stream: list[Any], size: int, start: Any) -> list[list[Any]]:
 
 
 def slow_omni_index(spec: MRopeSpec, batch: dict[str, Any]) -> tuple[Any, Any]:
-    """Return what `rope_index` must return for arguments of `random_omni_batch`."""
+    """Return what `rope_index` must return for a random Omni batch."""
     number = np.int64 if is_old(spec) else np.float32
     ids, mask = batch["input_ids"], batch["attention_mask"]
     media = batch["image_grid_thw"] is not None or batch["video_grid_thw"] is not None

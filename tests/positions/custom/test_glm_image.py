@@ -1,9 +1,8 @@
-"""GLM-Image: exact small cases, a slow twin, transformers itself, and bad input."""
+"""GLM-Image: exact small cases, a slow twin, and bad input."""
 
 from __future__ import annotations
 
 import random
-import types
 from typing import Any
 
 import numpy as np
@@ -153,35 +152,6 @@ def test_a_spoilt_batch_is_refused_or_numbered_right(rng: random.Random) -> None
             glm_image_index(SPEC, **batch)
     else:
         assert_equal(glm_image_index(SPEC, **batch), expected)
-
-
-def test_equal_to_the_installed_transformers() -> None:
-    peer = pytest.importorskip("mrope.hf.get_rope_index", exc_type=ImportError)
-    if peer.installed_reference() not in SPEC.family_row.references:
-        pytest.skip("another release is installed")
-    import torch
-    from transformers.models.glm_image import GlmImageConfig
-    from transformers.models.glm_image.modeling_glm_image import GlmImageModel
-
-    config = GlmImageConfig(
-        image_token_id=IMAGE, image_start_token_id=START, image_end_token_id=END
-    )
-    holder = types.SimpleNamespace(config=config)
-    holder.get_vision_position_ids = types.MethodType(GlmImageModel.get_vision_position_ids, holder)
-    rng = random.Random("glm_image live")
-    for _ in range(BATCHES):
-        batch = random_batch(rng)
-        if len(batch["input_ids"]) == 1 and rng.random() < 0.5:
-            batch["images_per_sample"] = None
-        if batch["attention_mask"] is None:  # with a mask it takes int64 alone
-            batch["input_ids"] = batch["input_ids"].astype(rng.choice([np.int64, np.int32]))
-        tensors = {
-            name: None if value is None else torch.from_numpy(value.copy())
-            for name, value in batch.items()
-        }
-        theirs = GlmImageModel.get_rope_index(holder, **tensors)
-        ours = glm_image_index(SPEC, **batch)
-        assert_equal(ours, (theirs[0].numpy(), theirs[1].numpy()))
 
 
 def test_a_source_and_what_is_to_be_drawn() -> None:

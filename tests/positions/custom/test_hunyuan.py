@@ -1,9 +1,8 @@
-"""HunYuan-VL: exact small cases, a slow twin, transformers itself, and bad input."""
+"""HunYuan-VL: exact small cases, a slow twin, and bad input."""
 
 from __future__ import annotations
 
 import random
-import types
 from typing import Any
 
 import numpy as np
@@ -155,42 +154,6 @@ def test_a_spoilt_batch_is_refused_or_numbered_right(rng: random.Random) -> None
             hunyuan_index(spec, **batch)
     else:
         assert_equal(hunyuan_index(spec, **batch), expected)
-
-
-@pytest.mark.parametrize("axes", [3, 4])
-def test_equal_to_the_installed_transformers(axes: int) -> None:
-    peer = pytest.importorskip("mrope.hf.get_rope_index", exc_type=ImportError)
-    if peer.installed_reference() not in spec_of(axes).family_row.references:
-        pytest.skip("another release is installed")
-    import torch
-    from transformers.models.hunyuan_vl import HunYuanVLConfig
-    from transformers.models.hunyuan_vl.modeling_hunyuan_vl import HunYuanVLModel
-
-    section = [8] * axes
-    config = HunYuanVLConfig(
-        text_config={
-            "head_dim": 16 * axes,
-            "rope_parameters": {"rope_type": "default", "mrope_section": section},
-        },
-        vision_config={"spatial_merge_size": 2},
-        image_token_id=IMAGE,
-    )
-    holder = types.SimpleNamespace(config=config)
-    holder.get_vision_position_ids = types.MethodType(
-        HunYuanVLModel.get_vision_position_ids, holder
-    )
-    rng = random.Random(f"hunyuan live {axes}")
-    for _ in range(BATCHES):
-        batch = random_batch(rng, 2)
-        dtype = rng.choice([np.int64, np.int64, np.int32])
-        batch["input_ids"] = batch["input_ids"].astype(dtype)
-        tensors = {
-            name: None if value is None else torch.from_numpy(value.copy())
-            for name, value in batch.items()
-            if name != "images_per_sample"
-        }
-        theirs = HunYuanVLModel.get_rope_index(holder, **tensors)
-        assert_equal(hunyuan_index(spec_of(axes), **batch), (theirs[0].numpy(), theirs[1].numpy()))
 
 
 def test_two_rows_count_their_images_together() -> None:

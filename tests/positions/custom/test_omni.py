@@ -20,8 +20,8 @@ from twins.omni import (
     AUDIO_END,
     FAMILIES,
     omni_spec,
+    processor_batch,
     random_maker,
-    random_omni_batch,
     slow_omni_index,
 )
 
@@ -40,7 +40,7 @@ def assert_equal(actual: tuple[Any, Any], expected: tuple[Any, Any], what: str =
 @given(rng=st.randoms(use_true_random=False))
 def test_equal_to_the_twin(family: str, rng: random.Random) -> None:
     spec = omni_spec(family)
-    batch = random_omni_batch(rng, spec)
+    batch = processor_batch(rng, spec)
     assert_equal(rope_index(spec, **batch), slow_omni_index(spec, batch))
 
 
@@ -49,7 +49,7 @@ def test_equal_to_the_installed_release(family: str) -> None:
     reference = live_reference()
     spec, rng = omni_spec(family), random.Random(5)
     for number in range(BATCHES):
-        batch = random_omni_batch(rng, spec, masked=True)
+        batch = processor_batch(rng, spec, masked=True)
         assert_equal(rope_index(spec, **batch), reference(spec, batch), f"batch {number}")
 
 
@@ -65,7 +65,7 @@ def test_what_is_not_refused_is_numbered_like_the_reference(family: str) -> None
     spec, rng = omni_spec(family), random.Random(6)
     refused = 0
     for number in range(BATCHES):
-        batch = spoil(rng, spec, random_omni_batch(rng, spec, masked=True))
+        batch = spoil(rng, spec, processor_batch(rng, spec, masked=True))
         try:
             actual = rope_index(spec, **batch)
         except MRopeError:
