@@ -1,6 +1,6 @@
-"""What columns are after their way through Arrow, undone; and Arrow's own tables.
+"""Read batches of columns as `datasets`, Ray and pyarrow give them, and add columns to them.
 
-pyarrow is not imported before somebody hands over a table: who does has it.
+pyarrow is imported only when the caller passes a table.
 """
 
 from __future__ import annotations
@@ -13,25 +13,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mrope.positions.stored import LENGTH, SPANS, STAMP
-
 
 def is_table(columns: Any) -> bool:
-    """Whether a batch of columns is a `pyarrow.Table`."""
+    """Return whether a batch of columns is a `pyarrow.Table`."""
     pyarrow = sys.modules.get("pyarrow")
     return pyarrow is not None and isinstance(columns, pyarrow.Table)
 
 
 def columns_of(table: Any) -> dict[str, Any]:
-    """Return the columns of a table, whose entries `plain` takes."""
+    """Return the columns of a table by name; `plain` reads their entries."""
     return {name: table[name] for name in table.column_names}
 
 
-def with_added(columns: Any, added: Mapping[str, Any], lists: Collection[str]) -> Any:
-    """Return a batch of columns with the stored ones, in place of those that it has already.
+def with_added(
+    columns: Any, added: Mapping[str, npt.NDArray[np.int64]], lists: Collection[str]
+) -> Any:
+    """Return a batch of columns with `added`, which replaces columns of the same names.
 
     Args:
-        lists: names of columns that hold lists or nulls, and no numbers.
+        columns: a mapping from names to columns, or a `pyarrow.Table`; it is not changed.
+        added: int64 (rows,) for each name.
+        lists: names of the columns that hold lists or nulls.
     """
     if is_table(columns):
         return _with_appended(columns, added)
@@ -40,35 +42,34 @@ def with_added(columns: Any, added: Mapping[str, Any], lists: Collection[str]) -
     return columns | added
 
 
-def _with_appended(table: Any, added: Mapping[str, Any]) -> Any:
+def _with_appended(table: Any, added: Mapping[str, npt.NDArray[np.int64]]) -> Any:
     import pyarrow as pa
 
-    types = {SPANS: pa.list_(pa.int64()), LENGTH: pa.int64(), STAMP: pa.string()}
     table = table.drop_columns([name for name in added if name in table.column_names])
     for name, column in added.items():
-        table = table.append_column(name, pa.array(column, types[name]))
+        # The type is stated since a batch without rows would leave it open.
+        table = table.append_column(name, pa.array(column, pa.int64()))
     return table
 
 
 def _writable(column: Any, lists: bool) -> Any:
-    """Return a column so that it is written as it was read.
+    """Return a column in a form that `datasets` and Ray write as they read it.
 
-    `datasets` writes lists of arrays, but no arrays of arrays, which it may have given. Ray gives
-    NaN for the nulls of a block that has nothing else, and takes a block with numbers for another
-    table.
+    `datasets` gives arrays of arrays, and writes only lists of arrays. Ray gives NaN for a block of
+    nulls, and refuses to join it, as numbers, with the blocks that hold lists.
     """
     if not isinstance(column, np.ndarray):
         return column
-    if lists and column.ndim == 1 and column.dtype.kind == "f":
+    if lists and column.ndim == 1 and column.dtype.kind == "f" and np.isnan(column).all():
         return [None] * len(column)
     return list(column) if column.dtype == np.object_ else column
 
 
 def plain(value: Any) -> Any:
-    """Return an entry of a column as it was before Arrow had it: None, or what it holds.
+    """Return an entry of a column as None, a number, a string, or a writable array or list.
 
-    A null may come as NaN, a list of lists as an array of arrays, an array as a read-only view, and
-    from a table everything as a scalar of Arrow's.
+    Arrow and its readers give a null as NaN, a list of lists as an array of arrays, and an array as
+    a read-only view; a table gives every entry as a `pyarrow.Scalar`.
     """
     if hasattr(value, "as_py"):
         value = _of_scalar(value)
@@ -79,7 +80,7 @@ def plain(value: Any) -> Any:
 
 
 def _of_scalar(scalar: Any) -> Any:
-    """Return what a scalar holds: lists of numbers as arrays, without a Python object for each."""
+    """Return what a scalar holds; a list of numbers as an array, not as a list of Python ints."""
     values = getattr(scalar, "values", None)
     if values is None or hasattr(values, "values"):  # a null or a number, or a list of lists
         return scalar.as_py()

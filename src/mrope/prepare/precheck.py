@@ -1,8 +1,7 @@
-"""Ahead of time: check a whole dataset once, and store with each sample where its spans sit.
+"""Check a tokenized dataset before training, and add the lengths that samplers need.
 
-The stage works on batches of columns, as `datasets.Dataset.map(stage, batched=True)`,
-`datasets.IterableDataset.map` and `ray.data.Dataset.map_batches` hand them over. What it writes and
-how the collator reads it is in `mrope.positions.stored`.
+`Precheck` takes batches of columns, as `datasets.Dataset.map(..., batched=True)`,
+`datasets.IterableDataset.map` and `ray.data.Dataset.map_batches` pass them to a function.
 """
 
 from __future__ import annotations
@@ -14,108 +13,114 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import as_array
+from mrope.arrays import as_array, as_grid, as_integers
 from mrope.errors import MRopeError, SpanMismatchError
-from mrope.positions.rope_index import locate
-from mrope.positions.stored import LENGTH, SPANS, STAMP, StoredSpans, stamp_of, to_stored
+from mrope.positions.rope_index import rope_index
 from mrope.prepare.columns import columns_of, is_table, plain, with_added
 from mrope.spec.spec import MRopeSpec
 from mrope.towers.vision import VisionSpec
 
+LENGTH, PATCHES = "mrope_length", "mrope_patches"
+
 _TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids")
 _GRIDS = ("image_grid_thw", "video_grid_thw")
+_CROPS = ("target_sizes", "target_sizes_videos")
 _SECONDS = ("second_per_grid_ts", "video_second_per_grid")
+_AUDIO = ("audio_seqlens", "feature_attention_mask")
+_FLAGS = ("use_audio_in_video", "downsample_mode")
 _PACKED = "seq_lengths"
-_READ = (*_TOKENS, *_GRIDS, *_SECONDS, _PACKED)
-# Columns that say which row of its dataset a row is, where `map` does not.
+_READ = (*_TOKENS, *_GRIDS, *_CROPS, *_SECONDS, *_AUDIO, *_FLAGS, _PACKED)
+# What each count is the length of; crops take the place of grids where a family has them.
+_COUNTED = {
+    "images_per_sample": ("image_grid_thw", "target_sizes"),
+    "videos_per_sample": ("video_grid_thw", "target_sizes_videos"),
+    "audios_per_sample": ("audio_seqlens",),
+}
+# Columns that identify a row in an error where `map` does not give its index.
 _NAMES = ("mrope_index", "index", "id")
-# A row that has none of these must not have the key: its neighbours' are merged without it.
-_LEFT_OUT_IF_EMPTY = (*_GRIDS, *_SECONDS, "pixel_values", "pixel_values_videos")
+# Collate functions concatenate these over the rows that have them, text rows must not.
+_LEFT_OUT_IF_EMPTY = (*_GRIDS, *_CROPS, *_SECONDS, "pixel_values", "pixel_values_videos")
 
 
 class Precheck:
-    """Check every row of a batch of columns, and add columns that say where its spans sit.
+    """Check every row of a batch of columns, and add its length and its number of patches.
 
-    Three columns are added: `mrope_spans`, an int64 list with five numbers for each image, clip or
-    frame (see `mrope.positions.stored.FIELDS`); `mrope_length`, the row's valid tokens; `mrope_spec`, the
-    spec in words. `MRopeCollator` takes them out of the examples, refuses those of another spec and
-    of samples that were changed since, and makes the same batch as without them.
+    Each row is passed to `rope_index` as a batch of one, with all its checks: a row that passes
+    can be collated. Two int64 columns are added:
 
-    Plain data: it pickles, and runs without transformers.
+    - `mrope_length`: valid tokens of the row, the lengths that `TokenBudgetSampler` takes;
+    - `mrope_patches`: patches that the vision tower has to process, the sum of frames * height *
+      width over the row's grids (height * width over its crops for MiniCPM-V); 0 for text.
+
+    Plain data: it pickles, and needs neither transformers nor the model. Pixels are not read.
 
     Args:
         spec: the model's numbers and the reference to follow.
-        vision: the tower's numbers, if the collator is given some: they must go with the spec's.
+        vision: the vision tower's numbers, if the collator is given some; checked against the spec.
 
     Raises:
-        TypeError: `spec` is no `MRopeSpec`.
-        MRopeError: a family that is not numbered by spans, or towers of another model.
+        TypeError: `spec` is not an `MRopeSpec`.
+        MRopeError: `vision` and `spec` merge different numbers of patches.
 
     Example:
         >>> from mrope.spec.spec import example_config
         >>> spec = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
-        >>> stage = Precheck(spec)
-        >>> columns = {
+        >>> columns = Precheck(spec)({
         ...     "input_ids": [[7, 101, 102, 102, 102, 102, 8], [9]],
         ...     "image_grid_thw": [[[1, 4, 4]], None],
-        ... }
-        >>> stored = stage(columns)
-        >>> [spans.tolist() for spans in stored["mrope_spans"]], stored["mrope_length"].tolist()
-        ([[1, 2, 1, 2, 2], []], [7, 1])
+        ... })
+        >>> columns["mrope_length"].tolist(), columns["mrope_patches"].tolist()
+        ([7, 1], [16, 0])
     """
 
     def __init__(self, spec: MRopeSpec, vision: VisionSpec | None = None) -> None:
         if not isinstance(spec, MRopeSpec):
             raise TypeError(f"spec must be an MRopeSpec, not {type(spec).__name__}")
-        if spec.family_row.custom_index is not None:
-            raise MRopeError(
-                f"{spec.family} has a rule of its own and no spans to store; leave Precheck "
-                "out, and the collator numbers its batches"
-            )
         if vision is not None and vision.spatial_merge_size != spec.spatial_merge_size:
             raise MRopeError(
-                f"the tower merges {vision.spatial_merge_size} patches along each side, but the "
-                f"spec {spec.spatial_merge_size}: they are of two models"
+                f"the vision tower merges {vision.spatial_merge_size} patches along each side, but "
+                f"the spec {spec.spatial_merge_size}: they belong to different models"
             )
         self.spec = spec
         self.vision = vision
 
     def __call__(self, columns: Any, indices: Sequence[int] | None = None) -> Any:
-        """Return `columns` with three more.
+        """Return `columns` with `mrope_length` and `mrope_patches`, int64 (rows,).
 
         Args:
             columns: a mapping from names to lists or arrays with an entry for each row, or a
-                `pyarrow.Table`: `input_ids`, and what else of a sample the collator numbers by:
-                `attention_mask`, the grids, the seconds, `mm_token_type_ids`, `seq_lengths`. An
-                entry is null or empty where a row has nothing. Other columns are not read.
-            indices: the rows' places in the dataset, to name bad rows by
+                `pyarrow.Table`. Read are `input_ids` (n,) and what else of a row the collator
+                reads: `attention_mask`, `mm_token_type_ids`, the grids, seconds and `seq_lengths`,
+                and the sizes and audio lengths of the families that take them. An entry is null or
+                empty where a row has nothing. Other columns are not read.
+            indices: the rows' indices in the dataset, for errors
                 (`datasets.Dataset.map(..., with_indices=True)`).
 
         Raises:
-            MRopeError: no `input_ids`, or a row that cannot be numbered.
+            SpanMismatchError: placeholder tokens and sizes of a row do not fit together; `row` is
+                its index in the dataset if that is known, else in the batch.
+            MRopeError: there is no `input_ids`, or a row holds something else that `rope_index`
+                refuses.
         """
-        # What is read of a lazy batch counts as written, and is then cast and copied.
+        # A lazy batch of `datasets` treats columns that were read as written, and casts them.
         source = columns_of(columns) if is_table(columns) else copy.copy(columns)
         read = {name: source[name] for name in _READ if name in source}
         if "input_ids" not in read:
             raise MRopeError(f"no input_ids among the columns {', '.join(map(str, source))}")
-        rows = [self._store(read, row, source, indices) for row in range(len(read["input_ids"]))]
-        added = {
-            # Arrays, since a batch in which no row has a span would leave the type of a list open.
-            SPANS: [stored.table_5V.T.ravel() for stored in rows],
-            LENGTH: np.array([int(stored.length_B[0]) for stored in rows], np.int64),
-            STAMP: [stamp_of(self.spec)] * len(rows),
-        }
+        rows = [self._check(read, row, source, indices) for row in range(len(read["input_ids"]))]
+        sizes_N2 = np.array(rows, np.int64).reshape(-1, 2)
+        added = {LENGTH: sizes_N2[:, 0].copy(), PATCHES: sizes_N2[:, 1].copy()}
         return with_added(columns, added, lists=read)
 
-    def _store(
+    def _check(
         self, read: Mapping[str, Any], row: int, source: Mapping[str, Any], indices: Any
-    ) -> StoredSpans:
-        """Return the spans of one row, or raise what is wrong with it, by the row's name."""
+    ) -> tuple[int, int]:
+        """Return length and patches of one row; its error names its place in the dataset."""
         try:
-            return _find(self.spec, {name: plain(column[row]) for name, column in read.items()})
+            sample = {name: plain(column[row]) for name, column in read.items()}
+            return _check_row(self.spec, sample)
         except MRopeError as error:
-            raise _of_row(error, row, source, indices) from None
+            raise _of_dataset(error, row, source, indices) from None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.spec!r}, {self.vision!r})"
@@ -124,8 +129,8 @@ class Precheck:
 def examples_of(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Turn a batch of columns into the list of examples that collate functions take.
 
-    Nulls, and grids, seconds and pixels of length 0, are left out of their example. Arrays are
-    numeric and writable; what was neither is copied.
+    Nulls, and grids, sizes, seconds and pixels of length 0, are left out of their example. Lists of
+    lists become numeric arrays where their lengths are equal; read-only arrays are copied.
 
     Example:
         >>> examples_of({"id": ["a", "b"], "image_grid_thw": [[[1, 4, 4]], None]})
@@ -143,21 +148,40 @@ def examples_of(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _find(spec: MRopeSpec, sample: Mapping[str, Any]) -> StoredSpans:
-    """Return the spans of a sample, as of a batch that has no other."""
+def _check_row(spec: MRopeSpec, sample: Mapping[str, Any]) -> tuple[int, int]:
+    """Return valid tokens and patches of a row; raise if it cannot be collated."""
     if sample["input_ids"] is None:
         raise MRopeError("no input_ids: the entry is null")
-    lengths = sample.get(_PACKED)
-    arguments: dict[str, Any] = {name: _as_row(name, sample.get(name)) for name in _TOKENS}
-    arguments |= {name: _as_grids(name, sample.get(name)) for name in _GRIDS}
-    arguments["second_per_grid_ts"] = _seconds(sample)
-    arguments["seq_lengths"] = None if lengths is None else [np.ravel(lengths)]
-    found = locate(spec, **arguments)
-    return to_stored(found.stream, found.runs, found.grids, rows=1)
+    arguments = _arguments(spec, sample)
+    rope_index(spec, **arguments)
+    mask = arguments.get("attention_mask")
+    tokens = arguments["input_ids"].size if mask is None else np.count_nonzero(mask)
+    return int(tokens), _patches(arguments)
+
+
+def _arguments(spec: MRopeSpec, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `rope_index` for one row; what the row does not have is left out."""
+    own = spec.family_row.inputs
+    given: dict[str, Any] = {name: _as_row(name, sample.get(name)) for name in _TOKENS}
+    given |= {name: _as_sizes(name, sample.get(name), 3) for name in _GRIDS}
+    given |= {name: _as_sizes(name, sample.get(name), 2) for name in _CROPS if name in own}
+    given |= {name: sample.get(name) for name in _FLAGS if name in own}
+    given["second_per_grid_ts"] = _seconds(sample)
+    given["audio_seqlens"] = _audio_lengths(sample) if "audio_seqlens" in own else None
+    given["seq_lengths"] = _seq_lengths(spec, sample.get(_PACKED))
+    arguments = {name: value for name, value in given.items() if value is not None}
+    # All of them belong to the one row; custom rules need to be told, to name the span in errors.
+    counts = {
+        name: [len(arguments[of])]
+        for name, sources in _COUNTED.items()
+        for of in sources
+        if name in own and np.ndim(arguments.get(of, 0))
+    }
+    return arguments | counts
 
 
 def _as_row(name: str, column: Any) -> npt.NDArray[Any] | None:
-    """Return the token column of a sample, (n,) or (1, n), as that of a batch of one row."""
+    """Return the token column of a row, (n,) or (1, n), as that of a batch of one, (1, n)."""
     if column is None:
         return None
     array = as_array(name, column, "a number for each token")
@@ -168,25 +192,58 @@ def _as_row(name: str, column: Any) -> npt.NDArray[Any] | None:
     return array
 
 
-def _as_grids(name: str, grids: Any) -> npt.NDArray[Any] | None:
-    """Return the grids of a sample; one grid alone may come as (3,)."""
-    if grids is None:
+def _as_sizes(name: str, sizes: Any, numbers: int) -> npt.NDArray[Any] | None:
+    """Return grids (N, 3) or crops (N, 2) of a row; a single one may come without its axis."""
+    if sizes is None:
         return None
-    array = as_array(name, grids, "frames, height and width in patches")
-    return array[None] if array.shape == (3,) else array
+    array = as_array(name, sizes, "sizes in patches")
+    return array[None] if array.shape == (numbers,) else array
 
 
-def _seconds(values: Mapping[str, Any]) -> Any:
-    given = {name: values[name] for name in _SECONDS if values.get(name) is not None}
+def _seconds(sample: Mapping[str, Any]) -> Any:
+    given = {name: sample[name] for name in _SECONDS if sample.get(name) is not None}
     if len(given) == 2 and not np.array_equal(*given.values()):
-        raise MRopeError(f"{' and '.join(given)} are both there and differ")
+        raise MRopeError(f"{' and '.join(given)} are both present and differ")
     return next(iter(given.values()), None)
 
 
-def _of_row(
+def _audio_lengths(sample: Mapping[str, Any]) -> npt.NDArray[Any] | None:
+    """Return the mel frames of each audio, (audios,)."""
+    lengths, mask = (sample.get(name) for name in _AUDIO)
+    if mask is not None:
+        # As in the collator: the models compute lengths from this mask, whatever else is given.
+        return np.atleast_1d(as_array("feature_attention_mask", mask, "mel frames").sum(axis=-1))
+    return None if lengths is None else np.atleast_1d(as_array("audio_seqlens", lengths, "frames"))
+
+
+def _seq_lengths(spec: MRopeSpec, lengths: Any) -> list[Any] | None:
+    if lengths is None:
+        return None
+    if spec.family_row.custom_index is None:
+        return [np.ravel(lengths)]
+    # The custom rules would compute positions as of one example, without an error.
+    if np.size(lengths) > 1:
+        raise MRopeError(
+            f"the row holds {np.size(lengths)} examples (seq_lengths), but rows of {spec.family} "
+            "must hold one"
+        )
+    return None
+
+
+def _patches(arguments: Mapping[str, Any]) -> int:
+    grids = [as_grid(name, arguments.get(name)) for name in _GRIDS]
+    crops = [
+        as_integers(name, arguments[name], "height and width in patches").astype(np.int64)
+        for name in _CROPS
+        if name in arguments
+    ]
+    return sum(int(sizes.prod(axis=1).sum()) for sizes in (*grids, *crops) if sizes.size)
+
+
+def _of_dataset(
     error: MRopeError, row: int, columns: Mapping[str, Any], indices: Sequence[int] | None
 ) -> MRopeError:
-    """Return an error of a batch of one row as that of a row of the dataset."""
+    """Return the error of a batch of one row as that of a row of the dataset."""
     name = next((name for name in _NAMES if name in columns), None)
     place = None if indices is None else int(indices[row])
     if place is not None:
@@ -195,8 +252,8 @@ def _of_row(
         where = f"the row with {name} {plain(columns[name][row])}"
     else:
         where = (
-            f"row {row} of a batch whose place in the dataset is not known (with_indices=True, or "
-            f"a column {' or '.join(_NAMES)}, tells it)"
+            f"row {row} of a batch at an unknown place in the dataset (pass with_indices=True to "
+            f"map, or add a column {' or '.join(_NAMES)})"
         )
     named = copy.copy(error)
     named.args = (f"{where}: {str(error).removeprefix('row 0, ').removeprefix('row 0: ')}",)

@@ -1,6 +1,6 @@
-"""Ray Data: the collator as a collate function of `iter_torch_batches`. Needs the extra `ray`.
+"""Collate the batches of Ray Data; requires the extra `ray`.
 
-`Precheck` goes into `ray.data.Dataset.map_batches` as it is.
+`Precheck` needs no adapter: it is a function for `ray.data.Dataset.map_batches` as it is.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from mrope.prepare.precheck import examples_of
 
 
 class RayCollator(NumpyBatchCollateFn):  # type: ignore[misc]  # Ray is not installed for mypy
-    """Hand the columns that Ray Data gives a collate function to one that takes examples.
+    """Adapt a collate function of a DataLoader to `iter_torch_batches(collate_fn=...)`.
 
     Args:
-        collate: a collate function of a DataLoader, such as `MRopeCollator`.
+        collate: takes a list of examples, as `MRopeCollator` does.
     """
 
     def __init__(self, collate: Collate) -> None:
@@ -26,5 +26,5 @@ class RayCollator(NumpyBatchCollateFn):  # type: ignore[misc]  # Ray is not inst
         self.collate = collate
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> Any:
-        """Return the batch that the collate function makes of the rows of `batch`."""
+        """Return what `collate` makes of the rows of `batch`, a column for each name."""
         return self.collate(examples_of(batch))

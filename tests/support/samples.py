@@ -1,4 +1,4 @@
-"""Samples as a dataset has them before they are collated, for the tests of what is stored with them."""
+"""Samples as a dataset holds them before collating, for the tests of `mrope.prepare`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ START, IMAGE, VIDEO = 101, 102, 103
 def random_samples(
     rng: random.Random, spec: MRopeSpec, *, odd: bool = True
 ) -> list[dict[str, Any]]:
-    """Return a few samples of a family; `odd` ones may be empty, or have images side by side."""
+    """Return a few samples of a family; `odd` ones may be empty, or have adjacent images."""
     marked = spec.conventions.start_required or rng.random() < 0.7
     rows = [
         Row()
