@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from mrope.guard.sync_guard import HostSyncError, SyncGuard
+from mrope.guard import HostSyncError, SyncGuard
 from support.snippets import SNIPPETS
 
 
@@ -42,12 +42,12 @@ def main(result: Path) -> int:
         except HostSyncError:
             raised = True
         seen = guard.count > 0
-        agree = seen == raised == snippet.cuda_waits
+        agree = seen == raised == snippet.cuda_syncs
         rows.append(
             {
                 "snippet": snippet.name,
-                "guard_on_cpu": snippet.waits,
-                "expected_on_cuda": snippet.cuda_waits,
+                "guard_on_cpu": snippet.syncs,
+                "expected_on_cuda": snippet.cuda_syncs,
                 "cuda_warnings": guard.count,
                 "cuda_error": raised,
                 "agree": agree,

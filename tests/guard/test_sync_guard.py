@@ -1,4 +1,4 @@
-"""The guard: what it sees, what it is silent about, and that it leaves nothing behind."""
+"""`SyncGuard`: what it counts, what it does not count, and that it restores what it patches."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from mrope import MRopeError
-from mrope.guard import cuda_rules as guard_cuda
-from mrope.guard.sync_guard import HostSyncError, SyncGuard
+from mrope.guard import HostSyncError, SyncGuard, cuda_debug
 from support.snippets import SNIPPETS, Snippet
 
 
@@ -24,24 +23,24 @@ def test_every_snippet_is_reported_as_the_list_says(snippet: Snippet) -> None:
         body()
     ops = sorted(site.op for site in guard.sites for _ in range(site.count))
     assert ops == list(snippet.ops)
-    assert guard.count == snippet.waits
+    assert guard.count == snippet.syncs
 
 
 def test_the_list_is_long_enough_to_mean_something() -> None:
-    waiting = [snippet for snippet in SNIPPETS if snippet.waits]
-    assert len(waiting) >= 25
-    assert len(SNIPPETS) - len(waiting) >= 15
+    syncing = [snippet for snippet in SNIPPETS if snippet.syncs]
+    assert len(syncing) >= 25
+    assert len(SNIPPETS) - len(syncing) >= 15
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.name)
-def test_mode_error_raises_at_the_first_wait(snippet: Snippet) -> None:
+def test_mode_error_raises_at_the_first_sync(snippet: Snippet) -> None:
     body = snippet.make("cpu")
-    if not snippet.waits:
+    if not snippet.syncs:
         with SyncGuard(mode="error"):
             body()
         return
     with (
-        pytest.raises(HostSyncError, match=r"waits for the device at .*snippets.py:\d+"),
+        pytest.raises(HostSyncError, match=r"syncs with the device at .*snippets.py:\d+"),
         SyncGuard(mode="error"),
     ):
         body()
@@ -62,7 +61,7 @@ def test_the_report_names_file_line_function_op_and_count() -> None:
     assert site.line == read_twice.__code__.co_firstlineno + 1
     assert (site.op, site.count) == ("scalar read", 6)
     assert guard.report() == (
-        f"{__file__}:{site.line} read_twice: scalar read, 6 times\n6 waits at 1 sites"
+        f"{__file__}:{site.line} read_twice: scalar read, 6 times\n6 syncs at 1 sites"
     )
 
 
@@ -143,7 +142,7 @@ def test_guards_nest_and_can_be_used_again() -> None:
     assert inner.count == 0
 
 
-def test_an_inner_guard_that_raises_has_told_the_outer_one() -> None:
+def test_an_inner_guard_raises_after_the_outer_one_has_counted() -> None:
     x = torch.ones(3)
 
     def body() -> None:
@@ -231,9 +230,9 @@ def test_a_checkpoint_is_watched_under_autograd_grad_too() -> None:
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str | int]:
-    """CUDA's switch and nothing else; the list holds what it was set to."""
+    """Pretend that CUDA is in use; the list holds the sync debug modes that were set."""
     settings: list[str | int] = []
-    monkeypatch.setattr(guard_cuda, "is_used", lambda: True)
+    monkeypatch.setattr(cuda_debug, "is_used", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", settings.append)
     return settings
@@ -243,7 +242,7 @@ def synchronize() -> None:
     warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
 
 
-def test_on_cuda_its_warnings_are_counted_where_they_arise(fake_cuda: list[str | int]) -> None:
+def test_on_cuda_warnings_of_torch_are_counted_at_their_site(fake_cuda: list[str | int]) -> None:
     def body() -> SyncGuard:
         with SyncGuard() as guard:
             synchronize()
@@ -258,7 +257,7 @@ def test_on_cuda_its_warnings_are_counted_where_they_arise(fake_cuda: list[str |
     assert fake_cuda == ["warn", 0]
 
 
-def test_on_cuda_its_error_becomes_ours(fake_cuda: list[str | int]) -> None:
+def test_on_cuda_errors_of_torch_become_host_sync_errors(fake_cuda: list[str | int]) -> None:
     def fail() -> None:
         raise RuntimeError("called a synchronizing CUDA operation")
 

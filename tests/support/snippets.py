@@ -1,10 +1,10 @@
-"""Small pieces of code, and what the guard must say of each; the same list runs against CUDA.
+"""Small pieces of code, and the syncs of each; the same list runs against CUDA.
 
 A snippet takes a device, makes its tensors there, and returns the code to watch. It needs torch
 alone, so that it runs wherever a GPU is.
 """
 
-# ruff: noqa: PLW0108 - the site of a wait is the line of the lambda
+# ruff: noqa: PLW0108 - the site of a sync is the line of the lambda
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Snippet:
 
     Attributes:
         make: makes the tensors on a device, and returns the code.
-        waits: how many waits the guard counts, each named by an operator below.
+        syncs: how many syncs the guard counts, each named by an operator below.
         ops: the operators that it names, sorted.
-        cuda: whether CUDA's own debug mode sees a wait; it differs from `waits` only where the mode
-            is known not to look.
+        cuda: whether CUDA's own debug mode reports a sync; None: as the guard does. It differs only where
+            the mode is known not to look.
     """
 
     name: str
@@ -36,11 +36,11 @@ class Snippet:
     cuda: bool | None = None
 
     @property
-    def waits(self) -> int:
+    def syncs(self) -> int:
         return len(self.ops)
 
     @property
-    def cuda_waits(self) -> bool:
+    def cuda_syncs(self) -> bool:
         return bool(self.ops) if self.cuda is None else self.cuda
 
 
@@ -75,7 +75,7 @@ def pinned(device: str) -> torch.Tensor:
     return made
 
 
-# Code that waits.
+# Code that syncs.
 
 
 @snippet("scalar read")

@@ -1,1 +1,6 @@
-"""Find what makes the host wait for a CUDA device, on a machine without one."""
+"""Find what makes the host sync with a CUDA device, on a machine without one."""
+
+from mrope.guard.sites import HostSyncError, Site
+from mrope.guard import SyncGuard
+
+__all__ = ["HostSyncError", "Site", "SyncGuard"]
