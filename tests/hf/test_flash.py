@@ -36,8 +36,8 @@ def test_the_logits_are_those_of_each_example_alone(family: str, multiple: int) 
 
 
 @pytest.mark.parametrize("family", MODEL_FAMILIES)
-def test_an_attached_model_does_not_wait(family: str) -> None:
-    """The stand-in reads the borders back, once a call; nothing else does."""
+def test_an_attached_model_does_not_sync(family: str) -> None:
+    """The replacement of the kernel reads the borders back once a call; nothing else syncs."""
     batch = collator(family, packing="flatten")(mixed_examples(family))
     with flash_attention():
         model = attach(tiny_model(family, "flash_attention_2").train())

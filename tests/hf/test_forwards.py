@@ -34,14 +34,14 @@ def make_batches(
     if not padded:
         examples = [examples[0]] * 2
     inner = PaddingCollator(padding_side="left")
-    plain_batch, batch = inner(examples), reading_collator(family, inner)(examples)
+    plain_batch, batch = inner(examples), tensor_collator(family, inner)(examples)
     if media == "text":
         # Left to itself, transformers 5 numbers such a batch without looking at the mask.
         plain_batch["position_ids"] = batch["position_ids"]
     return plain_batch, batch
 
 
-def reading_collator(family: str, inner: Any = None) -> MRopeCollator:
+def tensor_collator(family: str, inner: Any = None) -> MRopeCollator:
     vision = VisionSpec.from_config(model_config(family))
     return MRopeCollator(inner, tiny_spec(family), vision)
 
@@ -89,7 +89,7 @@ def test_logits_and_gradients_are_equal(
 def test_generation_gives_the_same_tokens(family: str) -> None:
     examples = [{k: v for k, v in e.items() if k != "labels"} for e in tiny_examples(family)]
     inner = PaddingCollator(padding_side="left")
-    plain_batch, batch = inner(examples), reading_collator(family, inner)(examples)
+    plain_batch, batch = inner(examples), tensor_collator(family, inner)(examples)
     model = tiny_model(family)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(**plain_batch, **options)

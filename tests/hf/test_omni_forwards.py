@@ -1,4 +1,4 @@
-"""Attached Omni thinkers: audio, images and videos with audio; the same numbers, and no waits."""
+"""Attached Omni thinkers: audio, images and videos with audio; same results, and no syncs."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def step(model: Any, batch: Any) -> tuple[Any, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_numbers_without_a_wait(
+def test_the_same_results_without_a_sync(
     family: str, attention: str, kind: str, padded: bool
 ) -> None:
     plain, batch = make_batches(family, kind, padded)
@@ -152,8 +152,8 @@ def test_an_older_transformers_reads_no_audio_tensors(monkeypatch: pytest.Monkey
         MRopeCollator(None, spec, audio=AudioSpec(n_window=100))
 
 
-def test_the_waits_in_the_docs_are_those_counted() -> None:
-    from support import thinker_waits
+def test_the_syncs_in_the_docs_are_those_counted() -> None:
+    from support import thinker_syncs
 
-    written = json.loads(thinker_waits.FILE.read_text(encoding="utf-8"))
-    assert thinker_waits.rows() == written["rows"]
+    written = json.loads(thinker_syncs.FILE.read_text(encoding="utf-8"))
+    assert thinker_syncs.count_thinkers() == written["rows"]

@@ -1,4 +1,4 @@
-"""Attached GLM-V and PaddleOCR-VL: the same numbers as the unmodified model, and no waits."""
+"""Attached GLM-V and PaddleOCR-VL: results of the unmodified model, and no syncs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hf.test_forwards import assert_same_step, reading_collator, step
+from hf.test_forwards import assert_same_step, tensor_collator, step
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach
-from mrope.hf.attach import ALL_READERS, detach
+from mrope.hf.attach import FORWARDS, detach
 from mrope.towers.vision import block_index
 from mrope.training.step import guarded_step
 from support.models import TINY_FAMILIES, media_of, tiny_examples, tiny_model
 
-FAMILIES = [family for family in TINY_FAMILIES if family in ALL_READERS]
+FAMILIES = [family for family in TINY_FAMILIES if family in FORWARDS]
 TEXT = {"images": False, "videos": False}
 CASES = [(family, media) for family in FAMILIES for media in [*media_of(family), TEXT]]
 
@@ -26,7 +26,7 @@ def make_batches(family: str, media: dict[str, bool], padded: bool) -> tuple[Any
     examples = tiny_examples(family, **media)
     examples = examples if padded else [examples[0]] * 2
     inner = PaddingCollator(padding_side="left")
-    plain, batch = inner(examples), reading_collator(family, inner)(examples)
+    plain, batch = inner(examples), tensor_collator(family, inner)(examples)
     if not any(media.values()):
         # Left to itself, transformers 5 numbers such a batch without looking at the mask.
         plain["position_ids"] = batch["position_ids"]
@@ -40,7 +40,7 @@ def test_these_are_the_families() -> None:
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("family", "media"), CASES)
-def test_the_same_step_without_a_wait(
+def test_the_same_step_without_a_sync(
     family: str, media: dict[str, bool], attention: str, padded: bool
 ) -> None:
     """Frames that are taken together, and all images merged at once, round differently."""
@@ -62,7 +62,7 @@ def test_images_and_videos_go_together_where_the_model_is_attached(family: str) 
     """transformers takes frames for images in such a batch, and refuses it. Rows are independent:
     each gives what it gives in a batch of its own kind."""
     image, video = (tiny_examples(family, **media, rows=1)[0] for media in media_of(family))
-    collate = reading_collator(family)
+    collate = tensor_collator(family)
     model = attach(tiny_model(family))
     with torch.no_grad():
         both = model(**collate([image, video])).logits

@@ -67,7 +67,7 @@ def test_the_logits_are_those_of_each_example_alone(
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", MODEL_FAMILIES)
-def test_an_attached_model_does_not_wait(family: str, attention: str) -> None:
+def test_an_attached_model_does_not_sync(family: str, attention: str) -> None:
     batch = collator(family, packing="flatten")(mixed_examples(family))
     guard = guarded_step(attach(tiny_model(family, attention).train()), batch)
     assert guard.count == 0, guard.report()

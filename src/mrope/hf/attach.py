@@ -1,4 +1,4 @@
-"""`attach(model)`: a transformers model that reads its positions and vision tensors."""
+"""`attach(model)`: let a transformers model take positions and tower tensors from the batch."""
 
 from __future__ import annotations
 
@@ -9,42 +9,49 @@ from typing import Any, TypeVar
 import torch
 
 from mrope.errors import MRopeError
-from mrope.hf.attention import attend_raster, attend_segments, mix_segments
-from mrope.hf.forwards import READERS, add_by_index
-from mrope.hf.omni_forwards import THINKERS, attend_audio, attend_frames
+from mrope.hf.attention import (
+    AUDIO,
+    FUSED,
+    OMNI_2_5_VISION,
+    PADDLEOCR,
+    mix_by_segment,
+    segmented_forward,
+)
+from mrope.hf.forwards import VISION_FORWARDS, add_deepstack
+from mrope.hf.omni_forwards import OMNI_FORWARDS
 from mrope.spec import references
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-# Releases whose modelling code the readers were compared with.
+# Releases of transformers whose modelling code the forwards were compared with.
 TESTED = ("5.23",)
 
-ALL_READERS = READERS | THINKERS
+FORWARDS = VISION_FORWARDS | OMNI_FORWARDS
 
 
 def attach(model: Model, strict: bool = True) -> Model:
-    """Make `model` take everything from the batches of a `MRopeCollator` with vision tensors.
+    """Replace a model's forward by one that computes nothing which a `MRopeCollator` computed.
 
-    Only instances are touched: the `forward` of the base model (the module with `visual` and
-    `language_model`), those of its tower's attention layers and, for Qwen3-VL, the text model's
-    `_deepstack_process`. Classes and modules of transformers stay as they are, and so do
-    parameters, names and the state dict. Outputs are those of the model before:
-    `docs/reading.md` says what is bit-equal.
+    Only instances change: the `forward` of the base model (the module with `visual` and
+    `language_model`), those of its towers' attention layers and of linear text layers, and for
+    Qwen3-VL the text model's `_deepstack_process`. Classes and modules of transformers, parameters,
+    names and the state dict stay as they are. Outputs are those of the unmodified model:
+    `docs/reading.md` says which are bit-equal.
 
     Args:
         model: a `...ForConditionalGeneration`, its base model, or a PEFT model around one. Attach
             before DDP, FSDP or `torch.compile` wrap it.
-        strict: a batch with pixels but without precomputed positions and vision tensors is an
-            error, and so is a transformers release that was not tested. False: the model then
-            computes for itself, and waits.
+        strict: raise for a batch with pixels but without precomputed positions and vision tensors,
+            and for a transformers release that was not tested. False: the model then computes
+            them itself, and syncs.
 
     Returns:
         `model` itself.
 
     Raises:
-        MRopeError: no base model of a known family inside or more than one, a wrapped model, one
-            that is attached already or whose forward somebody else replaced, a text model with
-            sliding windows, or an untested release of transformers.
+        MRopeError: no base model of a known family inside or more than one, a wrapped model, a
+            base model with a `forward` of its own on the instance (attached already, or by another
+            library), a text model with sliding windows, or an untested release of transformers.
     """
     base = base_model(model)
     if strict:
@@ -61,16 +68,18 @@ def attach(model: Model, strict: bool = True) -> Model:
             "is decided on the device"
         )
     base.mrope_strict = strict
-    base.forward = types.MethodType(ALL_READERS[base.config.model_type], base)
-    for layer, stand_in in _stand_ins(base):
-        layer.forward = types.MethodType(stand_in, layer)
+    # On the instance, not the class: other models of the class, such as a frozen reference model,
+    # stay unchanged, and `type(base).forward` remains the original.
+    base.forward = types.MethodType(FORWARDS[base.config.model_type], base)
+    for layer, forward in _layer_forwards(base):
+        layer.forward = types.MethodType(forward, layer)
     if hasattr(text, "_deepstack_process"):
-        text._deepstack_process = types.MethodType(add_by_index, text)  # noqa: SLF001
+        text._deepstack_process = types.MethodType(add_deepstack, text)  # noqa: SLF001
     return model
 
 
 def detach(model: Model) -> Model:
-    """Undo `attach`: the instance's forwards are its classes' again.
+    """Undo `attach`: remove the forwards that it set on the instances.
 
     Raises:
         MRopeError: the model is not attached.
@@ -79,40 +88,46 @@ def detach(model: Model) -> Model:
     if not hasattr(base, "mrope_strict"):
         raise MRopeError(f"{type(base).__name__} is not attached")
     del base.mrope_strict, base.forward
-    for layer, _ in _stand_ins(base):
+    for layer, _ in _layer_forwards(base):
         del layer.forward
     vars(base.language_model).pop("_deepstack_process", None)
     return model
 
 
-def _stand_ins(base: Any) -> Iterator[tuple[Any, Callable[..., Any]]]:
-    """Yield the layers whose forward is replaced, each with what stands in for it."""
+def _layer_forwards(base: Any) -> Iterator[tuple[Any, Callable[..., Any]]]:
+    """Yield the layers whose forward is replaced, each with its replacement."""
     if hasattr(base.visual, "vision_model"):
         for layer in base.visual.vision_model.encoder.layers:
-            yield layer.self_attn, attend_raster
+            yield layer.self_attn, segmented_forward(PADDLEOCR)
     else:
         for block in base.visual.blocks:
-            yield block.attn, attend_segments if hasattr(block.attn, "qkv") else attend_frames
+            parts = FUSED if hasattr(block.attn, "qkv") else OMNI_2_5_VISION
+            yield block.attn, segmented_forward(parts)
     for layer in base.audio_tower.layers if hasattr(base, "audio_tower") else ():
-        yield layer.self_attn, attend_audio
+        yield layer.self_attn, segmented_forward(AUDIO)
     for layer in base.language_model.layers:
         if hasattr(layer, "linear_attn"):
-            yield layer.linear_attn, mix_segments
+            yield layer.linear_attn, mix_by_segment
 
 
 def base_model(model: torch.nn.Module) -> Any:
-    """Return the one module inside `model` that holds a vision tower and a language model."""
+    """Return the one module inside `model` that holds a vision tower and a language model.
+
+    Raises:
+        MRopeError: there is none of a known family or more than one, or the model is wrapped.
+    """
     _refuse_wrapped(model)
     found = [
         module
         for module in model.modules()
         if hasattr(module, "visual")
         and hasattr(module, "language_model")
-        and getattr(getattr(module, "config", None), "model_type", None) in ALL_READERS
+        and getattr(getattr(module, "config", None), "model_type", None) in FORWARDS
+        # `...ForConditionalGeneration` forwards both attributes from the base model inside it.
         and not hasattr(module, "model")
     ]
     if len(found) != 1:
-        known = ", ".join(ALL_READERS)
+        known = ", ".join(FORWARDS)
         raise MRopeError(
             f"{type(model).__name__} holds {len(found)} base models of a known family, not one; "
             f"known: {known}"
@@ -121,7 +136,8 @@ def base_model(model: torch.nn.Module) -> Any:
 
 
 def _refuse_wrapped(model: torch.nn.Module) -> None:
-    """Raise where a wrapper has already taken hold of the forwards."""
+    """Raise where a wrapper has already captured the forwards."""
+    # By name: importing the wrappers would import torch.distributed and its parts.
     names = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
     late = names & {
         "DistributedDataParallel",
@@ -139,6 +155,7 @@ def _refuse_wrapped(model: torch.nn.Module) -> None:
 
 
 def _check_release() -> None:
+    """Raise under a release of transformers that the forwards were not compared with."""
     version = references.installed_transformers()
     if version is None or not version.startswith(tuple(f"{release}." for release in TESTED)):
         raise MRopeError(
