@@ -1,12 +1,13 @@
-"""Bad examples are dropped, the others are exact, every drop is on file, and no rank waits."""
+"""Bad examples are dropped, the others are exact, every drop is recorded, and ranks stay in step."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import time
 import warnings
@@ -23,10 +24,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mrope import MRopeCollator, MRopeError, MRopeSpec
+from mrope.collate import Indexed, RejectWarning, SkipBad, read_rejects
 from mrope.collate.padding import PaddingCollator
-from mrope.collate.skip_bad import INDEX, Indexed, Rejects, RejectWarning
+from mrope.collate.rejects_file import append_record, process_file
+from mrope.collate.skip_bad import INDEX, as_skip_bad
 from mrope.spec.spec import example_config
-from mrope.towers.vision import VisionSpec
+from mrope.towers import VisionSpec
 
 START, IMAGE = 101, 102
 SPEC = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
@@ -52,11 +55,7 @@ def truncated(number: int) -> dict[str, Any]:
 
 
 def skipping(inner: Any = None, **options: Any) -> MRopeCollator:
-    return MRopeCollator(inner, SPEC, on_error="skip", **options)
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return MRopeCollator(inner, SPEC, on_error=SkipBad(**options))
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -141,11 +140,11 @@ def test_each_kind_is_warned_of_once_and_every_drop_is_logged(
 def test_a_line_says_which_example_and_why(tmp_path: Path) -> None:
     file = tmp_path / "new" / "rejects.jsonl"
     collate = skipping(rejects=file)
-    assert lines(file) == []
+    assert list(file.parent.iterdir()) == [] == read_rejects(file)
     before = time.time()
     collate([good(0), truncated(7)])
     collate([{"input_ids": "x", "index": torch.tensor(5)}, good(1), {INDEX: 9}])
-    first, second, third = lines(file)
+    first, second, third = read_rejects(file)
     moment = first.pop("time")
     assert moment > "2026" and moment.endswith("+00:00") and before <= time.time()
     cause = "the row ends inside it: truncated at max_length after the processor ran"
@@ -221,13 +220,37 @@ def test_other_limits_are_refused(limit: Any) -> None:
         skipping(max_rejects=limit)
 
 
-def test_options_of_skipping_are_refused_without_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="rejects, max_rejects belongs to on_error='skip'"):
-        MRopeCollator(None, SPEC, rejects=tmp_path / "x", max_rejects=3)
-    with pytest.raises(ValueError, match="on_error must be one of 'raise', 'skip', not 'ignore'"):
+def test_the_short_forms_of_on_error() -> None:
+    options = SkipBad(max_rejects=3)
+    assert as_skip_bad("raise") is None and as_skip_bad("skip") == SkipBad()
+    assert as_skip_bad(options) is options
+    message = r"on_error must be 'raise', 'skip' or SkipBad\(\.\.\.\), not 'ignore'"
+    with pytest.raises(ValueError, match=message):
         MRopeCollator(None, SPEC, on_error="ignore")  # type: ignore[arg-type]
-    with pytest.raises(OSError, match=str(tmp_path)):
+
+
+@quiet
+def test_the_options_are_frozen_and_pickle() -> None:
+    options = SkipBad("rejects.jsonl", 0.1, "dropped", [{"input_ids": [7]}])
+    assert pickle.loads(pickle.dumps(options)) == options
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.max_rejects = 3  # type: ignore[misc]
+
+
+def test_a_file_that_cannot_be_written_is_found_at_once(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match=f"{tmp_path} is a folder"):
         skipping(rejects=tmp_path)
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(OSError, match="taken"):
+        skipping(rejects=tmp_path / "taken" / "rejects.jsonl")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_found_at_once(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError):
+        skipping(rejects=tmp_path / "rejects.jsonl")
+    tmp_path.chmod(0o700)
 
 
 def test_what_cannot_be_taken_apart_raises() -> None:
@@ -247,7 +270,8 @@ class TestNothingLeft:
         assert_same(collate([truncated(4), truncated(5)]), last)
         assert_same(collate([truncated(6)]), last)
         events = [
-            (line["event"], line.get("dropped"), line.get("repeated")) for line in lines(file)
+            (line["event"], line.get("dropped"), line.get("repeated"))
+            for line in read_rejects(file)
         ]
         assert events == [
             ("rejected", None, None),
@@ -265,7 +289,7 @@ class TestNothingLeft:
             collate([truncated(1)])
             collate([truncated(2)])
         assert len(caught) == 2
-        assert "none of a batch's 1 examples is good; in its place: the last" in str(
+        assert "none of the 1 examples of a batch is good; used in its place: the last" in str(
             caught[1].message
         )
 
@@ -274,7 +298,7 @@ class TestNothingLeft:
         file = tmp_path / "rejects.jsonl"
         collate = skipping(rejects=file, stand_in=[good(8)])
         assert collate([truncated(1)])["id"] == ["row-8"]
-        assert lines(file)[1]["repeated"] == "stand_in"
+        assert read_rejects(file)[1]["repeated"] == "stand_in"
         assert collate([good(2), truncated(1)])["id"] == ["row-2"]
         assert collate([truncated(1)])["id"] == ["row-2"]
 
@@ -291,7 +315,7 @@ class TestNothingLeft:
     @quiet
     def test_without_any_good_example_it_raises(self) -> None:
         with pytest.raises(
-            MRopeError, match=r"none before it to repeat; give .*stand_in=.* 2 x Span"
+            MRopeError, match=r"no earlier batch to repeat; pass .*SkipBad.stand_in=.* 2 x Span"
         ):
             skipping()([truncated(1), truncated(2)])
 
@@ -335,7 +359,7 @@ class TestWorkers:
         batches = list(loader(table, skipping(rejects=file), batch_size=2))
         assert [batch["id"] for batch in batches] == [
             ["row-4"], ["row-4"], ["row-4", "row-5"], ["row-6", "row-7"]]  # fmt: skip
-        written = lines(file)
+        written = read_rejects(file)
         assert sorted(line["index"] for line in written if "index" in line) == [0, 1, 2, 3]
         assert [line["repeated"] for line in written if "repeated" in line] == ["the dataset"] * 2
         assert {line["worker"] for line in written} == {0, 1}
@@ -353,11 +377,11 @@ class TestWorkers:
         small = len(pickle.dumps(collate))
         collate([good(0), truncated(1)])
         assert len(pickle.dumps(collate)) == small
-        with pytest.raises(MRopeError, match="none before it"):
+        with pytest.raises(MRopeError, match="no earlier batch"):
             pickle.loads(pickle.dumps(collate))([truncated(1)])
 
     def test_a_stream_needs_the_stand_in(self) -> None:
-        with pytest.raises(MRopeError, match="none before it to repeat"):
+        with pytest.raises(MRopeError, match="no earlier batch to repeat"):
             list(loader(Streamed(), skipping()))
         assert len(list(loader(Streamed(), skipping(stand_in=[good(3)])))) == 4
 
@@ -375,26 +399,84 @@ class TestWorkers:
         taken: deque[tuple[int, Any]] = deque(maxlen=1)
         with pytest.raises(RuntimeError, match=r"worker \(pid.*(killed by signal|exited)"):
             taken.extend(numbers)
-        assert file.read_bytes().endswith(b"}\n")
-        written = [line["index"] for line in lines(file)]
+        written = [line["index"] for line in read_rejects(file)]
         assert len(set(written)) == len(written) >= taken[0][0] > 100
         assert set(range(0, 2 * taken[0][0], 2)) <= set(written)
 
 
-def _write_for_ever(file: str, name: int) -> None:
-    rejects = Rejects(file)
+class TestTheFiles:
+    def test_each_process_has_its_own_named_by_rank_and_worker(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "rejects.jsonl"
+        monkeypatch.delenv("RANK", raising=False)
+        pattern = rf"rejects\.main-pid{os.getpid()}-[0-9a-f]{{8}}\.jsonl"
+        assert re.fullmatch(pattern, process_file(path).name)
+        monkeypatch.setenv("RANK", "3")
+        pattern = rf"rejects\.rank3-main-pid{os.getpid()}-[0-9a-f]{{8}}\.jsonl"
+        assert re.fullmatch(pattern, process_file(path).name)
+        # A process that was restarted with the same id, as in a container, begins another file.
+        assert process_file(path) != process_file(path)
+
+    @quiet
+    def test_workers_of_all_passes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("RANK", "1")
+        path = tmp_path / "rejects.jsonl"
+        numbered = Indexed(Table(8, bad=[0, 3]))
+        batches = loader(numbered, skipping(rejects=path), batch_size=2)
+        for _ in range(2):
+            list(batches)
+        names = sorted(file.name.split("-pid")[0] for file in tmp_path.iterdir())
+        assert names == ["rejects.rank1-worker0"] * 2 + ["rejects.rank1-worker1"] * 2
+        assert sorted(line["index"] for line in read_rejects(path)) == [0, 0, 3, 3]
+
+    def test_they_are_read_in_the_order_of_time(self, tmp_path: Path) -> None:
+        path = tmp_path / "rejects.jsonl"
+        files = [process_file(path), process_file(path)]
+        for number in range(6):
+            append_record(files[number % 2], {"id": number})
+        assert [line["id"] for line in read_rejects(path)] == list(range(6))
+
+    def test_files_of_other_names_are_not_read(self, tmp_path: Path) -> None:
+        for name in ("rejects.jsonl", "other.jsonl", "rejects.json", "rejects"):
+            append_record(process_file(tmp_path / name), {"id": name})
+        for name in ("rejects.jsonl", "rejects.old.jsonl", "rejects.main-pid1-notes.jsonl"):
+            (tmp_path / name).write_text("no JSON\n")
+        for name in ("rejects.jsonl", "other.jsonl", "rejects.json", "rejects"):
+            assert [line["id"] for line in read_rejects(tmp_path / name)] == [name]
+        with pytest.raises(FileNotFoundError):
+            read_rejects(tmp_path / "no" / "rejects.jsonl")
+
+    def test_a_torn_last_line_is_skipped_and_other_damage_is_an_error(self, tmp_path: Path) -> None:
+        path = tmp_path / "rejects.jsonl"
+        file = process_file(path)
+        append_record(file, {"id": 1})
+        whole = file.read_bytes()
+        file.write_bytes(whole + whole[:-7])
+        assert [line["id"] for line in read_rejects(path)] == [1]
+        file.write_bytes(whole[:-7] + b"\n" + whole)
+        with pytest.raises(MRopeError, match=f"{file.name} holds a line that is not JSON"):
+            read_rejects(path)
+        file.write_bytes(whole[:7])
+        assert read_rejects(path) == []
+
+
+def _write_for_ever(path: str, name: int) -> None:
+    file = process_file(Path(path))
     for number in range(1 << 30):
-        rejects._write({"id": [name, number], "message": "x" * (number % 7000)})
+        append_record(file, {"id": [name, number], "message": "x" * (number % 7000)})
 
 
-def test_lines_are_whole_when_writers_are_killed_at_any_moment(tmp_path: Path) -> None:
-    """Lines of up to two pages from four processes, each killed a dozen times as it writes."""
-    file = tmp_path / "rejects.jsonl"
+def test_writers_that_are_killed_at_any_moment_lose_their_last_line_at_most(
+    tmp_path: Path,
+) -> None:
+    """Lines of up to two pages from four processes, each killed a few times as it writes."""
+    path = tmp_path / "rejects.jsonl"
     context = multiprocessing.get_context("fork")
     counts: dict[int, int] = {}
-    for name in range(8):
+    for name in range(4):
         running = [
-            context.Process(target=_write_for_ever, args=(str(file), 4 * name + i))
+            context.Process(target=_write_for_ever, args=(str(path), 4 * name + i))
             for i in range(4)
         ]
         for process in running:
@@ -403,22 +485,11 @@ def test_lines_are_whole_when_writers_are_killed_at_any_moment(tmp_path: Path) -
         for process in running:
             process.kill()
             process.join()
-    Rejects(file)._write({"id": [-1, 0]})
-    for line in lines(file):
+    for line in sorted(read_rejects(path), key=lambda line: list(line["id"])):
         name, number = line["id"]
         assert number == counts.get(name, 0)  # none is missing within what a process wrote
         counts[name] = number + 1
-    assert len(counts) > 4 and sum(counts.values()) > 1000
-
-
-def test_a_torn_line_is_removed_by_the_next_writer(tmp_path: Path) -> None:
-    file = tmp_path / "rejects.jsonl"
-    file.write_bytes(b'{"id": 1}\n{"id": 2, "mess')
-    Rejects(file)._write({"id": 3})
-    assert [line["id"] for line in lines(file)] == [1, 3]
-    file.write_bytes(b'{"id": 1, ')
-    Rejects(file)._write({"id": 3})
-    assert [line["id"] for line in lines(file)] == [3]
+    assert len(counts) > 4 and sum(counts.values()) > 100
 
 
 class Model(torch.nn.Module):
@@ -470,7 +541,7 @@ def test_ranks_stay_in_step_when_one_has_batches_with_nothing_left(tmp_path: Pat
     assert len(first) == len(second) == 12
     assert np.isfinite(first).all() and np.isfinite(second).all()
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(weights, others, strict=True))
-    written = lines(tmp_path / "rejects.jsonl")
+    written = read_rejects(tmp_path / "rejects.jsonl")
     found = {(line["rank"], line["index"]) for line in written if line["event"] == "rejected"}
     assert found == {("0", 3)} | {("1", index) for index in (0, 1, 6, 7, 8, 9, 10, 11)}
     sources = [line["repeated"] for line in written if line["event"] == "nothing left"]

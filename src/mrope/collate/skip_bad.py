@@ -1,7 +1,8 @@
-"""Bad examples are dropped before they are merged, and written down: `on_error="skip"`.
+"""Drop the examples that cannot be collated, and record each of them: `on_error=SkipBad(...)`.
 
-A batch that collates is never looked at again. Only where collating raises are its examples tried
-one by one, and the good ones are collated anew, as if the others had not been there.
+Examples are tried one by one only after collating the whole batch raised, so that good batches cost
+no more than a shallow copy of their examples. The good ones are then collated again, and the result
+is equal to that of a batch that never held the bad ones.
 """
 
 from __future__ import annotations
@@ -13,27 +14,25 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from mrope.collate.lines import append_line, locked
+from mrope.collate.rejects_file import append_record, process_file, require_writable
 from mrope.errors import MRopeError
 
-OnError = Literal["raise", "skip"]
 Collate = Callable[[Any], Any]
 Kind = tuple[str, str | None]
 
 INDEX = "mrope_index"
-"""Key under which an example says which of its dataset it is; inner functions never see it."""
+"""Key under which an example carries its index in the dataset; removed before collating."""
 
-# Where a row has an index of its own, that of the dataset wins.
+# Later names win: the dataset's index replaces one that the row brings along.
 _NAMES = ("id", "index", INDEX)
 _FACTS = ("row", "span", "modality", "found", "needed", "cause")
 _LONGEST = 2000
-# A share of few examples says nothing.
+# Below this many examples a share says nothing: one bad example among the first two is 50 %.
 _FEW = 100
 _TRIES = 100
 
@@ -41,14 +40,74 @@ _log = logging.getLogger(__name__)
 
 
 class RejectWarning(UserWarning):
-    """An example was dropped: given once for each kind of error in each process."""
+    """Warn that an example was dropped; issued once for each kind of error in each process."""
+
+
+@dataclass(frozen=True)
+class SkipBad:
+    """Options of skipping bad examples: `MRopeCollator(on_error=SkipBad(...))`.
+
+    Plain data: it pickles, and `on_error="skip"` is short for `SkipBad()`.
+
+    Args:
+        rejects: path from which each process derives the name of its own JSON-lines file, with a
+            line for every dropped example; `read_rejects` reads them together. The folder is made
+            if it does not exist. None: nothing is written.
+        max_rejects: limit for each process, above which collating raises: a count (int from 0), or
+            a share of the examples the process was given (float between 0 and 1), tested from the
+            hundredth example on. None: no limit.
+        count_key: key of the batch that receives the number of examples dropped from it, an int.
+            None: no key is added.
+        stand_in: good examples, collated in place of a batch in which no example is good if the
+            process has not had a good batch yet.
+
+    Raises:
+        ValueError: `max_rejects` is neither such a count nor such a share.
+
+    Example:
+        >>> SkipBad(max_rejects=0.01).max_rejects
+        0.01
+    """
+
+    rejects: str | os.PathLike[str] | None = None
+    max_rejects: float | None = None
+    count_key: str | None = None
+    stand_in: Sequence[Any] | None = None
+
+    def __post_init__(self) -> None:
+        limit: Any = self.max_rejects
+        count = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0
+        share = isinstance(limit, float) and 0 < limit < 1
+        if limit is not None and not count and not share:
+            raise ValueError(
+                "max_rejects must be a count (an int from 0) or a share (a float between 0 and 1), "
+                f"not {limit!r}"
+            )
+
+
+OnError = Literal["raise", "skip"] | SkipBad
+
+
+def as_skip_bad(on_error: OnError) -> SkipBad | None:
+    """Return the options that `on_error` stands for; None for "raise".
+
+    Raises:
+        ValueError: any other value.
+    """
+    if isinstance(on_error, SkipBad):
+        return on_error
+    if on_error == "raise":
+        return None
+    if on_error == "skip":
+        return SkipBad()
+    raise ValueError(f"on_error must be 'raise', 'skip' or SkipBad(...), not {on_error!r}")
 
 
 class Indexed(Dataset[Any]):
-    """A map-style dataset of mappings whose examples say which they are, for the rejects file.
+    """Add each example's index to a map-style dataset of mappings, for the rejects file.
 
     Args:
-        dataset: gives mappings.
+        dataset: map-style dataset whose examples are mappings.
 
     Example:
         >>> Indexed([{"input_ids": [7]}])[0]
@@ -67,69 +126,53 @@ class Indexed(Dataset[Any]):
 
 @dataclass
 class _Tally:
-    """What one process has seen.
+    """Counts of one process.
 
     Attributes:
-        process: its id. A forked process starts with its parent's tally, which is not its own.
+        process: its id. A forked process inherits its parent's tally, and must not continue it.
+        file: its rejects file; None: nothing is written.
         good: the examples of its last good batch.
-        seen: examples that it was given.
-        kinds: rejected ones by class and cause of their error.
+        seen: number of examples that it was given.
+        kinds: number of rejects for each class and cause of error.
         messages: the first message of each kind.
     """
 
     process: int
+    file: Path | None
     good: Sequence[Any] | None
     seen: int = 0
     kinds: Counter[Kind] = field(default_factory=Counter)
     messages: dict[Kind, str] = field(default_factory=dict)
 
 
-class Rejects:
-    """What `MRopeCollator(on_error="skip")` does with bad examples.
-
-    Args:
-        file: JSON-lines file, made if need be; a line is added for each dropped example. None:
-            no file.
-        max_rejects: a process that dropped more stops: a count, or a share (a float below 1) of the
-            examples it was given, looked at from the hundredth on. None: no limit.
-        count_key: key of the batch that gets the number of examples dropped from it, an int.
-        stand_in: good examples, for a batch with nothing left in a process that has not had a good
-            one yet.
+class BadExampleFilter:
+    """Collate examples without the bad ones, and keep the count of each process.
 
     Raises:
-        ValueError: a limit of another kind or value.
-        OSError: the file cannot be written.
+        OSError: the folder of `options.rejects` cannot be made or written to, or the path is a
+            folder itself.
     """
 
-    def __init__(
-        self,
-        file: str | os.PathLike[str] | None = None,
-        max_rejects: float | None = None,
-        count_key: str | None = None,
-        stand_in: Sequence[Any] | None = None,
-    ) -> None:
-        _require_limit(max_rejects)
-        self.file = None if file is None else Path(file).absolute()
-        self.max_rejects = max_rejects
-        self.count_key = count_key
-        self.stand_in = stand_in
-        if self.file is not None:
-            # A path that cannot be written is better found now than at the first bad example.
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with locked(self.file):
-                pass
+    def __init__(self, options: SkipBad) -> None:
+        self.options = options
+        self.path: Path | None = None
+        if options.rejects is not None:
+            # Absolute, since a worker may start in another folder.
+            self.path = Path(options.rejects).absolute()
+            require_writable(self.path)
         self._tally: _Tally | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tally": None}
 
     def collate(self, collate: Collate, examples: Any) -> Any:
-        """Return `collate(examples)`, of the good ones alone where that raises.
+        """Return `collate(examples)`; if that raises, `collate` of the good examples alone.
 
-        Whatever comes without a length and an order cannot be taken apart: `collate` has the word.
+        Inputs that are not a sequence, and empty ones, are passed to `collate` unchanged.
 
         Raises:
-            MRopeError: more than `max_rejects`, or nothing is left and there is no stand-in.
+            MRopeError: more than `max_rejects` were dropped; no example is left and there is none
+                to stand in; or the batch already has `count_key`.
         """
         if not isinstance(examples, Sequence) or not examples:
             return collate(examples)
@@ -140,7 +183,7 @@ class Rejects:
         if isinstance(batch, Exception):
             errors = _find_bad(collate, examples)
             for place, error in errors.items():
-                self._reject(tally, examples[place], place, error)
+                _reject(tally, examples[place], place, error)
             self._check_limit(tally)
             examples = [one for place, one in enumerate(examples) if place not in errors]
             batch = (
@@ -150,37 +193,25 @@ class Rejects:
             )
         if examples:
             tally.good = examples
-        if self.count_key is not None:
-            self._set_count(batch, len(errors))
+        self._set_count(batch, len(errors))
         return batch
-
-    def _set_count(self, batch: Any, dropped: int) -> None:
-        if batch.get(self.count_key) is not None:
-            raise MRopeError(f"the inner collate function already gave {self.count_key}")
-        batch[self.count_key] = dropped
 
     def _of_this_process(self) -> _Tally:
         if self._tally is None or self._tally.process != os.getpid():
-            self._tally = _Tally(os.getpid(), self.stand_in)
+            file = None if self.path is None else process_file(self.path)
+            self._tally = _Tally(os.getpid(), file, self.options.stand_in)
         return self._tally
 
-    def _reject(self, tally: _Tally, example: Any, place: int, error: Exception) -> None:
-        """Count an example, write it down, and warn if it is the first of its kind."""
-        kind = type(error).__name__, getattr(error, "cause", None)
-        tally.kinds[kind] += 1
-        message = str(error)[:_LONGEST]
-        self._write({"event": "rejected", **_named(example), "place": place, **_facts(error)})
-        _log.info("rejected example %d of %d: %s", tally.kinds.total(), tally.seen, message)
-        self._warn_once(tally, kind, f"an example was dropped, {kind[0]}", message)
-
-    def _warn_once(self, tally: _Tally, kind: Kind, what: str, message: str) -> None:
-        if kind not in tally.messages:
-            tally.messages[kind] = message
-            note = "(said once for each kind and process)"
-            warnings.warn(f"{what}: {message} {note}", RejectWarning, stacklevel=2)
+    def _set_count(self, batch: Any, dropped: int) -> None:
+        key = self.options.count_key
+        if key is None:
+            return
+        if batch.get(key) is not None:
+            raise MRopeError(f"the inner collate function already gave {key}")
+        batch[key] = dropped
 
     def _check_limit(self, tally: _Tally) -> None:
-        rejected, limit = tally.kinds.total(), self.max_rejects
+        rejected, limit = tally.kinds.total(), self.options.max_rejects
         if limit is None:
             return
         if isinstance(limit, int):
@@ -191,74 +222,45 @@ class Rejects:
             raise MRopeError(f"more rejects than max_rejects={limit}: {_summary(tally)}")
 
     def _stand_in(self, tally: _Tally, collate: Collate, dropped: int) -> Any:
-        """Return what takes the place of a batch with nothing left: every rank needs its step."""
-        source = "the last good batch" if tally.good is not self.stand_in else "stand_in"
+        """Return a batch of other examples: a rank that skips its step blocks all the others."""
+        source = "the last good batch" if tally.good is not self.options.stand_in else "stand_in"
         if tally.good is None:
             source, tally.good = "the dataset", _from_dataset(collate)
         if tally.good is None:
             raise MRopeError(
-                "a batch has no good example, and there is none before it to repeat; give "
-                f"MRopeCollator(stand_in=[...]) good ones. {_summary(tally)}"
+                "no example of the batch is good, and there is no earlier batch to repeat; pass "
+                f"good examples as SkipBad(stand_in=[...]). {_summary(tally)}"
             )
-        self._write({"event": "nothing left", "dropped": dropped, "repeated": source})
-        what = f"none of a batch's {dropped} examples is good; in its place"
-        self._warn_once(tally, ("nothing left", None), what, source)
+        if tally.file is not None:
+            append_record(
+                tally.file, {"event": "nothing left", "dropped": dropped, "repeated": source}
+            )
+        what = f"none of the {dropped} examples of a batch is good; used in its place"
+        _warn_once(tally, ("nothing left", None), what, source)
         return collate(_copies(tally.good))
 
-    def _write(self, record: dict[str, Any]) -> None:
-        if self.file is None:
-            return
-        worker = get_worker_info()
-        append_line(
-            self.file,
-            {
-                "time": datetime.now(timezone.utc).isoformat(),
-                "rank": os.environ.get("RANK"),
-                "worker": None if worker is None else worker.id,
-                "process": os.getpid(),
-                **record,
-            },
-        )
+
+def _reject(tally: _Tally, example: Any, place: int, error: Exception) -> None:
+    """Count an example, record it, and warn if it is the first of its kind."""
+    kind = type(error).__name__, getattr(error, "cause", None)
+    tally.kinds[kind] += 1
+    message = str(error)[:_LONGEST]
+    if tally.file is not None:
+        facts = {"place": place, **_facts(error)}
+        append_record(tally.file, {"event": "rejected", **_names(example), **facts})
+    _log.info("rejected example %d of %d: %s", tally.kinds.total(), tally.seen, message)
+    _warn_once(tally, kind, f"an example was dropped, {kind[0]}", message)
 
 
-def make_rejects(
-    on_error: OnError,
-    file: str | os.PathLike[str] | None,
-    max_rejects: float | None,
-    count_key: str | None,
-    stand_in: Sequence[Any] | None,
-) -> Rejects | None:
-    """Return what skips bad examples, or None where they are to raise.
-
-    Raises:
-        ValueError: an option of skipping, and nothing is skipped; or as `Rejects` does.
-    """
-    if on_error == "skip":
-        return Rejects(file, max_rejects, count_key, stand_in)
-    options = {
-        "rejects": file,
-        "max_rejects": max_rejects,
-        "count_key": count_key,
-        "stand_in": stand_in,
-    }
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise ValueError(f"{', '.join(given)} belongs to on_error='skip'")
-    return None
-
-
-def _require_limit(limit: Any) -> None:
-    count = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0
-    share = isinstance(limit, float) and 0 < limit < 1
-    if limit is not None and not count and not share:
-        raise ValueError(
-            "max_rejects must be a count (an int from 0) or a share (a float between 0 and 1), "
-            f"not {limit!r}"
-        )
+def _warn_once(tally: _Tally, kind: Kind, what: str, message: str) -> None:
+    if kind not in tally.messages:
+        tally.messages[kind] = message
+        note = "(shown once for each kind of error and process)"
+        warnings.warn(f"{what}: {message} {note}", RejectWarning, stacklevel=2)
 
 
 def _attempt(collate: Collate, examples: Sequence[Any]) -> Any:
-    """Return the batch, or what was raised; an inner collate function may raise anything."""
+    """Return the batch, or the exception; an inner collate function may raise any."""
     try:
         return collate(_copies(examples))
     except Exception as error:  # noqa: BLE001
@@ -279,7 +281,7 @@ def _copy(example: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
 
 
 def _find_bad(collate: Collate, examples: Sequence[Any]) -> dict[int, Exception]:
-    """Return the places of the examples that cannot be collated, and what each of them raises."""
+    """Return the places of the examples that cannot be collated, each with its exception."""
     alone = {place: _attempt(collate, [example]) for place, example in enumerate(examples)}
     errors = {place: error for place, error in alone.items() if isinstance(error, Exception)}
     good = [place for place in alone if place not in errors]
@@ -287,8 +289,8 @@ def _find_bad(collate: Collate, examples: Sequence[Any]) -> dict[int, Exception]
         _attempt(collate, [examples[place] for place in good]), Exception
     ):
         return errors
-    # Good alone and not together: one has labels and another none. More of them stay if those that
-    # do not go with the first are asked first.
+    # Good alone but not together: one has labels and another none. A single odd example in front
+    # would expel all others; so the order is tried again with the expelled ones first.
     forward = _unfitting(collate, examples, good)
     rest = [place for place in good if place not in forward]
     backward = _unfitting(collate, examples, [*forward, *rest])
@@ -298,7 +300,7 @@ def _find_bad(collate: Collate, examples: Sequence[Any]) -> dict[int, Exception]
 def _unfitting(
     collate: Collate, examples: Sequence[Any], order: Sequence[int]
 ) -> dict[int, Exception]:
-    """Add examples one by one, and return those that cannot be collated with what is there."""
+    """Add examples one by one, and return those that cannot be collated with the ones before."""
     fitting: list[int] = []
     errors = {}
     for place in order:
@@ -311,7 +313,7 @@ def _unfitting(
 
 
 def _from_dataset(collate: Collate) -> list[Any] | None:
-    """Return the first good example of a worker's map-style dataset; None where there is none."""
+    """Return the first good example of a worker's map-style dataset; None if there is none."""
     worker = get_worker_info()
     dataset: Any = None if worker is None else worker.dataset
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
@@ -325,8 +327,8 @@ def _from_dataset(collate: Collate) -> list[Any] | None:
     return None
 
 
-def _named(example: Any) -> dict[str, Any]:
-    """Return what an example says of which it is."""
+def _names(example: Any) -> dict[str, Any]:
+    """Return the values that identify an example, under the keys `id` and `index`."""
     if not isinstance(example, Mapping):
         return {}
     found = {name: example[name] for name in _NAMES if example.get(name) is not None}
