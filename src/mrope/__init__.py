@@ -10,7 +10,7 @@ from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.rope_index import rope_index
 from mrope.prepare.sampler import TokenBudgetSampler
 from mrope.spec.spec import MRopeSpec
-from mrope.towers.vision import VisionSpec
+from mrope.towers import VisionSpec
 from mrope.transforms.sharding import gather_sequence, shard_sequence
 
 if TYPE_CHECKING:

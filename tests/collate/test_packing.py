@@ -17,7 +17,7 @@ from mrope import MRopeCollator, MRopeError, MRopeSpec, SpanMismatchError, rope_
 from mrope.collate.padding import PaddingCollator
 from mrope.spec.families import FAMILIES
 from mrope.spec.spec import example_config
-from mrope.towers.vision import VisionSpec
+from mrope.towers import VisionSpec
 from support.batches import Row, _random_row, merge_rows
 
 SPEC = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 from mrope import MRopeCollator, MRopeError
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach, detach
-from mrope.towers.vision import VisionSpec
+from mrope.towers import VisionSpec
 from support.models import MODEL_FAMILIES, model_config, tiny_examples, tiny_model, tiny_spec
 
 MEDIA = {

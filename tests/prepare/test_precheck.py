@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import pickle
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from mrope.positions.rope_index import rope_index
 from mrope.prepare import Precheck, examples_of
 from mrope.prepare.precheck import LENGTH, PATCHES
 from mrope.spec.spec import example_config
-from mrope.towers.vision import VisionSpec
+from mrope.towers import VisionSpec
 from support.batches import ROWS, SPAN_ROWS, random_batch
 from support.malformed import MALFORMED, Malformed
 from support.samples import (
@@ -399,3 +401,9 @@ class TestDatasets:
         assert hashed(Precheck(SPEC)) == hashed(pickle.loads(pickle.dumps(Precheck(SPEC))))
         other = spec_of(("qwen3_vl", "transformers-5.17"))
         assert hashed(Precheck(SPEC)) != hashed(Precheck(other))
+
+
+def test_the_wing_imports_neither_ray_nor_arrow_nor_transformers() -> None:
+    heavy = {"ray", "pyarrow", "datasets", "transformers"}
+    code = f"import sys, mrope.prepare; assert not {heavy!r} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

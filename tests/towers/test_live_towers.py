@@ -12,7 +12,7 @@ import torch
 
 from mrope import MRopeError
 from mrope.spec.families import FAMILIES, ONE_DIMENSIONAL
-from mrope.towers.vision import VisionSpec, vision_tensors
+from mrope.towers import VisionSpec, vision_tensors
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.vision_utils")

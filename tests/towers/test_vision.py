@@ -17,9 +17,8 @@ import pytest
 import torch
 
 from mrope import MRopeError
-from mrope.towers import frame_cache, vision
-from mrope.towers.frame_cache import clear_cache
-from mrope.towers.vision import VisionSpec, check_release, vision_tensors
+from mrope.towers import VisionSpec, check_release, vision, vision_spec, vision_tensors
+from mrope.towers.frame_cache import FRAME_CACHE, FrameCache, clear_cache
 
 EVERYTHING = VisionSpec(spatial_merge_size=2, window_side=4, table_side=48)
 MIXED = [[1, 4, 6], [3, 2, 2], [1, 20, 14], [2, 4, 6], [1, 4, 6]]
@@ -200,11 +199,11 @@ def test_a_release_that_reads_them_passes() -> None:
     with pytest.raises(MRopeError, match="cannot read transformers' version 'main'"):
         check_release(EVERYTHING, "main")
     with (
-        mock.patch.object(vision, "installed_transformers", return_value="5.14.0"),
+        mock.patch.object(vision_spec, "installed_transformers", return_value="5.14.0"),
         pytest.raises(MRopeError, match=r"5\.14\.0"),
     ):
         check_release(EVERYTHING)
-    with mock.patch.object(vision, "installed_transformers", return_value=None):
+    with mock.patch.object(vision_spec, "installed_transformers", return_value=None):
         check_release(EVERYTHING)
 
 
@@ -238,7 +237,7 @@ def test_each_distinct_size_is_computed_once() -> None:
 
 
 def test_the_cache_is_bounded_and_forgets_the_oldest() -> None:
-    memory = frame_cache._Memory(limit=20_000)
+    memory = FrameCache(limit=20_000)
     for width in range(2, 60, 2):
         memory.recall(vision._positions, 2, width, 2)
         held = sum(1024 + array.nbytes for piece in memory._pieces.values() for array in piece)
@@ -249,7 +248,7 @@ def test_the_cache_is_bounded_and_forgets_the_oldest() -> None:
 
 
 def test_what_was_used_last_is_kept() -> None:
-    memory = frame_cache._Memory(limit=3 * (1024 + 64))
+    memory = FrameCache(limit=3 * (1024 + 64))
     builds: list[int] = []
 
     def build(number: int) -> tuple[Any, ...]:
@@ -262,27 +261,25 @@ def test_what_was_used_last_is_kept() -> None:
 
 
 def test_a_frame_larger_than_the_cache_is_computed_and_not_kept() -> None:
-    memory = frame_cache._Memory(limit=2000)
+    memory = FrameCache(limit=2000)
     memory.recall(vision._positions, 2, 2, 2)
     (positions,) = memory.recall(vision._positions, 20, 20, 2)
     assert positions.shape == (400, 2)
     assert list(memory._pieces) == [(vision._positions, 2, 2, 2)]
-    with mock.patch.object(vision, "_MEMORY", memory):
+    with mock.patch.object(vision, "FRAME_CACHE", memory):
         ours = vision_tensors(EVERYTHING, MIXED)
     assert equal(ours, vision_tensors(EVERYTHING, MIXED))
 
 
 def test_remembered_arrays_cannot_be_written() -> None:
-    (positions,) = frame_cache._MEMORY.recall(vision._positions, 4, 4, 2)
+    (positions,) = FRAME_CACHE.recall(vision._positions, 4, 4, 2)
     with pytest.raises(ValueError, match="read-only"):
         positions[0] = 1
 
 
 def test_threads_may_share_the_cache() -> None:
     expected = vision_tensors(EVERYTHING, MIXED)
-    memory = frame_cache._Memory(
-        limit=60_000
-    )  # too small for all: threads evict each other's frames
+    memory = FrameCache(limit=60_000)  # too small for all: threads evict each other's frames
     wrong: list[int] = []
 
     def work(seed: int) -> None:
@@ -292,7 +289,7 @@ def test_threads_may_share_the_cache() -> None:
             if not equal(vision_tensors(EVERYTHING, MIXED), expected):
                 wrong.append(seed)
 
-    with mock.patch.object(vision, "_MEMORY", memory):
+    with mock.patch.object(vision, "FRAME_CACHE", memory):
         threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
         for thread in threads:
             thread.start()
@@ -303,7 +300,7 @@ def test_threads_may_share_the_cache() -> None:
 
 
 def test_two_threads_that_miss_the_same_frame_keep_one() -> None:
-    memory, both = frame_cache._Memory(limit=10_000), threading.Barrier(2)
+    memory, both = FrameCache(limit=10_000), threading.Barrier(2)
 
     def build(number: int) -> tuple[Any, ...]:
         both.wait(10)
@@ -323,7 +320,7 @@ def test_a_fork_waits_for_a_thread_that_uses_the_cache() -> None:
     held, release = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with frame_cache._MEMORY.lock:
+        with FRAME_CACHE.lock:
             held.set()
             release.wait(1)
 
@@ -533,10 +530,10 @@ def test_gradients_are_the_same(family: str) -> None:
 def test_the_bench_writes_what_it_measured(tmp_path: Path) -> None:
     pytest.importorskip("transformers.vision_utils")
     pytest.importorskip("matplotlib")
-    from mrope.bench.vision import run
+    from mrope.bench.vision import bench_vision
 
     file, plot = tmp_path / "vision.json", tmp_path / "vision.png"
-    run(1, True, file, plot)
+    bench_vision(1, True, file, plot)
     report = json.loads(file.read_text())
     (case,) = report["cases"]
     assert [entry["name"] for entry in case["tensors"]] == [

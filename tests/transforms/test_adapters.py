@@ -14,7 +14,7 @@ from mrope import MRopeCollator, MRopeError, MRopeSpec, to_model_layout
 from mrope.collate.layouts import to_batch_layout
 from mrope.collate.padding import PaddingCollator
 from mrope.spec.spec import example_config
-from mrope.towers.vision import VisionSpec
+from mrope.towers import VisionSpec
 from mrope.transforms.adapters import to_ms_swift, to_veomni, to_verl
 
 SPEC = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")

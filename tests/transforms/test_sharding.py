@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mrope import MRopeCollator, MRopeError, MRopeSpec, gather_sequence, shard_sequence
 from mrope.spec.spec import example_config
-from mrope.towers.vision import VisionSpec
+from mrope.towers import VisionSpec
 
 SPEC = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
 VISION = VisionSpec(spatial_merge_size=2, table_side=16)
@@ -195,7 +195,7 @@ def test_what_is_refused(change: dict[str, Any], options: dict[str, Any], messag
 
 
 def test_an_attached_model_refuses_a_part() -> None:
-    models = pytest.importorskip("models", exc_type=ImportError)
+    models = pytest.importorskip("support.models", exc_type=ImportError)
     from mrope.hf import attach
 
     vision = VisionSpec.from_config(models.model_config("qwen2_vl"))
@@ -323,7 +323,7 @@ def _embed(base: Any, batch: Any) -> torch.Tensor:
 def test_a_model_on_two_parts_gives_what_it_gives_on_the_whole(
     tmp_path: Path, family: str, packing: Any
 ) -> None:
-    models = pytest.importorskip("models", exc_type=ImportError)
+    models = pytest.importorskip("support.models", exc_type=ImportError)
     batch = _model_batch(models, family, packing)
     with torch.no_grad():
         whole = models.tiny_model(family)(**batch)

@@ -20,7 +20,7 @@ from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.spans import token_types
 from mrope.spec.references import installed_transformers, resolve_reference
 from mrope.spec.spec import MRopeSpec
-from mrope.towers.vision import VisionSpec
+from mrope.towers import VisionSpec
 
 _TOKEN_COLUMNS = ("input_ids", "attention_mask", "labels", "mm_token_type_ids")
 _PIXELS = ("pixel_values", "pixel_values_videos")

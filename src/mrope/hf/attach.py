@@ -23,9 +23,6 @@ from mrope.spec import references
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-# Releases of transformers whose modelling code the forwards were compared with.
-TESTED = ("5.23",)
-
 FORWARDS = VISION_FORWARDS | OMNI_FORWARDS
 
 
@@ -156,9 +153,9 @@ def _refuse_wrapped(model: torch.nn.Module) -> None:
 
 def _check_release() -> None:
     """Raise under a release of transformers that the forwards were not compared with."""
-    version = references.installed_transformers()
-    if version is None or not version.startswith(tuple(f"{release}." for release in TESTED)):
+    version, tested = references.installed_transformers(), references.ATTACH_TESTED
+    if version is None or not version.startswith(tuple(f"{release}." for release in tested)):
         raise MRopeError(
-            f"attach was tested with transformers {', '.join(TESTED)}, not {version}; "
+            f"attach was tested with transformers {', '.join(tested)}, not {version}; "
             "attach(model, strict=False) tries it all the same"
         )

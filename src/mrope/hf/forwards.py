@@ -23,7 +23,7 @@ from transformers.utils import can_return_tuple
 from mrope.collate.layouts import to_model_layout
 from mrope.errors import MRopeError
 from mrope.hf.attention import causal_mask, host_segments, packed_mask
-from mrope.towers.vision import READ_SINCE
+from mrope.spec.references import VISION_READ_SINCE
 
 Tensors = MutableMapping[str, Any]
 Encode = Callable[[Any, str, Tensors], tuple[torch.Tensor, Any]]
@@ -200,7 +200,7 @@ def _tower_inputs(
     """Remove a modality from `inputs`; return scatter index, pixels, grids, and tower keywords."""
     pixels = inputs.pop(_PIXELS[modality]).type(self.visual.dtype)
     index = inputs.pop(f"{modality}_scatter_index")
-    known = {name: inputs.pop(f"{modality}_{name}", None) for name in READ_SINCE}
+    known = {name: inputs.pop(f"{modality}_{name}", None) for name in VISION_READ_SINCE}
     known = {name: value for name, value in known.items() if value is not None}
     lengths = {
         "cu_seqlens": inputs.pop(f"{modality}_split_sizes"),

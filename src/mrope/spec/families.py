@@ -1,7 +1,7 @@
-"""What each model family is: a row of plain data in `FAMILIES`, keyed by `config.model_type`.
+"""Describe each model family as a row of plain data in `FAMILIES`, keyed by `config.model_type`.
 
-Nothing else in the package asks for a model type. What a release does is in
-`mrope.spec.references`.
+Code reads the values of a row and never compares a model type, so a new family is a new row.
+Differences between releases are in `mrope.spec.references`.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from typing import NamedTuple
 from mrope.spec.references import REFERENCES
 
 NO_TOKEN = -1
-"""Stands for the id of a token that a family does not have."""
+"""Token id in the spec of a family that has no such token."""
 
 
 @dataclass(frozen=True)
 class Tower:
-    """What a family's vision tower takes beside its pixels: see `mrope.towers.vision`.
+    """Inputs of a family's vision tower beside pixels: see `mrope.towers.vision`.
 
     Attributes:
-        videos: it takes videos too.
-        positions: it takes its patches' positions.
+        videos: the tower takes videos too, not only images.
+        positions: the tower takes row and column of each patch.
         windows: most layers attend within square windows (Qwen2.5-VL).
-        table: a square table of learned positions is stretched to each frame (Qwen3-VL and kin).
-        raster: patches are numbered row by row over the whole frame, not by merged blocks, and the
-            table's edges, not its corners' centres, meet the frame's (PaddleOCR-VL).
+        table: learned positions, a square table, are interpolated to each frame's size (Qwen3-VL
+            and its kin).
+        raster: patches are in raster order over the whole frame, not in merged blocks, and the
+            table is aligned with the frame by outer edges instead of corner centres (PaddleOCR-VL).
     """
 
     videos: bool = True
@@ -37,13 +38,13 @@ class Tower:
 
 
 class ConfigValue(NamedTuple):
-    """A further number that a family's rule reads of the config.
+    """An integer of the config that only some families need.
 
     Attributes:
-        name: of the number in `MRopeSpec.extra`.
-        key: where the config has it, with dots between sections, and bars between other names of
-            the same. Where there is a list, its length is the number.
-        example: a value for `example_config`.
+        name: key in `MRopeSpec.extra`.
+        key: dotted path in the config, with bars between alternative names. If the config holds a
+            list there, the value is its length.
+        example: value in `example_config`.
     """
 
     name: str
@@ -53,26 +54,28 @@ class ConfigValue(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """How a model family lays out its tokens, and where its config keeps the numbers.
+    """How a model family lays out its tokens, and where its config holds the values.
 
     Attributes:
-        custom_index: name of a function of `mrope.positions.custom` that numbers the tokens; None: `mrope.positions.rope_index`.
-        inputs: what that function takes of a batch beside tokens, mask and grids.
-        frames_apart: every frame of a video is a span of its own, as if it were an image (Qwen3-VL
+        custom_index: name of the function of `mrope.positions.custom` that computes the position
+            ids; None: the kernel of `mrope.positions`.
+        inputs: what that function reads from a batch beside tokens, mask and grids.
+        frames_apart: each frame of a video is a span of its own, as if it were an image (Qwen3-VL
             and its kin, whose processors write a timestamp before each frame).
-        frames_as_images: a frame's placeholders are those of images, and stand between a video's
-            start and end marker (GLM-V).
-        merges: patches that share a token along each side, by the config's `downsample_mode`; None:
+        frames_as_images: frames have the placeholder of images, between a video's start and end
+            marker (GLM-V).
+        merges: patches merged along each side, by the config's `downsample_mode`; None: read from
             `vision_config.spatial_merge_size`.
         timed: the temporal step of a video is `tokens_per_second * second_per_grid_ts`.
-        packs: its examples were seen to be kept apart in one row (see `mrope.collate.packing`).
-        references: those whose numbers it was compared with.
-        image_keys, video_keys, start_keys: names under which a config may hold the token ids of the
-            image placeholder, the video placeholder and the vision start marker; none: the family
+        packs: packing verified: no attention across examples (see `mrope.collate.packing`).
+        references: keys of `REFERENCES` that the family was compared with.
+        image_keys, video_keys, start_keys: alternative names in the config of the token ids of the
+            image placeholder, the video placeholder and the vision start marker; empty: the family
             has no such token.
-        extra: further ones of the config: `temporal_merge_size`, frames of a video that share
-            their tokens; `video_start_token_id`, `video_end_token_id`, with `frames_as_images`.
-        tower: its vision tower; None: transformers' does not take anything from outside.
+        extra: further values of the config: `temporal_merge_size`, frames of a video that are
+            merged into one; `video_start_token_id` and `video_end_token_id`, with
+            `frames_as_images`.
+        tower: the vision tower; None: transformers' tower takes no precomputed tensors.
     """
 
     custom_index: str | None = None
@@ -90,19 +93,17 @@ class Family:
     tower: Tower | None = None
 
 
-# 4.57 has some of the later families, with functions of their own that were not compared.
+# transformers 4.57 has some of these families too, with other functions, which were not compared.
 _SINCE_5_6 = ("transformers-5.17", "transformers-5.23")
 
-
-_STRETCHED = Tower(table=True)
-
+_INTERPOLATED = Tower(table=True)
 
 _COUNTS = ("images_per_sample", "videos_per_sample")
 
 
 def _tokens(*names: str) -> tuple[ConfigValue, ...]:
-    """Return token ids that stand in the config under their own names."""
-    return tuple(ConfigValue(name, name, 104 + place) for place, name in enumerate(names))
+    """Return one `ConfigValue` per token id that the config holds under the same name."""
+    return tuple(ConfigValue(name, name, 104 + index) for index, name in enumerate(names))
 
 
 _GLM = Family(
@@ -115,9 +116,7 @@ _GLM = Family(
     tower=Tower(),
 )
 
-
 _AUDIO = ("second_per_grid_ts", "audio_seqlens", "use_audio_in_video", "audios_per_sample")
-
 
 _OMNI = Family(
     inputs=(*_AUDIO, *_COUNTS),
@@ -126,29 +125,27 @@ _OMNI = Family(
     video_keys=("video_token_id", "video_token_index"),
 )
 
-
-_OMNI_NUMBERS = (
+_OMNI_VALUES = (
     ConfigValue("audio_token_id", "audio_token_id|audio_token_index", 104),
     ConfigValue("audio_start_token_id", "audio_start_token_id", 105),
     ConfigValue("position_id_per_seconds", "position_id_per_seconds", 25),
 )
 
-
 _CROPS = ("target_sizes", "target_sizes_videos", "downsample_mode")
 
-
+# A list with one entry per position axis; its length is the value.
 _SECTIONS = "text_config.rope_parameters|rope_scaling.mrope_section|xdrope_section"
 
 
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": Family(tower=Tower()),
     "qwen2_5_vl": Family(timed=True, tower=Tower(windows=True)),
-    "qwen3_vl": Family(frames_apart=True, tower=_STRETCHED),
-    "qwen3_vl_moe": Family(frames_apart=True, tower=_STRETCHED),
-    "qwen3_5": Family(frames_apart=True, tower=_STRETCHED),
-    "qwen3_5_moe": Family(frames_apart=True, tower=_STRETCHED),
-    "qwen4_exp": Family(frames_apart=True, packs=False, references=_SINCE_5_6, tower=_STRETCHED),
-    # LMMs-Lab's config exposes every id under two names; a hand-written one may have either.
+    "qwen3_vl": Family(frames_apart=True, tower=_INTERPOLATED),
+    "qwen3_vl_moe": Family(frames_apart=True, tower=_INTERPOLATED),
+    "qwen3_5": Family(frames_apart=True, tower=_INTERPOLATED),
+    "qwen3_5_moe": Family(frames_apart=True, tower=_INTERPOLATED),
+    "qwen4_exp": Family(frames_apart=True, packs=False, references=_SINCE_5_6, tower=_INTERPOLATED),
+    # LMMs-Lab's config class exposes each id under two names; a hand-written one may have either.
     "aero_realtime": Family(
         frames_apart=True,
         packs=False,
@@ -173,25 +170,27 @@ FAMILIES: dict[str, Family] = {
         tower=Tower(videos=False, table=True, raster=True),
     ),
     "cohere_compass": Family(
-        frames_apart=True, packs=False, references=_SINCE_5_6, tower=_STRETCHED
+        frames_apart=True, packs=False, references=_SINCE_5_6, tower=_INTERPOLATED
     ),
-    "cosmos3_omni": Family(frames_apart=True, packs=False, references=_SINCE_5_6, tower=_STRETCHED),
+    "cosmos3_omni": Family(
+        frames_apart=True, packs=False, references=_SINCE_5_6, tower=_INTERPOLATED
+    ),
     "cosmos3_edge": Family(
         frames_apart=True, packs=False, references=_SINCE_5_6, tower=Tower(positions=False)
     ),
     "qwen2_5_omni_thinker": replace(
         _OMNI,
         custom_index="omni_2_5",
-        extra=(*_OMNI_NUMBERS, ConfigValue("seconds_per_chunk", "seconds_per_chunk", 2)),
+        extra=(*_OMNI_VALUES, ConfigValue("seconds_per_chunk", "seconds_per_chunk", 2)),
         tower=Tower(windows=True),
     ),
-    # 4.57 counts audio tokens for windows of 50 alone.
+    # 4.57 counts audio tokens correctly only for n_window = 50.
     "qwen3_omni_moe_thinker": replace(
         _OMNI,
         custom_index="omni_3",
         references=_SINCE_5_6,
-        extra=(*_OMNI_NUMBERS, ConfigValue("n_window", "audio_config.n_window", 50)),
-        tower=_STRETCHED,
+        extra=(*_OMNI_VALUES, ConfigValue("n_window", "audio_config.n_window", 50)),
+        tower=_INTERPOLATED,
     ),
     "glm_image": Family(
         custom_index="glm_image",
@@ -229,4 +228,4 @@ ONE_DIMENSIONAL: dict[str, Tower | None] = {
     "hyperclovax_vision_v2": Tower(windows=True),
     "video_llama_3": None,
 }
-"""Vision-language models whose tokens transformers 5.23 numbers in 1-D, and their towers."""
+"""Vision-language models with 1-D positions in transformers 5.23, and their vision towers."""

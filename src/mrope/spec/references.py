@@ -1,7 +1,7 @@
-"""What each reference does, and which release of transformers is which.
+"""Every table of transformers releases: what `get_rope_index` computes, and what was tested.
 
-A reference is a row of `REFERENCES`, named after the transformers release whose `get_rope_index` it
-equals. Nothing else in the package asks for a version's number.
+A reference is a row of `REFERENCES`, named after the release whose `get_rope_index` it equals, bit
+for bit. No other module of the package compares a version with a constant of its own.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from mrope.errors import MRopeError
 
 @dataclass(frozen=True)
 class Reference:
-    """What one era of transformers' `get_rope_index` does where the releases differ.
+    """Conventions of one era of transformers' `get_rope_index`, where the eras differ.
+
+    Source: `get_rope_index` of `qwen2_vl`, `qwen2_5_vl` and `qwen3_vl` in each release.
 
     Attributes:
         fill: position written at padding.
-        delta_over_padded: `rope_deltas` is max + 1 - S with the padded S, instead of the row's own
-            number of valid tokens.
-        text_batch_fill_in_delta: in a batch without any grid the maximum is taken over the fill at
-            padding too.
-        advance_over_time: text goes on after the largest position of a span, time included, instead
-            of after its larger spatial side.
+        delta_over_padded: `rope_deltas` is max + 1 - S with the padded length S, instead of the
+            row's number of valid tokens.
+        text_batch_fill_in_delta: in a batch without any grid, that maximum includes the fill at
+            padding.
+        advance_over_time: text after a span starts behind the span's largest position, time
+            included, instead of behind the larger of its height and width.
         whole_seconds: `second_per_grid_ts` is truncated to an integer before it is multiplied.
-        start_required: a span is found by the vision start marker in front of it; without one its
-            placeholders are taken for text.
-        binary_mask: only mask values of 1 are valid, so that a mask with other values has no
-        meaning.
-        timed_image_step: temporal step of an image in the families with timed videos.
+        start_required: a span needs a vision start marker in front; without one its placeholders
+            get the positions of text.
+        binary_mask: only tokens with a mask value of 1 are valid; other values are refused.
+        timed_image_step: temporal step between the frames of an image, in families with timed
+            videos.
     """
 
     fill: int
@@ -79,29 +81,52 @@ REFERENCES: dict[str, Reference] = {
     ),
 }
 
-# First and last release (major, minor) of each era. 5.0 to 5.5 stand in no row: they number clips
-# wrongly. The era of 5.23 begins with 5.18, the first wheel in which seconds are not truncated.
+# First and last release (major, minor) of each era. No row has 5.0 to 5.5, whose positions of clips
+# are wrong. The era of 5.23 begins with 5.18, the first wheel that does not truncate seconds.
 _ERAS: tuple[tuple[tuple[int, int], tuple[int, int], str], ...] = (
     ((4, 57), (4, 57), "transformers-4.57"),
     ((5, 6), (5, 17), "transformers-5.17"),
     ((5, 18), (5, 23), "transformers-5.23"),
 )
 
+VISION_READ_SINCE: dict[str, tuple[int, int]] = {
+    "cu_seqlens": (5, 9),
+    "max_seqlen": (5, 15),
+    "position_ids": (5, 9),
+    "window_index": (5, 9),
+    "cu_window_seqlens": (5, 9),
+    "max_window_seqlen": (5, 15),
+    "interp_indices": (5, 15),
+    "interp_weights": (5, 15),
+}
+"""First release (major, minor) whose vision towers read each tensor; source: docs/vision.md."""
+
+AUDIO_READ_SINCE = (5, 23)
+"""First release (major, minor) whose audio towers are known to read every tensor."""
+
+# Before 5.23 the borders in `cu_seq_lens_q` reach the vision tower too, and linear attention mixes
+# examples.
+PACKING_COMPARED = ("5.23",)
+"""Releases in which every family with `Family.packs` was compared, example by example."""
+
+ATTACH_TESTED = ("5.23",)
+"""Releases whose modelling code the forwards of `mrope.hf` were compared with."""
+
 
 def resolve_reference(name: str = "auto", installed: str | None = None) -> str:
     """Turn a reference's name, or "auto", into a key of `REFERENCES`.
 
     Args:
-        name: a key of `REFERENCES`, or "auto": the era of the transformers that is installed, and
-            "transformers-5.23" where none is. Its version is read from the package's metadata;
-            transformers is not imported.
-        installed: version to use for "auto" instead of the installed one.
+        name: a key of `REFERENCES`, or "auto": the era of the installed transformers, or
+            "transformers-5.23" if none is installed. The version is read from the package's
+            metadata; transformers is not imported.
+        installed: version that "auto" uses instead of the installed one.
 
     Raises:
-        MRopeError: unknown name, or "auto" with a release that has no tested rule.
+        MRopeError: an unknown name, or "auto" with a release that belongs to no era.
 
     Warns:
-        UserWarning: "auto" with a release newer than any that was tested.
+        UserWarning: "auto" with a release newer than the newest tested one.
 
     Example:
         >>> resolve_reference("auto", installed="5.12.0")
@@ -137,7 +162,7 @@ def resolve_reference(name: str = "auto", installed: str | None = None) -> str:
 
 
 def installed_transformers() -> str | None:
-    """Return the version of the installed transformers, from its metadata; None without it."""
+    """Return the version of the installed transformers, from its metadata; None if absent."""
     try:
         return importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
@@ -145,10 +170,10 @@ def installed_transformers() -> str | None:
 
 
 def as_release(version: str) -> tuple[int, int]:
-    """Return major and minor number of a version of transformers.
+    """Parse the major and minor number of a transformers version.
 
     Raises:
-        MRopeError: they cannot be told.
+        MRopeError: the version does not start with two numbers.
 
     Example:
         >>> as_release("5.23.0.dev0")
@@ -161,6 +186,6 @@ def as_release(version: str) -> tuple[int, int]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint at the known name that is most like `name`; nothing where none is."""
+    """Return a "did you mean" hint at the closest known name; empty if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,4 +1,4 @@
-"""Read an `MRopeSpec` from a model's config: all numbers that position ids depend on."""
+"""Read an `MRopeSpec` from a model's config: every value that position ids depend on."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mrope.errors import MRopeError
-from mrope.spec.families import FAMILIES, NO_TOKEN, ONE_DIMENSIONAL, ConfigValue, Family
-from mrope.spec.model_config import as_mapping, model_section, read_int
+from mrope.spec.families import FAMILIES, NO_TOKEN, ONE_DIMENSIONAL, Family
+from mrope.spec.model_config import read_dotted, read_int, read_model
 from mrope.spec.references import REFERENCES, Reference, nearest, resolve_reference
 
 
 @dataclass(frozen=True)
 class MRopeSpec:
-    """All that the kernel needs to know of a model: plain numbers, picklable, comparable.
+    """Values of a model that position ids depend on: plain data, picklable, comparable.
 
     Attributes:
         family: `model_type` of the config, a key of `FAMILIES`.
-        reference: the release whose numbers are computed, a key of `REFERENCES`.
+        reference: release whose position ids are computed, a key of `REFERENCES`.
         image_token_id, video_token_id, vision_start_token_id: token ids of the model; `NO_TOKEN`
-            where the family has no such token.
-        spatial_merge_size: patches that the vision tower merges along each side.
-        tokens_per_second: temporal positions in a second; None in families without timed videos.
-        extra: what else the family's rule reads of the config, by name.
+            if the family has no such token.
+        spatial_merge_size: patches along each side that the vision tower merges into one token.
+        tokens_per_second: temporal positions per second; None in families without timed videos.
+        extra: `Family.extra` as read from the config, by name.
     """
 
     family: str
@@ -39,12 +39,12 @@ class MRopeSpec:
 
     @property
     def family_row(self) -> Family:
-        """The family's row of the table."""
+        """The family's row of `FAMILIES`."""
         return FAMILIES[self.family]
 
     @property
     def conventions(self) -> Reference:
-        """The reference's row of the table."""
+        """The reference's row of `REFERENCES`."""
         return REFERENCES[self.reference]
 
     @classmethod
@@ -60,7 +60,8 @@ class MRopeSpec:
 
         Raises:
             MRopeError: no such file, not a config, an unknown `model_type`, a key that is missing,
-                of the wrong type, or given twice with two values; token ids that are not distinct.
+                of the wrong type, or given twice with two values; token ids that are not distinct;
+                a reference that the family was not compared with.
 
         Example:
             >>> MRopeSpec.from_config({
@@ -69,9 +70,9 @@ class MRopeSpec:
             ... }, reference="transformers-5.23").spatial_merge_size
             2
         """
-        name, table = model_section(as_mapping(config))
+        name, table = read_model(config)
         if name not in FAMILIES:
-            raise MRopeError(_unknown_family(name))
+            raise MRopeError(_describe_unknown_family(name))
         family = FAMILIES[name]
         reference = resolve_reference(reference)
         if reference not in family.references:
@@ -82,6 +83,7 @@ class MRopeSpec:
         if not isinstance(vision, Mapping):
             raise MRopeError(f"{name}: the config has no vision_config section")
         where = f"{name} vision_config"
+        timed = read_int(vision, ("tokens_per_second",), where, 1) if family.timed else None
         spec = cls(
             family=name,
             reference=reference,
@@ -91,24 +93,25 @@ class MRopeSpec:
             spatial_merge_size=read_int(vision, ("spatial_merge_size",), where, 1)
             if family.merges is None
             else _read_merge(table, family.merges, name),
-            tokens_per_second=read_int(vision, ("tokens_per_second",), where, 1)
-            if family.timed
-            else None,
-            extra={number.name: _read_number(table, number, name) for number in family.extra},
+            tokens_per_second=timed,
+            extra={value.name: read_dotted(table, value.key, name) for value in family.extra},
         )
         _refuse_equal_tokens(spec)
         return spec
 
 
 def example_config(family: str) -> dict[str, Any]:
-    """Return a smallest config of `family`, with made-up token ids, to show or test its numbering.
+    """Return the smallest valid config of `family`, with made-up token ids, for examples and tests.
+
+    Raises:
+        MRopeError: an unknown family.
 
     Example:
         >>> example_config("qwen3_vl")["vision_config"]
         {'spatial_merge_size': 2}
     """
     if family not in FAMILIES:
-        raise MRopeError(_unknown_family(family))
+        raise MRopeError(_describe_unknown_family(family))
     row = FAMILIES[family]
     vision = {} if row.merges is not None else {"spatial_merge_size": 2}
     vision |= {"tokens_per_second": 2} if row.timed else {}
@@ -117,31 +120,17 @@ def example_config(family: str) -> dict[str, Any]:
         config |= dict.fromkeys(keys[:1], token)
     if row.merges is not None:
         config["downsample_mode"] = next(iter(row.merges))
-    for number in row.extra:
-        *sections, key = number.key.split(".")
+    for value in row.extra:
+        *sections, key = value.key.split(".")
         section = config
-        for part in sections:
-            section = section.setdefault(part.split("|")[0], {})
-        section[key.split("|")[0]] = number.example
+        for name in sections:
+            section = section.setdefault(name.split("|")[0], {})
+        section[key.split("|")[0]] = value.example
     return config
 
 
 def _read_token(table: Mapping[str, Any], keys: tuple[str, ...], where: str) -> int:
     return read_int(table, keys, where) if keys else NO_TOKEN
-
-
-def _read_number(table: Mapping[str, Any], number: ConfigValue, name: str) -> int:
-    """Read a number at its dotted key: "vision_config.temporal_merge_size"."""
-    *sections, key = number.key.split(".")
-    for section in sections:
-        inner = [table.get(one) for one in section.split("|")]
-        found = [one for one in inner if isinstance(one, Mapping)]
-        if not found:
-            raise MRopeError(f"{name}: the config has no {section.replace('|', ' or ')} section")
-        table = found[0]
-    keys = tuple(key.split("|"))
-    sizes = {one: len(table[one]) for one in keys if isinstance(table.get(one), (list, tuple))}
-    return read_int({**table, **sizes}, keys, " ".join((name, *sections)))
 
 
 def _read_merge(table: Mapping[str, Any], merges: Mapping[str, int], name: str) -> int:
@@ -167,7 +156,7 @@ def _refuse_equal_tokens(spec: MRopeSpec) -> None:
         names[token] = name
 
 
-def _unknown_family(name: object) -> str:
+def _describe_unknown_family(name: object) -> str:
     known = f"known: {', '.join(FAMILIES)}"
     if not isinstance(name, str):
         return f"the config has no model_type, so its family cannot be told; {known}"

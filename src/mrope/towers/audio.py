@@ -1,8 +1,8 @@
-"""What an Omni's audio tower would compute from its audios' lengths, computed in the worker.
+"""Compute the index tensors of an Omni's audio tower from the lengths of the audios.
 
-The twin of `mrope.towers.vision`: everything here is a function of the mel frames of each audio and of a
-few numbers of the config. The towers cut each audio into chunks of `2 * n_window` frames, run their
-convolutions over all chunks side by side, and drop what only padding made.
+All tensors are functions of the mel frames of each audio and of a few values of the config. The
+towers cut each audio into chunks of `2 * n_window` frames, run their convolutions over a padded
+batch of chunks, and drop the outputs at padding.
 
 Source: `chunk_and_pad_features`, `get_valid_indices`, `get_pool_indices` and `get_audio_cu_seqlens`
 of `qwen2_5_omni` and `qwen3_omni_moe`, transformers 5.23.
@@ -23,8 +23,8 @@ import numpy.typing as npt
 
 from mrope.arrays import as_integers
 from mrope.errors import MRopeError
-from mrope.spec.model_config import as_mapping, model_section, read_int
-from mrope.spec.references import as_release, installed_transformers
+from mrope.spec.model_config import read_int, read_model, read_tower
+from mrope.spec.references import AUDIO_READ_SINCE, as_release, installed_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -32,24 +32,20 @@ if TYPE_CHECKING:
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
 
-READ_SINCE = (5, 23)
-"""The transformers release (major, minor) whose audio towers are known to read every tensor."""
-
+# Qwen3-Omni's code has this constant for every `n_window`; it is right for 50, the released value.
 _TOKENS_OF_FULL_CHUNK = 13
-"""What Qwen3-Omni counts for a full chunk, whatever `n_window` is; right for its own, 50."""
-
+# Families with an audio tower, and whether the tower averages pairs of tokens at its end.
 _POOLS = {"qwen2_5_omni": True, "qwen3_omni_moe": False}
-"""The families with an audio tower: whether it averages pairs of tokens at its end."""
 
 
 @dataclass(frozen=True)
 class AudioSpec:
-    """The numbers of an audio tower: plain data, picklable, comparable.
+    """Values of an audio tower that its tensors depend on: plain data, picklable, comparable.
 
     Attributes:
         n_window: half of a chunk, in mel frames.
-        chunks_attended: full chunks that attend to one another (Qwen3-Omni); None: each chunk
-            attends to itself alone, and pairs of tokens are averaged at the end (Qwen2.5-Omni).
+        chunks_attended: full chunks in one attention window (Qwen3-Omni); None: each chunk is a
+            window of its own, and pairs of tokens are averaged at the end (Qwen2.5-Omni).
     """
 
     n_window: int
@@ -61,7 +57,7 @@ class AudioSpec:
 
         Args:
             config: a dict, the path of a `config.json` or of the folder that holds it, or a live
-                `PretrainedConfig`. Its `model_type` may be the model's or the tower's.
+                `PretrainedConfig`. `model_type` may be the model's or the tower's.
 
         Raises:
             MRopeError: not a config, a `model_type` without a known audio tower, a key that is
@@ -74,45 +70,42 @@ class AudioSpec:
             ... })
             AudioSpec(n_window=50, chunks_attended=8)
         """
-        name, table = model_section(as_mapping(config))
+        name, table = read_model(config)
         plain = str(name).removesuffix("_audio_encoder").removesuffix("_thinker")
         if plain not in _POOLS:
             raise MRopeError(
                 f"model_type {name!r} has no audio tower whose tensors mrope computes; "
                 f"known: {', '.join(_POOLS)}"
             )
-        audio = table.get("audio_config", table)
-        if not isinstance(audio, Mapping):
-            raise MRopeError(f"{name}: audio_config must be a section, not {audio!r}")
-        where = f"{name} audio_config"
+        audio, where = read_tower(table, "audio_config", name)
         n_window = read_int(audio, ("n_window",), where, 1)
         if _POOLS[plain]:
             return cls(n_window)
-        return cls(
-            n_window, read_int(audio, ("n_window_infer",), where, 2 * n_window) // n_window // 2
-        )
+        window = read_int(audio, ("n_window_infer",), where, 2 * n_window)
+        return cls(n_window, window // n_window // 2)
 
     def check_release(self, version: str | None = None) -> None:
-        """Refuse a transformers whose audio towers would not read what `audio_tensors` computes.
+        """Refuse a transformers release whose audio towers would ignore some of `keys`.
 
         Args:
-            version: release to check; None: the installed one, if there is one.
+            version: release to check; None: the installed one. If none is installed, nothing
+                is checked.
 
         Raises:
             MRopeError: the release is too old.
         """
         version = version if version is not None else installed_transformers()
-        if version is not None and as_release(version) < READ_SINCE:
+        if version is not None and as_release(version) < AUDIO_READ_SINCE:
             raise MRopeError(
                 f"transformers {version} does not read all audio tensors; install "
-                f"{READ_SINCE[0]}.{READ_SINCE[1]} or later, or leave audio out"
+                f"{AUDIO_READ_SINCE[0]}.{AUDIO_READ_SINCE[1]} or later, or leave audio out"
             )
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Names under which the tower takes its tensors, without `audio_`.
+        """Names of the tower's tensors, without the prefix `audio_`.
 
-        `chunk_lengths` is taken only together with `padded_feature`: see `padded_features`.
+        The tower reads `chunk_lengths` only together with `padded_feature`: see `padded_features`.
         """
         pooled = ("pool_indices",) if self.chunks_attended is None else ()
         return ("cu_seqlens", "max_seqlen", "valid_indices", "chunk_lengths", *pooled)
@@ -121,29 +114,29 @@ class AudioSpec:
 def audio_tensors(
     spec: AudioSpec, audio_seqlens: npt.ArrayLike | None
 ) -> dict[str, npt.NDArray[Any] | int]:
-    """Compute all that an audio tower takes beside its features, from the audios' lengths alone.
+    """Compute every input of an audio tower beside its features.
 
     Args:
-        spec: the tower's numbers.
+        spec: the tower's values.
         audio_seqlens: (N,) integers: mel frames of each audio, as `feature_attention_mask` counts
-            them. None or none: there is nothing to compute, and the tower is not called either.
+            them. None or empty: no tensors, as the model does not call the tower either.
 
     Returns:
-        The tensors under the tower's own names, `spec.keys`; empty where there are no audios.
+        The tensors under the tower's own names, `spec.keys`; empty without audios.
 
         - `chunk_lengths` int64 (C,): mel frames of each chunk; an audio's last may be shorter.
-        - `valid_indices` int64 (K,): which tokens are of an audio, among those of all chunks as
-          they stand side by side, each padded to the longest.
-        - `cu_seqlens` int32 (W + 1,), `max_seqlen` int: the tokens that attend to one another; at
-          every border another chunk, another window of chunks, or another audio begins.
-        - `pool_indices` int64: the first of each pair of tokens that is averaged; an audio's odd
-          last one is dropped. Qwen2.5-Omni only.
+        - `valid_indices` int64 (K,): indices of tokens that are not padding in the flattened batch
+          of chunks, each padded to the longest.
+        - `cu_seqlens` int32 (W + 1,), `max_seqlen` int: attention windows, as offsets into the K
+          tokens; a window never spans two audios.
+        - `pool_indices` int64 (pairs,): first token of each pair that is averaged; an audio's odd
+          last token is dropped. Qwen2.5-Omni only.
 
     Raises:
-        MRopeError: lengths that are not integers of at least 1.
+        MRopeError: lengths that are not a flat list of integers of at least 1.
 
     Example:
-        An audio of 9 frames, in chunks of 8 and 1 that become 4 tokens and 1:
+        An audio of 9 frames is cut into chunks of 8 and 1, which become 4 tokens and 1:
 
         >>> tensors = audio_tensors(AudioSpec(n_window=4), [9])
         >>> {name: getattr(tensors[name], "tolist", int)() for name in AudioSpec(4).keys[2:]}
@@ -167,7 +160,7 @@ def audio_tensors(
 
 
 def audio_tokens(spec: AudioSpec, frames_N: Int64Array) -> Int64Array:
-    """Return how many tokens each audio has in the text: what the tower makes of its mel frames.
+    """Compute the placeholder tokens of each audio from its mel frames, both int64 (N,).
 
     Example:
         >>> audio_tokens(AudioSpec(100), np.array([95, 200])).tolist()
@@ -180,18 +173,18 @@ def audio_tokens(spec: AudioSpec, frames_N: Int64Array) -> Int64Array:
 def padded_features(
     spec: AudioSpec, input_features: torch.Tensor, audio_seqlens: npt.ArrayLike
 ) -> torch.Tensor:
-    """Cut features into the tower's chunks: `padded_feature`, taken together with `chunk_lengths`.
+    """Cut features into chunks: the tower's `padded_feature`, for use with `chunk_lengths`.
 
     Args:
-        spec: the tower's numbers.
-        input_features: (N, mel bins, frames) as processors give them, padded on the right.
+        spec: the tower's values.
+        input_features: (N, mel bins, frames) from a processor, padded on the right.
         audio_seqlens: (N,) frames of each audio that are not padding.
 
     Returns:
-        (C, mel bins, longest chunk) of the features' dtype, zero behind each chunk's end.
+        (C, mel bins, longest chunk) in the features' dtype, 0 at padding.
 
     Raises:
-        MRopeError: lengths that are no integers of at least 1, or that do not fit the features.
+        MRopeError: lengths that are not integers of at least 1, or that do not fit the features.
     """
     import torch
     from torch.nn.functional import pad
@@ -210,14 +203,14 @@ def padded_features(
     chunk_C = torch.from_numpy(chunk_lengths(spec, frames_N))
     longest = int(chunk_C.max()) if audios else 0
     chunks = whole[used][..., :longest]
-    # In the tower's own layout, frame by frame in memory: its convolution rounds by the layout.
+    # Same memory layout as the tower's own chunks, since the convolution rounds by layout.
     frames = chunks.transpose(1, 2).contiguous()
     frames[torch.arange(longest) >= chunk_C[:, None]] = 0
     return frames.transpose(1, 2)
 
 
 def chunk_lengths(spec: AudioSpec, frames_N: Int64Array) -> Int64Array:
-    """Return the mel frames of each chunk, int64 (C,).
+    """Compute the mel frames of each chunk, int64 (C,).
 
     Example:
         >>> chunk_lengths(AudioSpec(n_window=50), np.array([250, 100])).tolist()
@@ -231,7 +224,7 @@ def chunk_lengths(spec: AudioSpec, frames_N: Int64Array) -> Int64Array:
 
 
 def valid_indices(tokens_C: Int64Array) -> Int64Array:
-    """Return where chunks' tokens stand, each chunk padded to the longest, int64 (K,).
+    """Compute flat indices of the tokens of chunks that are padded to the longest, int64 (K,).
 
     Example:
         >>> valid_indices(np.array([3, 1, 2])).tolist()
@@ -244,10 +237,10 @@ def valid_indices(tokens_C: Int64Array) -> Int64Array:
 
 
 def pool_indices(tokens_N: Int64Array) -> Int64Array:
-    """Return the first token of each pair that is averaged, int64.
+    """Compute the first token of each pair that is averaged, int64 (pairs,).
 
     Example:
-        Audios of 5 and 2 tokens: the fifth has no partner.
+        Audios of 5 and 2 tokens; the fifth token has no partner and is dropped:
 
         >>> pool_indices(np.array([5, 2])).tolist()
         [0, 2, 5]
@@ -259,9 +252,9 @@ def pool_indices(tokens_N: Int64Array) -> Int64Array:
 
 
 def _convolved(spec: AudioSpec, frames_N: Int64Array) -> Int64Array:
-    """Return the tokens that stretches of mel frames become: every convolution halves, rounded up.
+    """Compute the tokens after the convolutions: each strided one halves the length, rounding up.
 
-    Qwen2.5-Omni has one that does, Qwen3-Omni three; those start anew with every chunk.
+    Qwen2.5-Omni has one strided convolution, Qwen3-Omni three, which run on each chunk separately.
     """
     if spec.chunks_attended is None:
         return (frames_N + 1) // 2
@@ -271,9 +264,9 @@ def _convolved(spec: AudioSpec, frames_N: Int64Array) -> Int64Array:
 
 
 def _windows(spec: AudioSpec, frames_N: Int64Array, tokens_C: Int64Array) -> Int64Array:
-    """Return the tokens of each attention window: an audio's full windows, then what is left."""
-    assert spec.chunks_attended is not None  # the caller asked
-    # The reference's window is as many times the longest chunk that this very batch has.
+    """Compute the tokens of each attention window, int64 (W,): full windows, then the remainder."""
+    assert spec.chunks_attended is not None  # checked by the caller
+    # transformers multiplies the longest chunk of this batch, not the nominal chunk length.
     window = int(tokens_C.max()) * spec.chunks_attended
     tokens_N = _convolved(spec, frames_N)
     windows_N = -(-tokens_N // window)
@@ -283,7 +276,7 @@ def _windows(spec: AudioSpec, frames_N: Int64Array, tokens_C: Int64Array) -> Int
 
 
 def _count_within(counts: Int64Array) -> Int64Array:
-    """Return 0, 1, ... for each group: counts [3, 0, 2] give [0, 1, 2, 0, 1]."""
+    """Compute the index within each group: counts [3, 0, 2] give [0, 1, 2, 0, 1]."""
     within: Int64Array = np.arange(counts.sum()) - (counts.cumsum() - counts).repeat(counts)
     return within
 

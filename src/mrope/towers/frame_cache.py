@@ -1,7 +1,8 @@
-"""Cache of the tensors of frame sizes, one for each process, bounded in bytes."""
+"""Per-process cache of what frames of one size contribute to a batch, bounded in bytes."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -11,27 +12,27 @@ import numpy.typing as npt
 
 Piece = tuple[npt.NDArray[Any], ...]
 
-
 CACHE_BYTES = 64 * 2**20
-"""What one process remembers of the frames it met, at most; see `clear_cache`."""
+"""Maximum bytes of the per-process frame cache."""
 
 
 def clear_cache() -> None:
-    """Forget every frame, for example to measure without it. Results do not depend on it."""
-    _MEMORY.clear()
+    """Empty the frame cache, for example to time the first batch. Results do not change."""
+    FRAME_CACHE.clear()
 
 
-class _Memory:
-    """Read-only arrays by the call that makes them: those used last, up to a number of bytes.
+class FrameCache:
+    """Least-recently-used cache of read-only arrays by the call that computes them.
 
-    Threads may share it; two that miss the same call both make it, and one result is kept.
+    Thread-safe; two threads that miss the same call both compute it, and one result is kept.
 
     Attributes:
-        limit: bytes kept at most; a result above it is not kept at all.
-        used: bytes kept now.
+        limit: maximum bytes; a result above it is not cached.
+        used: bytes held now, arrays and bookkeeping.
+        lock: guards every access; held by the fork handlers too.
     """
 
-    # Keys, array objects and links of an entry, so that many tiny frames are bounded too.
+    # Key, array objects and links of an entry: without them many tiny frames would be unbounded.
     _ENTRY_BYTES = 1024
 
     def __init__(self, limit: int) -> None:
@@ -40,21 +41,23 @@ class _Memory:
         self.lock = threading.Lock()
         self._pieces: OrderedDict[tuple[object, ...], Piece] = OrderedDict()
 
-    def recall(self, build: Callable[..., Piece], *numbers: int) -> Piece:
-        """Return `build(*numbers)`, from memory where it is there."""
-        key = (build, *numbers)
+    def recall(self, build: Callable[..., Piece], *options: int) -> Piece:
+        """Return `build(*options)` as read-only arrays, from the cache if it is there."""
+        key = (build, *options)
         with self.lock:
             piece = self._pieces.get(key)
             if piece is not None:
                 self._pieces.move_to_end(key)
                 return piece
-        piece = build(*numbers)
+        # Built without the lock, so that one large frame does not block other threads.
+        piece = build(*options)
         for array in piece:
             array.flags.writeable = False
         self._keep(key, piece)
         return piece
 
     def clear(self) -> None:
+        """Drop every entry."""
         with self.lock:
             self._pieces.clear()
             self.used = 0
@@ -74,4 +77,12 @@ class _Memory:
         return self._ENTRY_BYTES + sum(array.nbytes for array in piece)
 
 
-_MEMORY = _Memory(CACHE_BYTES)
+FRAME_CACHE = FrameCache(CACHE_BYTES)
+
+# A child forked while another thread holds the lock would deadlock on its first use of the cache.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=FRAME_CACHE.lock.acquire,
+        after_in_parent=FRAME_CACHE.lock.release,
+        after_in_child=FRAME_CACHE.lock.release,
+    )

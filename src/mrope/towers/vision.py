@@ -1,11 +1,11 @@
-"""Step 6 of the way: what a vision tower would compute from its grids, computed in the worker.
+"""Compute the index tensors of a vision tower from the grids.
 
-Everything here is a function of `*_grid_thw` and of a few numbers of the config. A frame's share
-depends on its height and width alone, so it is computed once for each distinct size, remembered,
-and a batch is the concatenation of its frames' shares.
+All tensors are functions of `*_grid_thw` and of a few values of the config. Apart from offsets,
+what a frame contributes depends only on its height and width, so each distinct size is computed
+once and cached, and a batch is a concatenation.
 
-The functions for a single tensor take grids as `vision_tensors` has checked them: int64 (N, 3), at
-least one row.
+Source: `transformers.vision_utils` 5.23. Functions for a single tensor require grids as
+`vision_tensors` checks them: int64 (N, 3), at least one row.
 
 Shape suffixes: N grids, F frames of all grids, P patches of all frames, M merged tokens of all
 frames, W attention windows, L positions along an axis. Within one frame: h, w patches.
@@ -13,9 +13,7 @@ frames, W attention windows, L positions along an axis. Within one frame: h, w p
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import chain, repeat
 from typing import Any
 
@@ -24,143 +22,28 @@ import numpy.typing as npt
 
 from mrope.arrays import as_grid
 from mrope.errors import MRopeError
-from mrope.spec.families import FAMILIES, ONE_DIMENSIONAL, Tower
-from mrope.spec.model_config import as_mapping, model_section, read_int
-from mrope.spec.references import as_release, installed_transformers
-from mrope.towers.frame_cache import _MEMORY, Piece
+from mrope.towers.frame_cache import FRAME_CACHE, Piece
+from mrope.towers.vision_spec import VisionSpec
 
 Int64Array = npt.NDArray[np.int64]
-
-
 Int32Array = npt.NDArray[np.int32]
-
-
 FloatArray = npt.NDArray[np.float32]
-
-
-READ_SINCE: dict[str, tuple[int, int]] = {
-    "cu_seqlens": (5, 9),
-    "max_seqlen": (5, 15),
-    "position_ids": (5, 9),
-    "window_index": (5, 9),
-    "cu_window_seqlens": (5, 9),
-    "max_window_seqlen": (5, 15),
-    "interp_indices": (5, 15),
-    "interp_weights": (5, 15),
-}
-"""The transformers release (major, minor) whose towers are the first to read each key."""
-
-
-@dataclass(frozen=True)
-class VisionSpec:
-    """The numbers of a vision tower: plain data, picklable, comparable.
-
-    Attributes:
-        spatial_merge_size: patches that are merged along each side of a token.
-        window_side: merged tokens along each side of an attention window; None: no windows.
-        table_side: learned positions along each side of the tower's table; None: no table.
-        positions: the tower takes its patches' positions.
-        videos: the tower takes videos.
-        raster: see `mrope.spec.families.Tower`.
-    """
-
-    spatial_merge_size: int
-    window_side: int | None = None
-    table_side: int | None = None
-    positions: bool = True
-    videos: bool = True
-    raster: bool = False
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> VisionSpec:
-        """Read a spec from a model's config, or from its `vision_config` section.
-
-        Args:
-            config: a dict, the path of a `config.json` or of the folder that holds it, or a live
-                `PretrainedConfig`. Its `model_type` may be the model's or the tower's.
-
-        Raises:
-            MRopeError: not a config, a `model_type` without a known tower, a key that is missing or
-                of the wrong type, a window smaller than a merged token.
-
-        Example:
-            >>> VisionSpec.from_config({
-            ...     "model_type": "qwen2_5_vl",
-            ...     "vision_config": {
-            ...         "spatial_merge_size": 2, "window_size": 112, "patch_size": 14,
-            ...     },
-            ... }).window_side
-            4
-        """
-        name, table = model_section(as_mapping(config))
-        tower = _tower(name)
-        vision = table.get("vision_config", table)
-        if not isinstance(vision, Mapping):
-            raise MRopeError(f"{name}: vision_config must be a section, not {vision!r}")
-        where = f"{name} vision_config"
-        merge = read_int(vision, ("spatial_merge_size",), where, 1)
-        return cls(
-            spatial_merge_size=merge,
-            window_side=_window_side(vision, where, merge) if tower.windows else None,
-            table_side=_table_side(vision, where, tower) if tower.table else None,
-            positions=tower.positions,
-            videos=tower.videos,
-            raster=tower.raster,
-        )
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Names under which the tower takes its tensors, without `image_` or `video_`."""
-        keys: tuple[str, ...] = ("cu_seqlens", "max_seqlen")
-        if self.positions:
-            keys += ("position_ids",)
-        if self.window_side is not None:
-            keys += ("window_index", "cu_window_seqlens", "max_window_seqlen")
-        if self.table_side is not None:
-            keys += ("interp_indices", "interp_weights")
-        return keys
-
-
-def check_release(spec: VisionSpec, version: str | None = None) -> None:
-    """Refuse a transformers whose towers would not read what `vision_tensors` computes.
-
-    Args:
-        version: release to check; None: the installed one. Without transformers there is nothing to
-            check: the model runs elsewhere.
-
-    Raises:
-        MRopeError: the release is older than one of the spec's keys; the message lists them.
-
-    Example:
-        >>> check_release(VisionSpec(2, table_side=48), "5.23.0")
-    """
-    version = version if version is not None else installed_transformers()
-    if version is None:
-        return
-    release = as_release(version)
-    unread = [key for key in spec.keys if release < READ_SINCE[key]]
-    if unread:
-        major, minor = max(READ_SINCE[key] for key in unread)
-        raise MRopeError(
-            f"transformers {version} does not read the vision tensors {', '.join(unread)}; "
-            f"install {major}.{minor} or later, or leave vision tensors out"
-        )
 
 
 def vision_tensors(
     spec: VisionSpec, grid_thw: npt.ArrayLike | None
 ) -> dict[str, npt.NDArray[Any] | int]:
-    """Compute all that a vision tower takes beside its pixels, from the grids alone.
+    """Compute every input of a vision tower beside its pixels.
 
     Args:
-        spec: the tower's numbers.
+        spec: the tower's values.
         grid_thw: (N, 3) integers: frames, height and width in patches of each image, or of each
-            video, in the order of their pixels. None or no rows: there is nothing to compute, and
-            the towers are not called either.
+            video, in the order of their pixels. None or no rows: no tensors, as the model does not
+            call the tower either.
 
     Returns:
-        The tensors under the tower's own names, `spec.keys`; empty where there are no grids. P is
-        the sum of t * h * w, M is P / spatial_merge_size ** 2.
+        The tensors under the tower's own names, `spec.keys`; empty without grids. P is the sum of
+        t * h * w, M is P / spatial_merge_size ** 2.
 
         - `cu_seqlens` int32 (frames + 1,), `max_seqlen` int: see `frame_borders`.
         - `position_ids` int64 (P, 2): see `patch_positions`.
@@ -169,11 +52,11 @@ def vision_tensors(
         - `interp_indices` int64 (P, 4), `interp_weights` float32 (P, 4): see `table_taps`; with
           `spec.table_side`.
 
-        The arrays are the caller's own and writable. Values, dtypes and shapes are those of
-        `transformers.vision_utils` 5.23, weights too, bit for bit.
+        The arrays are writable and never shared with the cache. Values, dtypes and shapes equal
+        those of `transformers.vision_utils` 5.23, bit for bit.
 
     Raises:
-        MRopeError: grids of a wrong shape, dtype or size.
+        MRopeError: grids of a wrong shape or dtype, sizes below 1 or not divisible by the merge.
 
     Example:
         >>> tensors = vision_tensors(VisionSpec(spatial_merge_size=2), [[1, 2, 4]])
@@ -207,26 +90,30 @@ def vision_tensors(
 
 
 def frame_borders(grid_N3: Int64Array) -> Int32Array:
-    """Return where each frame begins and ends among the patches, int32 (F + 1,).
+    """Compute the attention segments, one per frame, as offsets into the patches, int32 (F + 1,).
 
-    Every frame is an attention segment of its own: a clip (3, 2, 2) gives 0, 4, 8, 12.
+    Example:
+        >>> frame_borders(np.array([[3, 2, 2]])).tolist()
+        [0, 4, 8, 12]
     """
     return _borders((grid_N3[:, 1] * grid_N3[:, 2]).repeat(grid_N3[:, 0]))
 
 
 def patch_positions(grid_N3: Int64Array, merge: int) -> Int64Array:
-    """Return row and column of each patch within its frame, int64 (P, 2).
+    """Compute row and column of each patch within its frame, int64 (P, 2).
 
-    Patches come in blocks of `merge` x `merge`: blocks row by row, and row by row within a block.
+    Patches are in blocks of `merge` x `merge`, in raster order of blocks and within each block.
     """
     (positions_P2,) = _join(_positions, grid_N3, merge)
     return positions_P2
 
 
 def block_index(grid_thw: npt.ArrayLike, merge: int) -> Int64Array:
-    """Return the order that brings patches in raster order into blocks, int64 (P,).
+    """Compute the permutation from patches in raster order to merged blocks, int64 (P,).
 
-    A frame of 2 x 4 patches, merged by 2: patches 0 1 4 5 are the first block, 2 3 6 7 the second.
+    Example:
+        >>> block_index([[1, 2, 4]], 2).tolist()
+        [0, 1, 4, 5, 2, 3, 6, 7]
     """
     grid_N3 = _as_grids(grid_thw, merge)
     size_F = (grid_N3[:, 1] * grid_N3[:, 2]).repeat(grid_N3[:, 0])
@@ -237,14 +124,14 @@ def block_index(grid_thw: npt.ArrayLike, merge: int) -> Int64Array:
 
 
 def window_order(grid_N3: Int64Array, merge: int, side: int) -> tuple[Int64Array, Int32Array]:
-    """Return the order in which windows take the merged tokens, and the windows' borders.
+    """Compute the permutation of merged tokens into attention windows, and the windows' borders.
 
     A frame is cut into windows of `side` x `side` merged tokens, smaller at its right and lower
-    edge. Windows go row by row, and so do the tokens within one.
+    edge. Windows are in raster order, and so are the tokens within each.
 
     Returns:
-        Merged tokens in window order, int64 (M,), numbered over all grids; borders of the windows
-        in patches, int32 (W + 1,).
+        Indices of merged tokens in window order, int64 (M,), counted over all grids; offsets of the
+        windows in patches, int32 (W + 1,).
     """
     order_M, lengths_W = _join(_windows, grid_N3, merge, side)
     tokens_F = (grid_N3[:, 1] * grid_N3[:, 2]).repeat(grid_N3[:, 0]) // merge**2
@@ -255,53 +142,18 @@ def window_order(grid_N3: Int64Array, merge: int, side: int) -> tuple[Int64Array
 def table_taps(
     grid_N3: Int64Array, merge: int, side: int, corners: bool = True
 ) -> tuple[Int64Array, FloatArray]:
-    """Return the four learned positions that each patch mixes, and their weights.
+    """Compute the four learned positions that each patch interpolates, and their weights.
 
-    The table of `side` x `side` positions is stretched bilinearly over a frame. With `corners` the
-    centres of its corner positions meet those of the frame's corner patches, else its outer edges
-    meet the frame's (torch's `align_corners`). Taps are upper left, upper right, lower left, lower
-    right; patches are in the order of `patch_positions`.
+    The table of `side` x `side` positions is interpolated bilinearly to the size of each frame.
+    `corners` is torch's `align_corners`: corner centres coincide; otherwise outer edges do. Taps
+    are upper left, upper right, lower left, lower right; patches are in the order of
+    `patch_positions`.
 
     Returns:
         Indices into the flat table, int64 (P, 4), and weights, float32 (P, 4).
     """
     indices_P4, weights_P4 = _join(_taps, grid_N3, merge, side, corners)
     return indices_P4, weights_P4
-
-
-def _window_side(vision: Mapping[str, Any], where: str, merge: int) -> int:
-    window = read_int(vision, ("window_size",), where, 1)
-    patch = read_int(vision, ("patch_size",), where, 1)
-    side = window // merge // patch
-    if side < 1:
-        raise MRopeError(
-            f"{where}: window_size={window} is smaller than a merged token of "
-            f"{merge} x {patch} pixels"
-        )
-    return side
-
-
-def _table_side(vision: Mapping[str, Any], where: str, tower: Tower) -> int:
-    """Return the side of the table; one in raster order covers the image that was trained on."""
-    if tower.raster:
-        image, patch = (read_int(vision, (key,), where, 1) for key in ("image_size", "patch_size"))
-        return image // patch
-    return int(read_int(vision, ("num_position_embeddings",), where, 1) ** 0.5)
-
-
-def _tower(name: object) -> Tower:
-    """Return the tower of a `model_type`, which may be the model's or the tower's own."""
-    plain = str(name).removesuffix("_encoder").removesuffix("_vision")
-    families = {plain, f"{plain}_thinker"} & FAMILIES.keys()
-    tower = FAMILIES[families.pop()].tower if families else ONE_DIMENSIONAL.get(plain)
-    if tower is None:
-        known = [name for name, row in FAMILIES.items() if row.tower is not None]
-        known += [name for name, tower in ONE_DIMENSIONAL.items() if tower is not None]
-        raise MRopeError(
-            f"model_type {name!r} has no vision tower whose tensors mrope computes; "
-            f"known: {', '.join(known)}"
-        )
-    return tower
 
 
 def _as_grids(grid_thw: npt.ArrayLike | None, merge: int) -> Int64Array:
@@ -317,11 +169,11 @@ def _as_grids(grid_thw: npt.ArrayLike | None, merge: int) -> Int64Array:
     return grid_N3
 
 
-def _join(build: Callable[..., Piece], grid_N3: Int64Array, *numbers: int) -> Piece:
-    """Concatenate what `build(h, w, *numbers)` returns for each frame of each grid."""
+def _join(build: Callable[..., Piece], grid_N3: Int64Array, *options: int) -> Piece:
+    """Concatenate `build(h, w, *options)` over all frames of all grids, each size computed once."""
     frames, heights, widths = grid_N3.T.tolist()
     sizes = list(zip(heights, widths, strict=True))
-    pieces = {size: _MEMORY.recall(build, *size, *numbers) for size in set(sizes)}
+    pieces = {size: FRAME_CACHE.recall(build, *size, *options) for size in set(sizes)}
     of_frames = chain.from_iterable(map(repeat, map(pieces.__getitem__, sizes), frames))
     return tuple(map(np.concatenate, zip(*of_frames, strict=True)))
 
@@ -352,8 +204,8 @@ def _windows(height: int, width: int, merge: int, side: int) -> Piece:
 
 
 def _taps(height: int, width: int, merge: int, side: int, corners: bool) -> Piece:
-    rows, row_weights, _, _ = _MEMORY.recall(_axis_tables, height, merge, side, corners)
-    _, _, columns, column_weights = _MEMORY.recall(_axis_tables, width, merge, side, corners)
+    rows, row_weights, _, _ = FRAME_CACHE.recall(_axis_tables, height, merge, side, corners)
+    _, _, columns, column_weights = FRAME_CACHE.recall(_axis_tables, width, merge, side, corners)
     shape = (height // merge, width // merge, merge, merge * 4)
     indices, weights = np.empty(shape, np.int64), np.empty(shape, np.float32)
     np.add(_down(rows, merge), _along(columns, merge), out=indices)
@@ -370,11 +222,11 @@ def _along(values: npt.NDArray[Any], merge: int) -> npt.NDArray[Any]:
 
 
 def _axis_tables(length: int, merge: int, side: int, corners: bool) -> Piece:
-    """Return an axis' taps and weights, laid out for a frame's rows and for its columns.
+    """Compute taps and weights along one axis, laid out for a frame's rows and for its columns.
 
-    As columns they are (L, 4): two taps, twice. As rows they are (L, merge * 4): each tap twice,
-    and that for the `merge` patches of a block's row, so that numpy's innermost loop is as long as
-    it can be. Rows are already multiplied by the table's width.
+    For columns the layout is (L, 4): both taps, twice. For rows it is (L, merge * 4): each tap
+    twice, repeated for the `merge` patches of a block's row, which gives numpy the longest possible
+    inner loop. Row taps are multiplied by the table's width already.
 
     Example:
         >>> rows, _, columns, _ = _axis_tables(2, 1, 3, True)
@@ -391,11 +243,11 @@ def _axis_tables(length: int, merge: int, side: int, corners: bool) -> Piece:
 
 
 def _axis_taps(length: int, side: int, corners: bool) -> tuple[Int64Array, FloatArray]:
-    """Return the two table rows that each of `length` positions falls between, and their weights.
+    """Compute the two table rows around each of `length` positions, and their weights, (L, 2) each.
 
-    The order of operations, all in float32, is that of torch: another order, or float64, rounds
-    differently. A tap beyond the table is moved to the edge and keeps its weight.
+    A tap beyond the table is clipped to its edge and keeps its weight.
     """
+    # Operations and their order are torch's, all float32: any other order rounds differently.
     source_L = np.arange(length, dtype=np.float32)
     if corners:
         source_L = source_L * np.float32(side - 1) / np.float32(max(length - 1, 1))
@@ -407,12 +259,3 @@ def _axis_taps(length: int, side: int, corners: bool) -> tuple[Int64Array, Float
     taps_L2 = (floor_L.astype(np.int64)[:, None] + step_2).clip(0, side - 1)
     distance_L2 = np.abs((source_L - floor_L)[:, None] - step_2.astype(np.float32))
     return taps_L2, np.float32(1) - distance_L2
-
-
-# A worker that is forked while another thread holds the lock would wait for it forever.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_MEMORY.lock.acquire,
-        after_in_parent=_MEMORY.lock.release,
-        after_in_child=_MEMORY.lock.release,
-    )

@@ -19,7 +19,7 @@ import torch
 from mrope.collate.layouts import BATCH_FIRST, to_batch_layout
 from mrope.errors import MRopeError
 from mrope.spec.spec import MRopeSpec
-from mrope.towers.vision import VisionSpec, vision_tensors
+from mrope.towers import VisionSpec, vision_tensors
 
 _BORDERS = "cu_seq_lens_q"
 # What VeOmni's towers read of `vision_tensors`, and under which name.

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrope import MRopeError, MRopeSpec, rope_index
-from mrope.towers.audio import AudioSpec, audio_tensors, audio_tokens, padded_features
+from mrope.towers import AudioSpec, audio_tensors, audio_tokens, padded_features
 from twins.omni import (
     AUDIO_END,
     FAMILIES,

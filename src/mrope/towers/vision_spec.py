@@ -1,0 +1,145 @@
+"""Read a `VisionSpec` from a model's config: every value that vision tensors depend on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mrope.errors import MRopeError
+from mrope.spec.families import FAMILIES, ONE_DIMENSIONAL, Tower
+from mrope.spec.model_config import read_int, read_model, read_tower
+from mrope.spec.references import VISION_READ_SINCE, as_release, installed_transformers
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """Values of a vision tower that its tensors depend on: plain data, picklable, comparable.
+
+    Attributes:
+        spatial_merge_size: patches along each side that are merged into one token.
+        window_side: merged tokens along each side of an attention window; None: no windows.
+        table_side: learned positions along each side of the tower's table; None: no table.
+        positions: the tower takes row and column of each patch.
+        videos: the tower takes videos.
+        raster: see `mrope.spec.families.Tower`.
+    """
+
+    spatial_merge_size: int
+    window_side: int | None = None
+    table_side: int | None = None
+    positions: bool = True
+    videos: bool = True
+    raster: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> VisionSpec:
+        """Read a spec from a model's config, or from its `vision_config` section.
+
+        Args:
+            config: a dict, the path of a `config.json` or of the folder that holds it, or a live
+                `PretrainedConfig`. `model_type` may be the model's or the tower's.
+
+        Raises:
+            MRopeError: not a config, a `model_type` without a known tower, a key that is missing or
+                of the wrong type, an attention window smaller than a merged token.
+
+        Example:
+            >>> VisionSpec.from_config({
+            ...     "model_type": "qwen2_5_vl",
+            ...     "vision_config": {
+            ...         "spatial_merge_size": 2, "window_size": 112, "patch_size": 14,
+            ...     },
+            ... }).window_side
+            4
+        """
+        name, table = read_model(config)
+        tower = _find_tower(name)
+        vision, where = read_tower(table, "vision_config", name)
+        merge = read_int(vision, ("spatial_merge_size",), where, 1)
+        return cls(
+            spatial_merge_size=merge,
+            window_side=_read_window_side(vision, where, merge) if tower.windows else None,
+            table_side=_read_table_side(vision, where, tower) if tower.table else None,
+            positions=tower.positions,
+            videos=tower.videos,
+            raster=tower.raster,
+        )
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of the tower's tensors, without the prefix `image_` or `video_`."""
+        keys: tuple[str, ...] = ("cu_seqlens", "max_seqlen")
+        if self.positions:
+            keys += ("position_ids",)
+        if self.window_side is not None:
+            keys += ("window_index", "cu_window_seqlens", "max_window_seqlen")
+        if self.table_side is not None:
+            keys += ("interp_indices", "interp_weights")
+        return keys
+
+
+def check_release(spec: VisionSpec, version: str | None = None) -> None:
+    """Refuse a transformers release whose towers would ignore a tensor of `vision_tensors`.
+
+    Args:
+        spec: the tower's values.
+        version: release to check; None: the installed one. If none is installed, nothing is
+            checked, since the model runs elsewhere.
+
+    Raises:
+        MRopeError: the release does not read some of `spec.keys`; the message lists them.
+
+    Example:
+        >>> check_release(VisionSpec(2, table_side=48), "5.23.0")
+    """
+    version = version if version is not None else installed_transformers()
+    if version is None:
+        return
+    release = as_release(version)
+    unread = [key for key in spec.keys if release < VISION_READ_SINCE[key]]
+    if unread:
+        major, minor = max(VISION_READ_SINCE[key] for key in unread)
+        raise MRopeError(
+            f"transformers {version} does not read the vision tensors {', '.join(unread)}; "
+            f"install {major}.{minor} or later, or leave vision tensors out"
+        )
+
+
+def _read_window_side(vision: Mapping[str, Any], where: str, merge: int) -> int:
+    window = read_int(vision, ("window_size",), where, 1)
+    patch = read_int(vision, ("patch_size",), where, 1)
+    side = window // merge // patch
+    if side < 1:
+        raise MRopeError(
+            f"{where}: window_size={window} is smaller than a merged token of "
+            f"{merge} x {patch} pixels"
+        )
+    return side
+
+
+def _read_table_side(vision: Mapping[str, Any], where: str, tower: Tower) -> int:
+    """Return the side of the table of learned positions.
+
+    A table in raster order has one entry per patch of the training image size.
+    """
+    if tower.raster:
+        image, patch = (read_int(vision, (key,), where, 1) for key in ("image_size", "patch_size"))
+        return image // patch
+    return int(read_int(vision, ("num_position_embeddings",), where, 1) ** 0.5)
+
+
+def _find_tower(name: object) -> Tower:
+    """Return the row of a tower by `model_type`, the model's or the tower's own."""
+    plain = str(name).removesuffix("_encoder").removesuffix("_vision")
+    families = {plain, f"{plain}_thinker"} & FAMILIES.keys()
+    tower = FAMILIES[families.pop()].tower if families else ONE_DIMENSIONAL.get(plain)
+    if tower is None:
+        known = [name for name, row in FAMILIES.items() if row.tower is not None]
+        known += [name for name, tower in ONE_DIMENSIONAL.items() if tower is not None]
+        raise MRopeError(
+            f"model_type {name!r} has no vision tower whose tensors mrope computes; "
+            f"known: {', '.join(known)}"
+        )
+    return tower
