@@ -403,11 +403,11 @@ def test_stateful_loader_refuses_the_state_of_another_sampler(workers: int) -> N
         iter(loader)
 
 
-def test_accelerate_may_not_deal_batches_out_again() -> None:
+def test_accelerate_may_not_shard_batches_again() -> None:
     accelerate = pytest.importorskip("accelerate.data_loader")
     sampler = TokenBudgetSampler(LENGTHS, 999, rank=1, num_replicas=2)
     loader: Any = DataLoader(range(500), batch_sampler=sampler)  # type: ignore[arg-type]
-    with pytest.raises(MRopeError, match="dealt its batches out to 2 ranks"):
+    with pytest.raises(MRopeError, match="sharded its batches over 2 ranks"):
         accelerate.prepare_data_loader(loader, num_processes=2, process_index=1)
     ready = accelerate.prepare_data_loader(loader, num_processes=1, process_index=0)
     ready.set_epoch(4)

@@ -1,4 +1,4 @@
-"""How a token budget is filled: exact first-fit, and batches cut until their number is even.
+"""Assign examples to batches by exact first-fit, and split batches until ranks share them evenly.
 
 Shape suffixes: N examples, B batches.
 """
@@ -15,30 +15,31 @@ IntArray = npt.NDArray[np.int64]
 
 
 def first_fit(lengths_N: IntArray, capacity: int, max_examples: int | None = None) -> IntArray:
-    """Return for each example the number of its batch: the first with room for it.
+    """Assign each example to the first batch that has room for it.
 
     Args:
-        lengths_N: tokens of each example, in the order in which they are placed; 1 to `capacity`.
+        lengths_N: tokens of each example, 1 to `capacity`, in the order in which they are placed.
         capacity: tokens of a batch.
-        max_examples: examples of a batch; None: no bound.
+        max_examples: maximum number of examples in a batch; None: no limit.
 
     Returns:
-        int64 (N,). Batches are numbered from 0, in the order of their first examples.
+        int64 (N,): the batch of each example. Batches are numbered from 0, in the order of their
+        first examples.
 
-    A binary tree over the batches finds the first one with room in log2(batches) steps: each node
-    holds the most room that a batch below it has. From the root it goes to the left child if
-    that one has enough room, and to the right one otherwise. A batch that nobody uses yet has all
-    its room, so that the root never says no.
+    A binary tree over the batches finds the first one with room in log2(batches) steps. Each node
+    holds the largest room of the batches below it. The search starts at the root, and goes to the
+    left child if that has enough room, otherwise to the right one. Unused batches have all their
+    room, so that the root always has enough.
 
-    Example: capacity 10; 6, 5 and 3 are placed, and 4 comes
+    Example: capacity 10; 6, 5 and 3 are placed, and 4 is next
 
                  10
-              5      10        1 < 4 <= 5: batch 1, which has 1 left. Its parent has 1 then,
-             1 5   10  10      the root keeps 10. A 2 goes right now, to batch 2.
+              5      10        1 < 4 <= 5: batch 1, which has 1 left. Its parent then has 1,
+             1 5   10  10      and the root keeps 10. A 2 after it goes right, to batch 2.
     """
     total, examples = int(lengths_N.sum()), len(lengths_N)
-    # Two batches that are not full by number have more than `capacity` between them: what began the
-    # later one had no room in the earlier one.
+    # Of two batches that are not full by number, the first example of the later one had no room in
+    # the earlier one: together they hold more than `capacity`.
     most = 2 * (total // capacity + 1) + (examples // max_examples if max_examples else 0)
     leaves = 1 << (min(examples, most) - 1).bit_length()
     room = [capacity] * (2 * leaves)  # children of node i: 2 * i and 2 * i + 1
@@ -53,20 +54,27 @@ def first_fit(lengths_N: IntArray, capacity: int, max_examples: int | None = Non
         batch = node - leaves
         batch_N[index] = batch
         places[batch] -= 1
+        # A batch that is full by number has no room for any length.
         left = room[node] = room[node] - length if places[batch] else 0
         while node > 1:
             left = max(left, room[node ^ 1])
             node //= 2
             if room[node] == left:
-                break
+                break  # the nodes above do not change either
             room[node] = left
     return batch_N
 
 
 def split_largest(tokens_N: IntArray, borders: IntArray, cuts: int) -> IntArray:
-    """Return the borders with up to `cuts` more, each in the middle of the batch of most tokens.
+    """Split batches in two, `cuts` times, each time the one with the most tokens near its middle.
 
-    Fewer are added only if no batch with two examples is left.
+    Args:
+        tokens_N: tokens of each example, batch after batch.
+        borders: int64 (B + 1,), where each batch begins and ends among the examples.
+        cuts: number of splits; fewer are made only if every batch is down to one example.
+
+    Returns:
+        int64, the borders with those of the splits, sorted.
     """
     ends = np.concatenate(([0], tokens_N.cumsum()))
     batches = [
@@ -74,7 +82,7 @@ def split_largest(tokens_N: IntArray, borders: IntArray, cuts: int) -> IntArray:
         for start, stop in pairwise(borders.tolist() if cuts else ())
         if stop - start > 1
     ]
-    heapq.heapify(batches)
+    heapq.heapify(batches)  # a min-heap: tokens are negated
     added: list[int] = []
     while batches and len(added) < cuts:
         _, start, stop = heapq.heappop(batches)

@@ -18,7 +18,7 @@ from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.rope_index import rope_index
 from mrope.prepare.columns import columns_of, is_table, plain, with_added
 from mrope.spec.spec import MRopeSpec
-from mrope.towers.vision import VisionSpec
+from mrope.towers import VisionSpec
 
 LENGTH, PATCHES = "mrope_length", "mrope_patches"
 
@@ -38,15 +38,15 @@ _COUNTED = {
 }
 # Columns that identify a row in an error where `map` does not give its index.
 _NAMES = ("mrope_index", "index", "id")
-# Collate functions concatenate these over the rows that have them, text rows must not.
+# Collate functions concatenate these over the rows that have the key: a text row must not have it.
 _LEFT_OUT_IF_EMPTY = (*_GRIDS, *_CROPS, *_SECONDS, "pixel_values", "pixel_values_videos")
 
 
 class Precheck:
     """Check every row of a batch of columns, and add its length and its number of patches.
 
-    Each row is passed to `rope_index` as a batch of one, with all its checks: a row that passes
-    can be collated. Two int64 columns are added:
+    Each row is passed to `rope_index` as a batch of one, and must pass all its checks. Two int64
+    columns are added:
 
     - `mrope_length`: valid tokens of the row, the lengths that `TokenBudgetSampler` takes;
     - `mrope_patches`: patches that the vision tower has to process, the sum of frames * height *

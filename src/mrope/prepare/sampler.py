@@ -1,8 +1,8 @@
-"""Batches up to a token budget, for `torch.utils.data.DataLoader(batch_sampler=...)`.
+"""Sample batches up to a token budget, for `torch.utils.data.DataLoader(batch_sampler=...)`.
 
-First-fit takes the examples in their shuffled order and is not shown their lengths beforehand, so
-that who meets whom in a batch stays random. Sorted by length, it would need a few batches less, and
-every batch would hold examples of one length.
+First-fit places the examples in shuffled order, so that each batch is a random mixture of lengths.
+In the order of length it would need slightly fewer batches, and every batch would hold examples of
+about one length.
 
 Shape suffixes: N examples, B batches of all ranks, S steps of an epoch, R ranks.
 """
@@ -39,13 +39,13 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """The batches of one epoch, of all ranks.
+    """Hold the batches of one epoch for all ranks.
 
     Attributes:
         examples_N: int64 (N,), indices of the examples, batch after batch.
-        borders: int64 (B + 1,), where each batch begins and ends among them.
-        grid_SR: int64 (S, R), which batch each rank takes at each step.
-        identity: what the plan was made from, and a digest of it; plain values.
+        borders: int64 (B + 1,), where each batch begins and ends in `examples_N`.
+        grid_SR: int64 (S, R), the batch that each rank takes at each step.
+        identity: the sampler's settings, and a digest of lengths and batches; plain values.
     """
 
     examples_N: _Ints
@@ -64,31 +64,34 @@ class EpochPlan:
 class TokenBudgetSampler(Sampler[list[int]]):
     """Fill batches with examples up to a token budget, first-fit, evenly over ranks.
 
-    An example goes into the first batch with room for it, see `first_fit`. The plan of an epoch
-    follows from the arguments and the epoch alone: ranks agree on it without talking to each other.
+    An example goes into the first batch that has room for it, see `first_fit`. The plan of an epoch
+    depends only on the arguments and the epoch: all ranks compute the same one, without
+    communication.
 
     Args:
-        lengths: tokens of each example of the dataset, placeholders of images and videos included.
-        max_tokens: no batch has more tokens than this, also after rounding up.
-        max_examples: no batch has more examples than this; None: no bound.
-        pad_to_multiple_of: what the collator rounds a flattened row up to.
-        shuffle: take the examples in random order, another one in each epoch; see `set_epoch`.
+        lengths: (N,) tokens of each example, placeholders of images and videos included.
+        max_tokens: maximum number of tokens in a batch, after rounding up.
+        max_examples: maximum number of examples in a batch; None: no limit.
+        pad_to_multiple_of: the collator's value: a flattened row is padded to a multiple of it.
+        shuffle: take the examples in random order, a different one in each epoch; see `set_epoch`.
             False: in the order of the dataset, and batches in the order of their first examples.
-        seed: of the random order; the same on all ranks.
-        drop_last: what happens when the number of batches is no multiple of the ranks. False:
-            batches are cut in two, the one with the most tokens first, until it is. Only if all are
-            down to one example, some are repeated. True: the surplus with the fewest tokens is
-            dropped. One rank alone neither cuts nor drops.
-        rank, num_replicas: default: torch.distributed's, if it is initialised, else 0 and 1.
+        seed: seed of the random order; the same on all ranks.
+        drop_last: what to do if the number of batches is not a multiple of the ranks. False: split
+            batches in two, the one with the most tokens first, until it is; repeat some only if
+            every batch is down to one example. True: drop the surplus batches with the fewest
+            tokens. With one rank neither happens.
+        rank, num_replicas: default to those of torch.distributed if it is initialised, else 0 and
+            1.
 
     With `shuffle`, the batches of one step have similar token counts: batches are sorted by tokens
-    and cut into steps, and then steps, and ranks within a step, are shuffled. Without it, a step
-    takes the next batches as they come.
+    and grouped into steps; then the steps, and the ranks within each step, are shuffled. Without
+    it, a step takes the next batches in order.
 
     Raises:
-        TypeError, ValueError: an argument of another kind or value.
-        MRopeError: there are no lengths, one is not an integer above 0, or an example alone does
-            not fit into a batch.
+        TypeError: an argument that must be an int is not.
+        ValueError: an argument is out of range.
+        MRopeError: there are no lengths, one is not an integer above 0, or an example does not fit
+            into an empty batch.
 
     Example:
         >>> sampler = TokenBudgetSampler([6, 5, 3, 4, 2], max_tokens=10, shuffle=False)
@@ -126,7 +129,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self.rank = _whole("rank", rank, 0)
         if self.rank >= self.num_replicas:
             raise ValueError(f"rank must be below num_replicas ({num_replicas}), not {rank}")
-        # A row is rounded up to the multiple, so that its tokens must stay below the last one.
+        # A row is padded up to a multiple, which must not exceed max_tokens.
         self.capacity = self.max_tokens // self.pad_to_multiple_of * self.pad_to_multiple_of
         if not self.capacity:
             raise ValueError(
@@ -137,18 +140,18 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self._made: tuple[int, EpochPlan] | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the random order of the passes begun from now on, as in `DistributedSampler`."""
+        """Set the epoch, and so the order, of later iterators, as in `DistributedSampler`."""
         self.epoch = _whole("epoch", epoch, 0)
 
     def __len__(self) -> int:
-        """Return the batches of each rank in the epoch set; with `shuffle`, epochs may differ."""
+        """Return the number of batches of a rank in the epoch set; it may differ between epochs."""
         return len(self.plan(self.epoch).grid_SR)
 
     def __iter__(self) -> TokenBudgetIterator:
         return TokenBudgetIterator(self)
 
     def plan(self, epoch: int) -> EpochPlan:
-        """Return the batches of all ranks in an epoch; the plan asked for last is kept.
+        """Compute the batches of all ranks in an epoch; the last plan is cached.
 
         Raises:
             MRopeError: `drop_last` leaves no batch at all.
@@ -159,18 +162,18 @@ class TokenBudgetSampler(Sampler[list[int]]):
 
     @property
     def batch_size(self) -> NoReturn:
-        """Not there, as batches differ in size; who asks for it is about to deal batches out.
+        """Unavailable by design: callers that read it would shard batches twice.
 
         Raises:
-            MRopeError: the batches were dealt out to ranks already; a second time loses examples.
+            MRopeError: there are several ranks; sharding their batches again would lose examples.
             AttributeError: there is one rank.
         """
         if self.num_replicas == 1:
             raise AttributeError("batches up to a token budget have no batch_size")
         raise MRopeError(
-            f"TokenBudgetSampler has dealt its batches out to {self.num_replicas} ranks, and "
-            "something (accelerate's prepare, for one) is about to deal them out again: most "
-            "examples would be lost; use accelerate.data_loader.prepare_data_loader(loader, "
+            f"TokenBudgetSampler has already sharded its batches over {self.num_replicas} ranks, "
+            "and its caller (such as accelerate's prepare) would shard them again, which loses "
+            "most examples; use accelerate.data_loader.prepare_data_loader(loader, "
             "num_processes=1, process_index=0), or do not prepare the loader"
         )
 
@@ -192,7 +195,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         return EpochPlan(examples_N, borders, grid_SR, identity)
 
     def _grid(self, tokens_B: _Ints, rng: np.random.Generator | None) -> _Ints:
-        """Return which batch each rank takes at each step, (S, R)."""
+        """Return the batch that each rank takes at each step, int64 (S, R)."""
         batches, ranks = len(tokens_B), self.num_replicas
         steps = batches // ranks if self.drop_last else -(-batches // ranks)
         if not steps:
@@ -202,13 +205,13 @@ class TokenBudgetSampler(Sampler[list[int]]):
                 "drop_last=False"
             )
         kept = np.argsort(-tokens_B, kind="stable")[: steps * ranks]
-        # `resize` begins anew where batches are too few: these are the repeated ones.
+        # `resize` repeats batches from the first on if there are too few.
         if rng is None:
             return np.resize(np.sort(kept), (steps, ranks))
         return rng.permuted(rng.permutation(np.resize(kept, (steps, ranks))), axis=1)
 
     def _settings(self) -> dict[str, int | None]:
-        """Return what must not change between saving and resuming; the rank may."""
+        """Return the settings that must be equal when resuming; the rank may change."""
         return {
             "examples": len(self.lengths_N),
             **{name: getattr(self, name) for name in _SETTINGS},
@@ -216,11 +219,11 @@ class TokenBudgetSampler(Sampler[list[int]]):
 
 
 class TokenBudgetIterator(Iterator[list[int]]):
-    """One pass over a rank's batches, whose place can be saved.
+    """Iterate once over a rank's batches, with a position that can be saved and restored.
 
-    The place is kept here and not in the sampler, since a loader with workers draws ahead of the
-    batches that it hands out. `torchdata.stateful_dataloader.StatefulDataLoader` asks at the right
-    moment; `state_dict` is of the same value on all ranks.
+    The iterator keeps the position, not the sampler, since a loader with workers draws batches
+    ahead of those it returns; `torchdata.stateful_dataloader.StatefulDataLoader` accounts for that.
+    `state_dict` has the same value on all ranks.
     """
 
     def __init__(self, sampler: TokenBudgetSampler) -> None:
@@ -237,15 +240,15 @@ class TokenBudgetIterator(Iterator[list[int]]):
         return plan.batch(self._yielded - 1, self._sampler.rank)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch, the batches drawn so far, and what they were planned from."""
+        """Return the epoch, the number of batches drawn, and the plan's identity."""
         return {"epoch": self._epoch, "yielded": self._yielded, **self._planned().identity}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where the state was saved, in its epoch, whatever epoch the sampler is set to.
+        """Continue from a saved position, in its epoch, regardless of the sampler's epoch.
 
         Raises:
-            MRopeError: the state is of other lengths, another seed, number of ranks or other
-                argument, under which the remaining batches would not be the same.
+            MRopeError: the state has other lengths, another seed, another number of ranks or
+                another setting, with which the remaining batches would differ.
         """
         own = self._sampler.plan(_saved(state_dict, "epoch"))
         for name, value in own.identity.items():
@@ -291,7 +294,7 @@ def _whole(name: str, value: int, lowest: int) -> int:
 
 
 def _checked(lengths: Lengths, capacity: int, max_tokens: int) -> _Ints:
-    """Return the lengths as an array of its own, if every example fits into a batch."""
+    """Return a copy of the lengths, int64 (N,), if every example fits into a batch."""
     try:
         lengths_N = np.asarray(lengths)
     except ValueError as error:
@@ -323,6 +326,6 @@ def _refuse_long(lengths_N: npt.NDArray[Any], capacity: int, max_tokens: int) ->
     rounded = "" if capacity == max_tokens else f", which is {capacity} before rounding up"
     raise MRopeError(
         f"example {long[0]} has {lengths_N[long[0]]} tokens, above the budget of "
-        f"max_tokens={max_tokens}{rounded}{first}; raise max_tokens, or take such examples out of "
-        "the dataset beforehand: the sampler drops nothing silently"
+        f"max_tokens={max_tokens}{rounded}{first}; raise max_tokens, or remove such examples from "
+        "the dataset: the sampler does not drop any"
     )
