@@ -63,14 +63,14 @@ integration: .venvs/integration/.ready  ## Train with real trainers: Trainer, TR
 	touch $@
 
 # A real Ray of two workers on this machine.
-ray: .venvs/ray/.ready  ## PositionsStage and the collator on Ray Data, and their rows per second (about 3 minutes)
+ray: .venvs/ray/.ready  ## Precheck and the collator on Ray Data, and their rows per second (about 3 minutes)
 	PYTHONPATH=src:tests .venvs/ray/bin/python -m pytest -q -p no:cacheprovider --show-capture=no tests/raydata
 	PYTHONPATH=src:tests .venvs/ray/bin/python tests/raydata/rates.py --json docs/benchmarks/ray.json
 
 .venvs/ray/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet -c constraints.txt torch
-	$(@D)/bin/pip install --quiet -c constraints.txt -e '.[ray]' pytest pytest-timeout sybil
+	$(@D)/bin/pip install --quiet -c constraints.txt -e '.[cli,ray]' pytest pytest-timeout sybil
 	touch $@
 
 soak: $(READY)  ## 20,000 batches through persistent workers, twice: memory, files, equal results (about 10 minutes)

@@ -15,11 +15,11 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 from mrope import MRopeCollator, MRopeSpec, VisionSpec
 from mrope.collate.padding import PaddingCollator
-from mrope.positions.stored import COLUMNS, LENGTH, SPANS
-from mrope.prepare.precheck import Precheck
+from mrope.prepare import Precheck
+from mrope.prepare.precheck import LENGTH, PATCHES
 from mrope.prepare.ray import RayCollator
 from mrope.spec.spec import example_config
-from support.stored import columns_of_samples, plain_samples
+from support.samples import columns_of_samples, plain_samples
 
 ROOT = Path(__file__).parents[2]
 SPEC = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
@@ -60,15 +60,13 @@ def require_equal(ours: Any, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_map_batches_stores_what_the_stage_returns(form: str) -> None:
+def test_map_batches_adds_what_precheck_returns(form: str) -> None:
     expected = Precheck(SPEC)(columns_of_samples(samples()))
     mapped = dataset(samples()).map_batches(Precheck(SPEC), batch_size=4, batch_format=form)
     rows = mapped.take_all()
     assert [row["id"] for row in rows] == expected["id"]
-    assert [np.asarray(row[SPANS]).tolist() for row in rows] == [
-        x.tolist() for x in expected[SPANS]
-    ]
-    assert [row[LENGTH] for row in rows] == expected[LENGTH].tolist()
+    for name in (LENGTH, PATCHES):
+        assert [row[name] for row in rows] == expected[name].tolist()
     assert [np.asarray(row["input_ids"]).tolist() for row in rows] == expected["input_ids"]
 
 
@@ -77,7 +75,7 @@ def test_through_parquet(tmp_path: Path) -> None:
     mapped.write_parquet(str(tmp_path))
     again = ray.data.read_parquet(str(tmp_path)).sort("id").take_all()
     expected = sorted(mapped.take_all(), key=lambda row: row["id"])
-    assert again == expected and set(COLUMNS) <= set(again[0])
+    assert again == expected and {LENGTH, PATCHES} <= set(again[0])
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -85,6 +83,7 @@ def test_through_parquet(tmp_path: Path) -> None:
 def test_batches_are_those_of_a_list_of_examples(form: str, side: Any) -> None:
     collate = MRopeCollator(PaddingCollator(padding_side=side), SPEC, VISION)
     mapped = dataset(samples()).map_batches(Precheck(SPEC), batch_format=form)
+    mapped = mapped.drop_columns([LENGTH, PATCHES])
     got = list(mapped.iter_torch_batches(batch_size=BATCH, collate_fn=RayCollator(collate)))
     expected = batches(samples(), collate)
     assert len(got) == len(expected) == 5
@@ -92,7 +91,7 @@ def test_batches_are_those_of_a_list_of_examples(form: str, side: Any) -> None:
         require_equal(ours, theirs)
 
 
-def test_flattened_batches_and_nothing_stored() -> None:
+def test_flattened_batches() -> None:
     collate = MRopeCollator(None, SPEC, packing="flatten")
     got = dataset(samples()).iter_torch_batches(batch_size=BATCH, collate_fn=RayCollator(collate))
     for ours, theirs in zip(got, batches(samples(), collate), strict=True):
@@ -100,7 +99,7 @@ def test_flattened_batches_and_nothing_stored() -> None:
 
 
 def test_many_batches_by_several_threads() -> None:
-    """Ray collates on threads; batches of all lengths share what `mrope.positions.rope_index` keeps."""
+    """Ray collates on threads; batches of all lengths share the counting array of `mrope.positions`."""
     rows: list[dict[str, Any]] = [{"input_ids": [7] * (1 + 97 * n % 9001)} for n in range(400)]
     collate = RayCollator(MRopeCollator(None, SPEC))
     table = ray.data.from_items(rows, override_num_blocks=8)
