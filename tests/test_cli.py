@@ -1,4 +1,4 @@
-"""The command line, as its entry point runs it: what is printed, written, and exited with."""
+"""Run the command line by its entry point; check output, files and exit codes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from rich.console import Console
 
 import mrope
 from mrope import MRopeError
+from mrope.bench.harness import make_console, make_table
 from mrope.check.explain import number, plot, show
 from mrope.cli import main
 
@@ -23,7 +23,7 @@ DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
 
 
 class Command:
-    """Runs `mrope` in this process and keeps what it said."""
+    """Run `mrope` in this process and keep its output."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self.capsys = capsys
@@ -211,9 +211,12 @@ def test_bench_step_and_syncs_tell_configs_from_overrides(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[Any, ...]] = []
-    module = SimpleNamespace(run=lambda *arguments: seen.append(arguments))
-    monkeypatch.setitem(sys.modules, "mrope.bench.step", module)
-    monkeypatch.setitem(sys.modules, "mrope.check.syncs", module)
+
+    def record(*arguments: Any) -> None:
+        seen.append(arguments)
+
+    monkeypatch.setattr("mrope.bench.step.bench_step", record)
+    monkeypatch.setattr("mrope.check.syncs.run", record)
     words = ("a.yaml", "train.seed=1", "b.yaml")
     assert command("bench", "step", *words, "--device", "cpu", "--steps", "4") == 0
     assert command("syncs", "a.yaml", "train.seed=1") == 0
@@ -233,7 +236,23 @@ def test_bench_positions_writes_json(command: Command, tmp_path: Path) -> None:
     assert report["repeats"] == 1
     assert len(report["cases"]) == 3
     assert all(entry["seconds"]["kernel"] > 0 for entry in report["cases"])
-    assert report["cases"][0]["name"] in command.out
+    measured = [*report["cases"], *report["sweep"]]
+    assert [row[0] for row in command.rows()] == [entry["name"] for entry in measured]
+    assert all(len(row) == 9 and all(row) for row in command.rows())
+
+
+@pytest.mark.parametrize("columns", ["20", "500"])
+def test_bench_tables_do_not_wrap_in_a_pipe(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    """Times of any length, and a terminal of any width around the pipe."""
+    monkeypatch.setenv("COLUMNS", columns)
+    table = make_table("title", ("case",), [f"number {index}" for index in range(8)])
+    cells = ["B=8 S=32k, 16 images + 16 videos of 32", *["123,456,789,012 µs"] * 8]
+    table.add_row(*cells)
+    make_console().print(table)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("│"))
+    assert [cell.strip() for cell in line.strip("│").split("│")] == cells
 
 
 def _without(package: str, *words: str) -> subprocess.CompletedProcess[str]:

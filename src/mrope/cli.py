@@ -1,6 +1,6 @@
-"""The command line: `mrope train`, `check`, `explain`, `bench` and `syncs`.
+"""Define the command line: `mrope train`, `check`, `explain`, `syncs` and `bench`.
 
-Each command imports what it needs when it runs, so that `mrope explain` works without transformers.
+Each command imports its modules when it runs, so that `mrope explain` works without transformers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mrope.errors import MRopeError
 if TYPE_CHECKING:
     from mrope.check.explain import Numbered
 
-# Packages that a command may find missing, by import name, and the extra that brings each.
+# Optional packages by import name, and the extra that installs each; named in the error message.
 _EXTRAS = {
     "pydantic": "cli",
     "omegaconf": "cli",
@@ -43,20 +43,20 @@ _EXTRAS = {
 
 app = typer.Typer(
     name="mrope",
-    help="M-RoPE positions in the DataLoader's workers: train, look, measure.",
+    help="Compute M-RoPE position ids in DataLoader workers: check data, train, benchmark.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 bench_app = typer.Typer(
-    help="Measure, print a table, and keep the result as JSON or as a picture.",
+    help="Run a benchmark, print a table, and optionally save JSON or a plot.",
     no_args_is_help=True,
 )
 app.add_typer(bench_app, name="bench")
 
 
 def _in_a_folder(file: Path | None) -> Path | None:
-    """Refuse a file that could not be written in the end, before anything is measured."""
+    """Require the folder of an output file to exist, before a long run starts."""
     if file is not None and not file.parent.is_dir():
         raise typer.BadParameter(f"no folder {file.parent}")
     return file
@@ -75,17 +75,17 @@ def _plottable(file: Path | None) -> Path | None:
 
 
 class Device(str, Enum):
-    """Where `mrope bench step` runs the model."""
+    """Device of `mrope bench step`."""
 
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
 
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A training config, YAML.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Training config (YAML).")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Values in place of the config's."),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Config values to override."),
 ]
 JsonFile = Annotated[
     Path | None,
@@ -93,28 +93,34 @@ JsonFile = Annotated[
 ]
 PlotFile = Annotated[
     Path | None,
-    typer.Option("--plot", metavar="FILE.png", callback=_plottable, help="Save a picture."),
+    typer.Option("--plot", metavar="FILE.png", callback=_plottable, help="Save a plot."),
 ]
 Repeats = Annotated[
-    int, typer.Option(min=1, help="Turns of each function; 15 or more for figures to keep.")
+    int, typer.Option(min=1, help="Interleaved rounds; published figures take 15 or more.")
 ]
 ReferenceName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="The release to follow; auto: the installed one."),
+    typer.Option(
+        metavar="NAME", help="transformers release whose rules apply; auto: the one installed."
+    ),
 ]
 ModelName = Annotated[
     str | None,
-    typer.Option("--model", metavar="FOLDER_OR_CONFIG", help="A model's folder or config.json."),
+    typer.Option("--model", metavar="FOLDER_OR_CONFIG", help="Model folder, or its config.json."),
 ]
 DatasetName = Annotated[
     str | None,
-    typer.Option("--dataset", metavar="PATH", help="What data.source takes; see the docs."),
+    typer.Option(
+        "--dataset", metavar="PATH", help="Dataset, in any form that data.source of a config takes."
+    ),
 ]
 RunConfig = Annotated[
     Path | None,
-    typer.Option("--config", metavar="CONFIG", help="A training config, YAML, for all the rest."),
+    typer.Option(
+        "--config", metavar="CONFIG", help="Training config (YAML) for all other settings."
+    ),
 ]
-Quick = Annotated[bool, typer.Option("--quick", help="The smallest cases only, to try it out.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Run only the smallest cases.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -124,8 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: words after `mrope`; None: those of the process.
 
     Raises:
-        SystemExit: always. 0: done; 1: compared losses differ, or a row is bad; 2: wrong usage or
-            wrong input, said in one red message on standard error; 130: Ctrl-C ended a check.
+        SystemExit: always. 0: success; 1: losses of `train --compare` differ, or a row is bad; 2:
+            invalid usage or input, with one message on standard error; 130: Ctrl-C ended a check.
     """
     try:
         app(args=None if arguments is None else list(arguments))
@@ -168,12 +174,12 @@ def train(
         bool,
         typer.Option(
             "--compare",
-            help="Train twice from one seed, positions from the workers and from the model; exit "
-            "with 1 unless every loss is equal.",
+            help="Train twice with the same seed, with the stage and without; exit with 1 unless "
+            "all losses are equal.",
         ),
     ] = False,
 ) -> None:
-    """Train as a config says."""
+    """Train a model from a config."""
     from mrope.training.config import load_config
 
     cfg = load_config(config, overrides or ())
@@ -191,20 +197,20 @@ def check(
     dataset: DatasetName = None,
     config: RunConfig = None,
     reference: ReferenceName = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Look at the first rows only.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Check only the first rows.")] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=0, help="Processes that look at rows; without it, the config's number."),
+        typer.Option(min=0, help="Worker processes; default: as in the config."),
     ] = None,
     json_file: JsonFile = None,
     report_file: Annotated[
         Path | None,
         typer.Option(
-            "--report", metavar="FILE.html", callback=_as_page, help="Write a page for a browser."
+            "--report", metavar="FILE.html", callback=_as_page, help="Write an HTML report."
         ),
     ] = None,
 ) -> None:
-    """Look at every row of a dataset before you train; exit with 1 if one is bad."""
+    """Check every row of a dataset before training; exit with 1 if any row is bad."""
     _require_dataset(model, dataset, config)
     from mrope.check.commands import run
     from mrope.check.source import check_config
@@ -226,15 +232,15 @@ def explain(
         list[str] | None,
         typer.Argument(
             metavar="[SPAN]...",
-            help="text:N in tokens; image:HxW and video:TxHxW in patches, as in *_grid_thw: "
-            "image:4x6 has 2x3 tokens, since 2x2 patches make one.",
+            help="text:N in tokens; image:HxW and video:TxHxW in patches, as in *_grid_thw. With "
+            "2x2 patches per token, image:4x6 has 2x3 tokens.",
         ),
     ] = None,
     family: Annotated[
-        str | None, typer.Option(help="The config's model_type; goes with spans.")
+        str | None, typer.Option(help="model_type of the config; required with SPANs.")
     ] = None,
     row: Annotated[
-        int | None, typer.Option(min=0, help="A row of a dataset in place of spans, from 0.")
+        int | None, typer.Option(min=0, help="Dataset row to show instead of SPANs, from 0.")
     ] = None,
     model: ModelName = None,
     dataset: DatasetName = None,
@@ -242,17 +248,18 @@ def explain(
     reference: ReferenceName = None,
     seconds: Annotated[
         float | None,
-        typer.Option(help="Seconds between two temporal positions of a video (qwen2_5_vl)."),
+        typer.Option(help="Seconds per temporal grid step of a video (qwen2_5_vl)."),
     ] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="Show every token of long spans.")
+        bool, typer.Option("--all", help="Print every token of long spans.")
     ] = False,
     plot_file: PlotFile = None,
 ) -> None:
-    """Show the positions of a sample: mrope explain --family qwen3_vl text:3 image:4x6 text:2.
+    """Print the position ids of a sample: mrope explain --family qwen3_vl text:3 image:4x6 text:2.
 
-    Or of a row of a dataset: mrope explain --model FOLDER --dataset PATH --row 7. Of a bad row,
-    where it goes wrong; exit with 1.
+    Or of a dataset row: mrope explain --model FOLDER --dataset PATH --row 7.
+
+    For a bad row, print the first wrong token and exit with 1.
     """
     from mrope.check.explain import number, plot, show
 
@@ -289,10 +296,10 @@ def positions(
     repeats: Repeats = 15,
     quick: Quick = False,
 ) -> None:
-    """Time the positions against transformers, a loop over spans, and a copy of the output."""
-    from mrope.bench.positions import run
+    """Time position ids against transformers, a loop over spans, and a copy of the output."""
+    from mrope.bench.positions import bench_positions
 
-    run(repeats, quick, json_file, plot_file)
+    bench_positions(repeats, quick, json_file, plot_file)
 
 
 @bench_app.command()
@@ -302,10 +309,10 @@ def vision(
     repeats: Repeats = 15,
     quick: Quick = False,
 ) -> None:
-    """Time the vision tensors against transformers and a copy of the output."""
-    from mrope.bench.vision import run
+    """Time vision tensors against transformers and a copy of the output."""
+    from mrope.bench.vision import bench_vision
 
-    run(repeats, quick, json_file, plot_file)
+    bench_vision(repeats, quick, json_file, plot_file)
 
 
 @bench_app.command()
@@ -315,18 +322,18 @@ def packing(
     repeats: Repeats = 15,
     quick: Quick = False,
 ) -> None:
-    """Time the collator's stage on padded and on flattened batches, 2k to 128k tokens."""
-    from mrope.bench.packing import run
+    """Time the stage on padded and on flattened batches of 2k to 128k tokens."""
+    from mrope.bench.packing import bench_packing
 
-    run(repeats, quick, json_file, plot_file)
+    bench_packing(repeats, quick, json_file, plot_file)
 
 
 @bench_app.command()
 def omni(json_file: JsonFile = None, repeats: Repeats = 15) -> None:
-    """Time the positions of videos with audio, against transformers' own."""
-    from mrope.bench.omni import run
+    """Time position ids of videos with audio (Omni) against transformers."""
+    from mrope.bench.omni import bench_omni
 
-    run(repeats, json_file)
+    bench_omni(repeats, json_file)
 
 
 @bench_app.command()
@@ -334,49 +341,54 @@ def step(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="CONFIG... [KEY=VALUE]...", help="Training configs, and values in their place."
+            metavar="CONFIG... [KEY=VALUE]...", help="Training configs, and values to override."
         ),
     ],
-    device: Annotated[Device, typer.Option(help="auto: CUDA where there is one.")] = Device.auto,
-    steps: Annotated[int, typer.Option(min=2, help="Steps to time, after a warm-up.")] = 20,
+    device: Annotated[Device, typer.Option(help="auto: CUDA if available.")] = Device.auto,
+    steps: Annotated[int, typer.Option(min=2, help="Timed steps after a warm-up.")] = 20,
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
 ) -> None:
-    """Time whole training steps."""
+    """Time training steps of a model with and without the stage, and attached."""
     configs, overrides = _split(words)
     if not configs:
         raise typer.BadParameter("give at least one CONFIG")
-    from mrope.bench.step import run
+    from mrope.bench.step import bench_step
 
-    run(configs, overrides, device.value, steps, json_file, plot_file)
+    bench_step(configs, overrides, device.value, steps, json_file, plot_file)
 
 
-@bench_app.command()
-def waits(
-    configs: Annotated[list[Path], typer.Argument(help="Training configs, a family each.")],
+@bench_app.command("syncs")
+def sync_counts(
+    configs: Annotated[list[Path], typer.Argument(help="Training configs, one per family.")],
     json_file: JsonFile = None,
     markdown_file: Annotated[
-        Path | None, typer.Option("--markdown", help="Page whose table is replaced.")
+        Path | None,
+        typer.Option("--markdown", metavar="FILE.md", help="Update the table in this page."),
     ] = None,
 ) -> None:
-    """Count the host waits of a step: plain, with positions, with vision tensors, attached."""
-    from mrope.bench.waits import run
+    """Count host syncs per step: plain, with position ids, with vision tensors, attached."""
+    from mrope.bench.syncs import bench_syncs
 
-    run(configs, json_file, markdown_file)
+    bench_syncs(configs, json_file, markdown_file)
 
 
 @app.command()
 def syncs(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A training config, and overrides."),
+        typer.Argument(
+            metavar="[CONFIG] [KEY=VALUE]...", help="Training config, and values to override."
+        ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER_OR_CONFIG", help="A model, in place of a training config."),
+        typer.Option(
+            metavar="FOLDER_OR_CONFIG", help="Model folder or config.json, without a CONFIG."
+        ),
     ] = None,
 ) -> None:
-    """Count what makes the host wait for the device."""
+    """List the lines of code where one training step syncs, plain and attached."""
     configs, overrides = _split(words or [])
     if len(configs) + (model is not None) != 1:
         raise typer.BadParameter("give one CONFIG, or --model")
@@ -391,6 +403,6 @@ def _require_dataset(model: str | None, dataset: str | None, config: Path | None
 
 
 def _split(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Tell configs from overrides: `KEY=VALUE` is an override, every other word a path."""
+    """Separate config paths from `KEY=VALUE` overrides."""
     configs = [Path(word) for word in words if "=" not in word]
     return configs, [word for word in words if "=" in word]

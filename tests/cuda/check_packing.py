@@ -23,7 +23,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "src")]
 
 from hf.test_packed_models import LINEAR, collator, mixed_examples
-from mrope.bench.conditions import conditions
+from mrope.bench.harness import conditions
 from mrope.hf import attach, detach
 from mrope.training.step import to_device
 from support.flash import flash_attention

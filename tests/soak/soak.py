@@ -1,18 +1,14 @@
-"""Soak: many batches through persistent workers, watched from outside.
+"""Collate many batches in persistent workers, and measure their memory and open files from outside.
 
     PYTHONPATH=src:tests python tests/soak/soak.py [--batches 20000] [--json FILE]
 
-Every batch has other sizes, so that memory that is kept for a size shows. Each worker's resident
-memory, its open files, and the files in shared memory are read as the run goes on; a second run must
-give the same batches.
+Batches differ in size, so that memory kept per size adds up. A second run must give the same batches.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
 from mrope import MRopeCollator, MRopeSpec, VisionSpec
-from mrope.bench.conditions import conditions
+from mrope.bench.harness import conditions, make_console, write_json
 from mrope.spec.spec import example_config
 
 WORKERS = 2
@@ -36,7 +31,7 @@ VISION = VisionSpec(spatial_merge_size=2, window_side=4, table_side=16)
 
 
 class Samples(Dataset[dict[str, Any]]):
-    """Rows with up to four images and clips, all of it drawn from the row's number."""
+    """Rows with up to four images and videos; the row's index seeds all random draws."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -62,7 +57,7 @@ class Samples(Dataset[dict[str, Any]]):
 
 
 class Look(NamedTuple):
-    """What was seen after a number of batches: bytes and open files of each worker, and outside."""
+    """One measurement: after `batches` batches, pid, resident bytes and open files of each worker."""
 
     batches: int
     workers: list[int]
@@ -72,7 +67,7 @@ class Look(NamedTuple):
 
 
 def soak(batches: int, every: int) -> tuple[list[Look], str]:
-    """Take `batches` batches from persistent workers; return what was seen, and a digest of all."""
+    """Iterate over `batches` batches, measure after each `every`, and return a digest of all batches."""
     epochs = 4
     others = {one.pid for one in psutil.Process().children()}
     loader: DataLoader[Any] = DataLoader(
@@ -120,13 +115,13 @@ def look(batches: int, others: set[int]) -> Look:
 
 
 def left_in_shared_memory(looks: list[Look]) -> int:
-    """Return how many files of the workers are still there, after they have gone."""
+    """Return the number of files in shared memory that the workers left after their end."""
     names = [f"torch_{worker}_" for worker in looks[0].workers]
     return sum(file.name.startswith(tuple(names)) for file in Path("/dev/shm").iterdir())
 
 
 def slopes(looks: list[Look], after: int) -> list[float]:
-    """Return for each worker the bytes that its memory grows in 1,000 batches, by least squares."""
+    """Fit each worker's growth of memory from batch `after` on, in bytes per 1,000 batches."""
     late = [one for one in looks if one.batches >= after]
     thousands = [one.batches / 1000 for one in late]
     resident = np.array([one.resident for one in late], float)
@@ -134,14 +129,14 @@ def slopes(looks: list[Look], after: int) -> list[float]:
 
 
 def most(looks: list[Look], after: int, count: Callable[[Look], int]) -> tuple[int, int]:
-    """Return the largest count in the first half of the looks after the warm-up, and in the last."""
+    """Return the largest count in each half of the measurements from batch `after` on."""
     late = [count(one) for one in looks if one.batches >= after]
     half = len(late) // 2
     return max(late[:half]), max(late[half:])
 
 
 def main() -> int:
-    """Return 0 where nothing grew and both runs agree."""
+    """Run twice, print the result, and return 0 if nothing grew and both runs agree."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--batches", type=int, default=20_000)
     parser.add_argument("--json", type=Path)
@@ -165,14 +160,13 @@ def main() -> int:
     table = Table("what", "found", title=f"soak: {arguments.batches:,} batches, {WORKERS} workers")
     for name, value in report.items():
         table.add_row(name, str(value))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    # The allocator's heap settles slowly; what counts is that it settles. See docs/reliability.md.
+    make_console().print(table)
+    write_json(report, arguments.json)
+    # The allocator's heap grows for a while and then stays; see docs/reliability.md.
     resident = looks[-1].resident
     growth = report["growth_in_the_second_half"]
     flat = all(one < 0.002 * size for one, size in zip(growth, resident, strict=True))
-    # Batches in flight hold files open, more or fewer at a look.
+    # Batches in flight hold files open, and their number varies.
     files = [report[name] for name in report if name.startswith("most_")]
     steady = all(late <= early * 1.5 + 4 for early, late in files)
     clean = report["files_left_in_shared_memory"] == 0

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mrope import MRopeSpec
-from mrope.bench.tiny import tiny_examples as made_up
+from mrope.bench.tiny_examples import tiny_examples as made_up
 from mrope.spec.families import FAMILIES
 
 TINY = Path(__file__).parent / "tiny"
@@ -54,7 +54,7 @@ def tiny_spec(family: str) -> MRopeSpec:
 def tiny_examples(
     family: str, *, images: bool = True, videos: bool = True, rows: int = 3, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Return `mrope.bench.tiny.tiny_examples` for a family's shipped config."""
+    """Return `mrope.bench.tiny_examples.tiny_examples` for a family's shipped config."""
     return made_up(
         model_config(family), tiny_spec(family), images=images, videos=videos, rows=rows, seed=seed
     )

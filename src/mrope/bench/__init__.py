@@ -1,1 +1,1 @@
-"""`mrope bench ...`: one file for each question, measured as ratios within one run."""
+"""Benchmarks: one module per question, run as `mrope bench NAME`; shared code in `harness`."""

@@ -1,41 +1,48 @@
-"""What does padding-free cost? The collator's stage on padded and on flattened batches.
+"""Time the collator's stage on padded and on flattened batches: `mrope bench packing`.
 
-The stage is all that `MRopeCollator` does after the inner collate function: positions, vision
-tensors, borders, and for flattened batches the token columns in one row. Examples have lengths as
-they come, so that padded batches carry padding; figures are for each valid token of the batch.
+The stage is what `MRopeCollator` adds after the inner collate function: position ids, vision
+tensors, document borders and, for flattened batches, the token columns joined into one row. Padded
+batches contain the padding that examples of mixed lengths need; times are per valid token.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from mrope.bench.conditions import conditions
-from mrope.bench.timing import interleaved_medians, one_thread
+from mrope.bench.harness import (
+    conditions,
+    figure_file,
+    interleaved_medians,
+    make_console,
+    make_table,
+    one_line,
+    one_thread,
+    write_json,
+)
 from mrope.collate.collator import MRopeCollator
 from mrope.collate.padding import PaddingCollator
 from mrope.positions.spans import token_types
 from mrope.spec.spec import MRopeSpec, example_config
-from mrope.towers.vision import VisionSpec
+from mrope.towers import VisionSpec
 
 TOKENS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 _MEAN_LENGTH = 1024
 _IMAGE_SIDE = 16  # merged patches: 256 tokens
 
 
-def run(repeats: int, quick: bool, json_file: Path | None, plot_file: Path | None) -> None:
-    """Measure every size, print one table, and write it as JSON and as a plot where asked.
+def bench_packing(
+    repeats: int, quick: bool, json_file: Path | None, plot_file: Path | None
+) -> None:
+    """Measure every size, print a table, and write JSON and a picture if files are given.
 
     Args:
-        repeats: turns of each function, at least 1; 15 or more for figures to keep.
-        quick: leave out sizes above 16k, to try the command.
+        repeats: interleaved rounds, at least 1; published figures take 15 or more.
+        quick: skip the sizes above 16,384 tokens.
     """
     sizes = TOKENS[:4] if quick else TOKENS
     with one_thread():
@@ -52,19 +59,18 @@ def run(repeats: int, quick: bool, json_file: Path | None, plot_file: Path | Non
         },
     }
     _print(report)
-    if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(report, json_file)
     if plot_file is not None:
         _plot(report, plot_file)
 
 
 def fitted_exponent(sizes: list[int], seconds: list[float]) -> float:
-    """Return k of the power law seconds = c * size**k that fits best, by least squares of logs."""
+    """Fit seconds = c * size**k by least squares of the logarithms, and return k."""
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
 def make_examples(tokens: int, spec: MRopeSpec) -> list[dict[str, Any]]:
-    """Return examples of 512 to 1,536 tokens, half of them vision, `tokens` in all."""
+    """Return examples of 512 to 1,536 tokens, about half of them vision, `tokens` in total."""
     rng = np.random.default_rng(tokens)
     count = tokens // _MEAN_LENGTH
     lengths = rng.integers(_MEAN_LENGTH // 2, _MEAN_LENGTH * 3 // 2, count)
@@ -117,33 +123,29 @@ def _stage(collate: MRopeCollator, examples: list[dict[str, Any]]) -> Callable[[
 
 
 def _print(report: dict[str, Any]) -> None:
-    table = Table("tokens", "examples", "padding", "padded", "flattened", "flattened / padded")
+    numbers = ("tokens", "examples", "padding", "padded", "flattened", "flattened / padded")
+    table = make_table("collator's stage: median time per valid token, one thread", (), numbers)
     for case in report["cases"]:
         padded, flattened = case["seconds"]["padded"], case["seconds"]["flattened"]
         table.add_row(
             f"{case['tokens']:,}",
             str(case["examples"]),
             f"{case['padding_share']:.0%}",
-            *(f"{one / case['tokens'] * 1e9:.0f} ns a token" for one in (padded, flattened)),
+            *(f"{one / case['tokens'] * 1e9:.0f} ns" for one in (padded, flattened)),
             f"{flattened / padded:.2f}",
         )
-    console = Console(width=110)
+    console = make_console()
     console.print(table)
     exponents = ", ".join(f"{name} {value:.2f}" for name, value in report["exponents"].items())
     console.print(f"time = c * tokens**k with k: {exponents} (at most 1.1)")
-    console.print(report["conditions"])
+    console.print(one_line(report["conditions"]))
 
 
 def _plot(report: dict[str, Any], file: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     sizes = [case["tokens"] for case in report["cases"]]
-    for name, exponent in report["exponents"].items():
-        seconds = [case["seconds"][name] * 1e6 for case in report["cases"]]
-        axes.loglog(sizes, seconds, marker="o", label=f"{name}, k = {exponent:.2f}")
-    axes.set_xlabel("valid tokens of the batch")
-    axes.set_ylabel("microseconds")
-    axes.legend()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    with figure_file(file, (7, 4)) as (_, axes):
+        for name, exponent in report["exponents"].items():
+            seconds = [case["seconds"][name] * 1e6 for case in report["cases"]]
+            axes.loglog(sizes, seconds, marker="o", label=f"{name}, k = {exponent:.2f}")
+        axes.set(xlabel="valid tokens of the batch", ylabel="microseconds")
+        axes.legend()

@@ -1,15 +1,12 @@
-"""How fast are the positions? The kernel against transformers, a loop over spans, and the ceiling.
+"""Time position ids against transformers and a loop over spans: `mrope bench positions`.
 
-The ceiling is `np.copyto` of one int64 (3, B, S) array: no kernel that writes its output can take
-less. Every figure is a median on one thread: in each repeat every function has its turn, in which
-it
-is called as often as fits into a few milliseconds, so that all of them meet warm caches.
+The ceiling is `np.copyto` of one int64 (3, B, S) array: a kernel that writes its output cannot take
+less. Medians on one thread, interleaved, with warm caches.
 """
 
 from __future__ import annotations
 
-import json
-import sys
+import contextlib
 import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,12 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from mrope.bench.conditions import conditions
-from mrope.bench.per_span import per_span_rope_index
-from mrope.bench.timing import interleaved_medians, one_thread
+from mrope.bench.harness import (
+    conditions,
+    figure_file,
+    interleaved_medians,
+    make_console,
+    make_table,
+    microseconds,
+    one_line,
+    one_thread,
+    write_json,
+)
+from mrope.bench.rivals import installed_rope_index, per_span_rope_index
 from mrope.positions.rope_index import rope_index
 from mrope.positions.spans import token_types
 from mrope.spec.spec import MRopeSpec, example_config
@@ -32,7 +36,7 @@ _TEXT_ID = 7
 
 @dataclass(frozen=True)
 class Case:
-    """A batch to measure: counts are per row, and a frame of a clip is a span of its own."""
+    """A batch to measure: counts are per row, and each frame of a video is a span of its own."""
 
     name: str
     rows: int
@@ -57,12 +61,14 @@ CASES = (
 SWEEP = tuple(Case(f"{spans} images", 1, 65536, spans) for spans in (16, 64, 256, 1024, 2048))
 
 
-def run(repeats: int, quick: bool, json_file: Path | None, plot_file: Path | None) -> None:
-    """Measure every case, print one table, and write it as JSON and as a plot where asked.
+def bench_positions(
+    repeats: int, quick: bool, json_file: Path | None, plot_file: Path | None
+) -> None:
+    """Measure every case, print a table, and write JSON and a picture if files are given.
 
     Args:
-        repeats: turns of each function, at least 1; 15 or more for figures to keep.
-        quick: leave out the two largest cases and most of the sweep, to try the command.
+        repeats: interleaved rounds, at least 1; published figures take 15 or more.
+        quick: skip the two largest cases and most of the sweep.
     """
     report: dict[str, Any] = {"conditions": conditions(), "repeats": repeats}
     with one_thread():
@@ -71,16 +77,15 @@ def run(repeats: int, quick: bool, json_file: Path | None, plot_file: Path | Non
         report["cases"] = [_measure(case, repeats) for case in cases]
         report["sweep"] = [_measure(case, repeats) for case in sweep]
     _print(report)
-    if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(report, json_file)
     if plot_file is not None:
         _plot(report, plot_file)
 
 
 def make_batch(case: Case, spec: MRopeSpec) -> dict[str, Any]:
-    """Return a batch of `case` without padding: spans, each behind a marker, then text to the end.
+    """Return a batch of `case` without padding: spans, each after a start token, then text.
 
-    Four fifths of a row are vision, in frames that are as square as they fit.
+    About four fifths of a row are vision tokens, in frames that are nearly square.
     """
     per_row = case.images + case.videos * case.frames
     tokens = case.width * 4 // 5 // per_row
@@ -107,9 +112,10 @@ def _measure(case: Case, repeats: int) -> dict[str, Any]:
     spec = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
     batch = make_batch(case, spec)
     contenders: dict[str, Callable[[], Any]] = {}
-    peer = _transformers(spec, batch)
-    if peer is not None:
-        contenders["transformers"] = peer
+    # A processor makes the token types, so that computing them is not part of the rival's time.
+    typed = batch | {"mm_token_type_ids": token_types(spec, batch["input_ids"])}
+    with contextlib.suppress(ImportError):
+        contenders["transformers"] = installed_rope_index(spec, typed)
     contenders["loop"] = lambda: per_span_rope_index(spec, **batch)
     contenders["kernel"] = lambda: rope_index(spec, **batch)
     expected = contenders["kernel"]()
@@ -131,20 +137,8 @@ def _measure(case: Case, repeats: int) -> dict[str, Any]:
     }
 
 
-def _transformers(spec: MRopeSpec, batch: Mapping[str, Any]) -> Callable[[], Any] | None:
-    """Return a call of the installed transformers' function on tensors, or None without it."""
-    try:
-        from mrope.hf.get_rope_index import installed_reference, reference_rope_index
-    except ImportError:
-        return None
-    if installed_reference() == "transformers-4.57":
-        return lambda: reference_rope_index(spec, batch)
-    types = token_types(spec, batch["input_ids"])
-    return lambda: reference_rope_index(spec, {**batch, "mm_token_type_ids": types})
-
-
 def _peak_extra_bytes(kernel: Callable[[], Any]) -> int:
-    """Return the most bytes that a call holds beyond what it is given and what it returns."""
+    """Return the peak of bytes allocated during a call, without its inputs and outputs."""
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
@@ -157,22 +151,21 @@ def _peak_extra_bytes(kernel: Callable[[], Any]) -> int:
 
 
 def _print(report: Mapping[str, Any]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    table = Table(title="positions: median time of a call, one thread")
-    for heading in ("case", "spans", "transformers", "per-span loop", "kernel", "ceiling"):
-        table.add_column(heading, justify="left" if heading == "case" else "right")
-    for heading in ("loop / kernel", "kernel / ceiling", "extra memory / output"):
-        table.add_column(heading, justify="right")
+    times = ("transformers", "per-span loop", "kernel", "ceiling")
+    ratios = ("loop / kernel", "kernel / ceiling", "extra memory / output")
+    title = "positions: median time of a call, one thread"
+    table = make_table(title, ("case",), ("spans", *times, *ratios))
     for section in ("cases", "sweep"):
         for entry in report[section]:
             table.add_row(*_cells(entry))
         table.add_section()
+    console = make_console()
     console.print(table)
-    console.print(", ".join(f"{key} {value}" for key, value in report["conditions"].items()))
-    times = [entry["seconds"]["kernel"] for entry in report["sweep"]]
+    console.print(one_line(report["conditions"]))
+    seconds = [entry["seconds"]["kernel"] for entry in report["sweep"]]
     spans = [entry["spans"] for entry in report["sweep"]]
     console.print(
-        f"sweep at S=64k: {spans[-1]} spans take {times[-1] / times[0]:.2f} times "
+        f"sweep at S=64k: {spans[-1]} spans take {seconds[-1] / seconds[0]:.2f} times "
         f"the time of {spans[0]}"
     )
 
@@ -183,7 +176,7 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
     return [
         entry["name"],
         str(entry["spans"]),
-        *("-" if value is None else f"{value * 1e6:,.0f} µs" for value in times),
+        *map(microseconds, times),
         f"{entry['loop_over_kernel']:.1f}",
         f"{entry['kernel_over_ceiling']:.1f}",
         f"{entry['peak_extra_over_output']:.2f}",
@@ -191,27 +184,19 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
 
 
 def _plot(report: Mapping[str, Any], file: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
-    cases = report["cases"]
+    cases, sweep = report["cases"], report["sweep"]
     names = [name for name in ("transformers", "loop", "kernel") if name in cases[0]["seconds"]]
-    for index, name in enumerate(names):
-        ratios = [entry["seconds"][name] / entry["seconds"]["ceiling"] for entry in cases]
-        rows = np.arange(len(cases)) + (index - 1) * 0.28
-        left.barh(rows, ratios, 0.26, label=name)
-    left.set_yticks(np.arange(len(cases)), [entry["name"] for entry in cases])
-    left.invert_yaxis()
-    left.set(xscale="log", xlabel="times the ceiling (np.copyto of the output)")
-    left.legend()
-    sweep = report["sweep"]
-    for name in names:
-        times = [entry["seconds"][name] * 1e3 for entry in sweep]
-        right.plot([entry["spans"] for entry in sweep], times, marker="o", label=name)
-    right.set(xscale="log", yscale="log", xlabel="spans in B=1 S=64k", ylabel="milliseconds")
-    right.legend()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    with figure_file(file, (13, 4.5), 1, 2) as (_, (left, right)):
+        for index, name in enumerate(names):
+            ratios = [entry["seconds"][name] / entry["seconds"]["ceiling"] for entry in cases]
+            rows = np.arange(len(cases)) + (index - 1) * 0.28
+            left.barh(rows, ratios, 0.26, label=name)
+        left.set_yticks(np.arange(len(cases)), [entry["name"] for entry in cases])
+        left.invert_yaxis()
+        left.set(xscale="log", xlabel="times the ceiling (np.copyto of the output)")
+        left.legend()
+        for name in names:
+            times = [entry["seconds"][name] * 1e3 for entry in sweep]
+            right.plot([entry["spans"] for entry in sweep], times, marker="o", label=name)
+        right.set(xscale="log", yscale="log", xlabel="spans in B=1 S=64k", ylabel="milliseconds")
+        right.legend()

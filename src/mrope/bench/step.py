@@ -1,21 +1,21 @@
-"""What does a training step cost with the stage, and without? `mrope bench step CONFIG`.
+"""Time a training step with and without the stage: `mrope bench step CONFIG`.
 
-Five ways to run the same steps of the same model, one after another in one process:
+The same steps of the same model run in five variants, one after another in one process:
 
 - plain: transformers computes everything in its forward;
-- rows: the known fix, which numbers row by row in numpy inside the forward;
-- positions: the workers number the tokens;
+- rows: positions in numpy inside the forward, copied row by row (`rivals.RowsOnHost`);
+- positions: the DataLoader's workers compute the position ids;
 - vision: they compute the vision tower's tensors too;
-- attached: and the model only reads them.
+- attached: as vision, and the patched forward reads every tensor from the batch.
 
-Host time is from the call of the forward until it returns, with an idle device before it. Step time
-is forward and backward from one step to the next, with nothing waiting in between but what the
-variant itself waits for. Waits are counted by `mrope.guard.sync_guard`.
+Host time: from the call of the forward until it returns, starting with an idle device. Step time:
+from one step, forward and backward, to the next; the benchmark adds no sync in between. Syncs are
+counted by `mrope.guard`.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import statistics
 import sys
 import time
@@ -27,14 +27,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from mrope.bench.conditions import conditions
-from mrope.bench.known_fix import RowsOnHost
-from mrope.bench.on_device import time_on_device
+from mrope.bench.harness import (
+    conditions,
+    figure_file,
+    make_console,
+    median_cuda_times,
+    one_line,
+    write_json,
+)
+from mrope.bench.rivals import RowsOnHost, rope_index_on_device
 from mrope.collate.padding import PaddingCollator
-from mrope.guard.sync_guard import SyncGuard
+from mrope.guard import SyncGuard
 from mrope.hf import attach, detach
 from mrope.hf.attach import base_model
 from mrope.training.config import build_collator, load_config
@@ -47,30 +52,32 @@ from mrope.training.step import endless, finish, guarded_step, to_device
 VARIANTS = ("plain", "rows", "positions", "vision", "attached")
 _WARM_UP = 3
 _PROFILED = 3
+_FOLDERS = re.compile(r"^.*/(?=site-packages/|src/mrope/)")
 
 
 @dataclass
 class Measured:
-    """Seconds of each step of one variant, and what was counted."""
+    """Measurements of one variant: seconds per step, losses, and the syncs of one step."""
 
     host: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
     stage: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
-    waits: int = 0
+    syncs: int = 0
     sites: str = ""
     passed_error_mode: bool = False
     batch_bytes: int = 0
     device: dict[str, float] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """Return medians, quartiles and counts as JSON takes them."""
+        """Return medians and quartiles in milliseconds, and the counts, for JSON."""
         table: dict[str, Any] = {
-            "waits": self.waits,
+            "syncs": self.syncs,
             "passed_error_mode": self.passed_error_mode,
             "batch_bytes": self.batch_bytes,
             "losses": self.loss[:3],
-            "sites": self.sites.splitlines(),
+            # Without the folders of this machine.
+            "sites": [_FOLDERS.sub("", line) for line in self.sites.splitlines()],
             **self.device,
         }
         for name in ("host", "step", "stage"):
@@ -81,7 +88,7 @@ class Measured:
         return table
 
 
-def run(
+def bench_step(
     configs: list[Path],
     overrides: list[str],
     device: str,
@@ -89,41 +96,40 @@ def run(
     json_file: Path | None,
     plot_file: Path | None,
 ) -> None:
-    """Measure every config in every variant; print a table for each, and write JSON and a plot.
+    """Measure every config in every variant; print tables, and write JSON and a picture if given.
 
     Args:
-        configs: training configs; `rope` and `model.attach` are set by the variants.
-        overrides: as `load_config` takes them.
+        configs: training configs; each variant sets `rope` and attaches the model itself.
+        overrides: `KEY=VALUE`, as for `load_config`.
         device: auto, cpu or cuda.
-        steps: timed steps of each variant, after 3 to warm up; at least 2. Host time is taken in
-            a quarter as many steps of their own.
+        steps: timed steps of each variant after 3 warm-up steps, at least 2. Host time is measured
+            in `steps // 4` further steps, at least 2.
     """
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = make_console()
     report: dict[str, Any] = {
         "conditions": _conditions(device),
         "steps": steps,
         "cases": {},
         "positions_on_device": {},
     }
-    console.print(", ".join(f"{key} {value}" for key, value in report["conditions"].items()))
+    console.print(one_line(report["conditions"]))
     for path in configs:
         cfg = load_config(path, [*overrides, f"train.device={device}"])
         case = _measure_case(cfg, steps)
         report["cases"][path.stem] = case
         if _on_cuda(device) and {"image", "video"} <= _modalities(cfg):
             report["positions_on_device"][path.stem] = _measure_on_device(cfg)
-        console.print(_table(path.stem, case))
-        if json_file is not None:
-            json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        console.print(step_table(path.stem, case))
+        write_json(report, json_file)  # after each case, so that a failure keeps the earlier ones
     if plot_file is not None:
-        plot(report["cases"], plot_file)
+        plot_cases(report["cases"], plot_file)
 
 
 def _measure_case(cfg: Config, steps: int) -> dict[str, Any]:
     where = torch.device("cuda" if _on_cuda(cfg.train.device) else "cpu")
     torch.manual_seed(cfg.train.seed)
     rows = load_run_rows(cfg)
-    with where:  # random weights are drawn where they will be: minutes faster for large models
+    with where:  # initialising large models on the CPU takes minutes
         model = build_model(cfg)
     case = {}
     for variant in VARIANTS:
@@ -133,15 +139,19 @@ def _measure_case(cfg: Config, steps: int) -> dict[str, Any]:
 
 
 def _measure_on_device(cfg: Config) -> dict[str, float]:
-    """Return how long the alternative takes: positions by torch operations on the GPU."""
+    """Time position ids by torch operations on the GPU, as an alternative to the workers."""
     rows = load_run_rows(cfg)
     batch = PaddingCollator()([rows[index] for index in range(cfg.dataloader.batch_size)])
-    return time_on_device(cfg.spec(), to_device(batch, torch.device("cuda")))
+    on_device = to_device(batch, torch.device("cuda"))
+    names = ("input_ids", "attention_mask", "image_grid_thw", "video_grid_thw")
+    arguments = {name: on_device[name] for name in names}
+    frames = int(batch["video_grid_thw"][:, 0].sum())
+    return median_cuda_times(lambda: rope_index_on_device(cfg.spec(), **arguments, frames=frames))
 
 
 @contextmanager
 def _prepared(cfg: Config, model: torch.nn.Module, variant: str) -> Iterator[Config]:
-    """Set the model up for a variant, and yield the config with the collator's switches set."""
+    """Patch the model for a variant within the block, and yield the config of its collator."""
     rope = {
         "enabled": variant not in ("plain", "rows"),
         "vision": variant in ("vision", "attached"),
@@ -182,9 +192,9 @@ def _measure(
         value.nbytes for value in batch.values() if isinstance(value, torch.Tensor)
     )
     guard = guarded_step(model, batch)
-    measured.waits, measured.sites = guard.count, guard.report()
-    if not measured.waits:
-        with SyncGuard(mode="error"):  # a step without waits must not be stopped either
+    measured.syncs, measured.sites = guard.count, guard.report()
+    if not measured.syncs:
+        with SyncGuard(mode="error"):  # on CUDA, torch's own debug mode confirms the count
             _step(model, batch)
         measured.passed_error_mode = True
     if where.type == "cuda":
@@ -195,7 +205,7 @@ def _measure(
 def _host_time(
     model: torch.nn.Module, batch: Mapping[str, Any], where: torch.device
 ) -> tuple[float, float]:
-    """Return seconds until the forward returns, from an idle device on, and the loss."""
+    """Return the seconds until a forward on an idle device returns, and the loss."""
     model.zero_grad()
     finish(where)
     start = time.perf_counter()
@@ -208,9 +218,9 @@ def _host_time(
 def _step_times(
     model: torch.nn.Module, batches: Iterator[dict[str, Any]], where: torch.device
 ) -> list[float]:
-    """Return seconds from one step to the next, as a trainer has them: nothing waits in between.
+    """Return seconds from each step to the next.
 
-    On CUDA by events on the stream; the host runs ahead as far as the forward lets it.
+    Measured by events on CUDA, so that the host can run ahead of the device as in a trainer.
     """
     marks = []
     finish(where)
@@ -238,14 +248,12 @@ def _step(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
 
 
 def _profile(model: torch.nn.Module, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
-    """Return what the device did in a few steps, by the profiler: busy time and copies to it.
-
-    Only the device's activity is recorded, so that the host is hardly slowed down.
-    """
+    """Profile a few steps on CUDA; return idle share, busy time, kernels and copies per step."""
     from torch.profiler import ProfilerActivity, profile
 
     ready = list(batches)
     torch.cuda.synchronize()
+    # Without ProfilerActivity.CPU, whose records would slow the host down.
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for batch in ready:
             _step(model, batch)
@@ -254,7 +262,7 @@ def _profile(model: torch.nn.Module, batches: Iterator[dict[str, Any]]) -> dict[
     events = [one for one in result.kineto_results.events() if one.duration_ns()]
     on_device = [one for one in events if one.device_type().name == "CUDA"]
     spans = [(one.start_ns(), one.start_ns() + one.duration_ns()) for one in on_device]
-    busy = _union(spans)
+    busy = covered_length(spans)
     wall = max(end for _, end in spans) - min(start for start, _ in spans)
     copies = sum(one.name().startswith("Memcpy HtoD") for one in on_device)
     return {
@@ -266,8 +274,8 @@ def _profile(model: torch.nn.Module, batches: Iterator[dict[str, Any]]) -> dict[
     }
 
 
-def _union(spans: list[tuple[int, int]]) -> float:
-    """Return the length that intervals cover: (0, 2), (1, 3) and (5, 6) cover 4."""
+def covered_length(spans: list[tuple[int, int]]) -> float:
+    """Return the length of a union of intervals: of (0, 2), (1, 3) and (5, 6) it is 4."""
     covered, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         covered += max(0.0, end - max(start, reached))
@@ -277,6 +285,8 @@ def _union(spans: list[tuple[int, int]]) -> float:
 
 @dataclass
 class _Stopwatch:
+    """Adds up the seconds spent in wrapped functions."""
+
     seconds: float = 0.0
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -292,10 +302,10 @@ class _Stopwatch:
 
 @contextmanager
 def _stage_in_forward(model: torch.nn.Module) -> Iterator[_Stopwatch]:
-    """Time, on the host, what the forward spends on the stage's own work.
+    """Time the host's work in the forward that the stage can do in workers.
 
-    That is `get_rope_index`, and transformers' functions of the grids, whose names in the modelling
-    module are replaced until the end. Where a key is precomputed they only look it up.
+    Wraps `get_rope_index` and the functions of `transformers.vision_utils` that the modelling
+    module imports. If the batch has their result, those functions return it at once.
     """
     stopwatch = _Stopwatch()
     base = base_model(model)
@@ -337,14 +347,15 @@ def _conditions(device: str) -> dict[str, str]:
     return found
 
 
-def _table(name: str, case: Mapping[str, Mapping[str, Any]]) -> Table:
-    columns = ["waits", "host in forward, ms", "step, ms", "step / plain", "stage in forward"]
+def step_table(name: str, case: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return a table of `Measured.summary` for each variant; GPU columns only on CUDA."""
+    columns = ["syncs", "host in forward, ms", "step, ms", "step / plain", "stage in forward"]
     on_device = "gpu_idle_share" in case["plain"]
     table = Table("", *columns, *(["GPU idle", "GPU busy, ms"] if on_device else []), title=name)
     for variant, entry in case.items():
         low, high = entry["host_quartiles_ms"]
         cells = [
-            str(entry["waits"]),
+            str(entry["syncs"]),
             f"{entry['host_ms']:.1f} ({low:.1f} to {high:.1f})",
             f"{entry['step_ms']:.1f}",
             f"{entry['step_ms'] / case['plain']['step_ms']:.3f}",
@@ -359,25 +370,18 @@ def _table(name: str, case: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def plot(cases: Mapping[str, Any], file: Path) -> None:
-    """Draw step and host time of every variant: an axis for each case, four in a row."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
+def plot_cases(cases: Mapping[str, Any], file: Path) -> None:
+    """Draw step and host time of every variant, one chart per case, four in a row."""
     columns = min(len(cases), 4)
     rows = -(-len(cases) // columns)
     size = (4 * columns, 3.6 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for axis, (name, case) in zip(axes.flat, cases.items(), strict=False):
-        steps = [case[variant]["step_ms"] for variant in VARIANTS]
-        hosts = [case[variant]["host_ms"] for variant in VARIANTS]
-        axis.bar(VARIANTS, steps, color="#c6d3e8", label="step")
-        axis.bar(VARIANTS, hosts, width=0.45, color="#2f5d9b", label="host in forward")
-        axis.set(title=name, ylabel="milliseconds")
-        axis.tick_params(axis="x", rotation=30)
-    handles = axes[0][0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=2)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    with figure_file(file, size, rows, columns, squeeze=False) as (figure, axes):
+        for axis, (name, case) in zip(axes.flat, cases.items(), strict=False):
+            steps = [case[variant]["step_ms"] for variant in VARIANTS]
+            hosts = [case[variant]["host_ms"] for variant in VARIANTS]
+            axis.bar(VARIANTS, steps, color="#c6d3e8", label="step")
+            axis.bar(VARIANTS, hosts, width=0.45, color="#2f5d9b", label="host in forward")
+            axis.set(title=name, ylabel="milliseconds")
+            axis.tick_params(axis="x", rotation=30)
+        handles = axes[0][0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper center", ncols=2)

@@ -1,15 +1,12 @@
-"""How fast are the vision tensors? `mrope.towers.vision` against `transformers.vision_utils`.
+"""Time the vision tensors against `transformers.vision_utils`: `mrope bench vision`.
 
-The ceiling is `np.copyto` of the finished arrays: nothing that writes them can take less. "cold" is
-a call after `clear_cache()`: every distinct size of the batch is computed, as in a worker's first
-batch. "warm" is a call that remembers them, as in every later batch whose sizes were met before.
-Every figure is a median on one thread, and every function has its turn in each repeat.
+The ceiling is `np.copyto` of the finished arrays: a function that writes them cannot take less.
+"cold" clears the cache of frame sizes before each call, as in a worker's first batch; "warm" finds
+every size in it, as in later batches of the same sizes. Medians on one thread, interleaved.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +15,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from mrope.bench.conditions import conditions
-from mrope.bench.timing import interleaved_medians, one_thread
-from mrope.errors import MRopeError
+from mrope.bench.harness import (
+    conditions,
+    figure_file,
+    interleaved_medians,
+    make_console,
+    make_table,
+    microseconds,
+    one_line,
+    one_thread,
+    write_json,
+)
+from mrope.bench.rivals import vision_functions
 from mrope.towers import frame_cache, vision
 
 Arrays = tuple[npt.NDArray[Any], ...]
@@ -36,20 +40,20 @@ _MERGE, _WINDOW_PIXELS, _PATCH_PIXELS, _TABLE_SIDE = 2, 112, 14, 48
 
 @dataclass(frozen=True)
 class Case:
-    """500 crops whose height and width in patches are even and lie between two bounds."""
+    """500 crops with even heights and widths in patches, drawn from `shortest` to `longest`."""
 
     shortest: int
     longest: int
 
     @property
     def name(self) -> str:
-        """What the table calls the case."""
+        """Name of the case in the table."""
         return f"{_CROPS} crops, {self.shortest} to {self.longest} patches a side"
 
 
 @dataclass(frozen=True)
 class Question:
-    """A tensor, or a pair of them, that both sides compute; `target` is the speed-up aimed at."""
+    """One or two tensors that both sides compute, and the speed-up that is the target."""
 
     name: str
     target: float
@@ -60,15 +64,15 @@ class Question:
 CASES = (Case(4, 16), Case(8, 24), Case(16, 40))
 
 
-def run(repeats: int, quick: bool, json_file: Path | None, plot_file: Path | None) -> None:
-    """Measure every case, print one table, and write it as JSON and as a plot where asked.
+def bench_vision(repeats: int, quick: bool, json_file: Path | None, plot_file: Path | None) -> None:
+    """Measure every case, print a table, and write JSON and a picture if files are given.
 
     Args:
-        repeats: turns of each function, at least 1; 15 or more for figures to keep.
-        quick: the first case only, to try the command.
+        repeats: interleaved rounds, at least 1; published figures take 15 or more.
+        quick: measure the first case only.
 
     Raises:
-        MRopeError: transformers, or the functions to compare with, are not installed.
+        MRopeError: transformers is older than 5.15 or not installed.
     """
     questions = _questions()
     report: dict[str, Any] = {"conditions": conditions(), "repeats": repeats}
@@ -77,14 +81,13 @@ def run(repeats: int, quick: bool, json_file: Path | None, plot_file: Path | Non
             _measure(case, questions, repeats) for case in (CASES[:1] if quick else CASES)
         ]
     _print(report)
-    if json_file is not None:
-        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(report, json_file)
     if plot_file is not None:
         _plot(report, plot_file)
 
 
 def make_grids(case: Case) -> npt.NDArray[np.int64]:
-    """Return the grids of `case`, (500, 3), the same each time."""
+    """Return the grids of `case`, (500, 3) int64, with a fixed seed."""
     rng = np.random.default_rng(0)
     grid_thw = np.ones((_CROPS, 3), np.int64)
     low, high = case.shortest // _MERGE, case.longest // _MERGE
@@ -93,35 +96,26 @@ def make_grids(case: Case) -> npt.NDArray[np.int64]:
 
 
 def _questions() -> tuple[Question, ...]:
-    try:
-        from transformers.vision_utils import (
-            get_vision_interpolation_indices_and_weights,
-            get_vision_position_ids,
-            get_vision_window_index,
-        )
-    except ImportError as error:
-        raise MRopeError(
-            f"this benchmark compares with transformers 5.15 or later: {error}"
-        ) from error
+    rotary_ids, window_index, interpolation = vision_functions()
     side = _WINDOW_PIXELS // _MERGE // _PATCH_PIXELS
     return (
         Question(
             "rotary ids",
             15,
             lambda grid: (vision.patch_positions(grid, _MERGE),),
-            lambda grid: (get_vision_position_ids(grid, _MERGE),),
+            lambda grid: (rotary_ids(grid, _MERGE),),
         ),
         Question(
             "window index",
             15,
             lambda grid: vision.window_order(grid, _MERGE, side),
-            lambda grid: get_vision_window_index(grid, _MERGE, _WINDOW_PIXELS, _PATCH_PIXELS),
+            lambda grid: window_index(grid, _MERGE, _WINDOW_PIXELS, _PATCH_PIXELS),
         ),
         Question(
             "interpolation",
             5,
             lambda grid: vision.table_taps(grid, _MERGE, _TABLE_SIDE),
-            lambda grid: get_vision_interpolation_indices_and_weights(
+            lambda grid: interpolation(
                 grid, _TABLE_SIDE, "bilinear", align_corners=True, spatial_merge_size=_MERGE
             ),
         ),
@@ -172,27 +166,25 @@ def _answer(question: Question, grid_thw: npt.NDArray[np.int64], repeats: int) -
 
 
 def _print(report: Mapping[str, Any]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    table = Table(title="vision tensors: median time of a call, one thread")
-    table.add_column("case")
-    table.add_column("tensor")
-    for heading in ("transformers", "cold", "warm", "ceiling", "cold speed-up", "warm", "target"):
-        table.add_column(heading, justify="right")
+    times = ("transformers", "cold", "warm", "ceiling")
+    title = "vision tensors: median time of a call, one thread"
+    table = make_table(title, ("case", "tensor"), (*times, "cold speed-up", "warm", "target"))
     for case in report["cases"]:
         title = f"{case['name']}\n{case['patches']:,} patches, {case['distinct']} distinct sizes"
         for entry in case["tensors"]:
             table.add_row(title, *_cells(entry))
             title = ""
         table.add_section()
+    console = make_console()
     console.print(table)
-    console.print(", ".join(f"{key} {value}" for key, value in report["conditions"].items()))
+    console.print(one_line(report["conditions"]))
 
 
 def _cells(entry: Mapping[str, Any]) -> list[str]:
     times = (entry["seconds"][name] for name in ("transformers", "cold", "warm", "ceiling"))
     return [
         entry["name"],
-        *(f"{seconds * 1e6:,.0f} µs" for seconds in times),
+        *map(microseconds, times),
         f"{entry['cold_speedup']:.1f}",
         f"{entry['warm_speedup']:.1f}",
         f">= {entry['target']}",
@@ -200,25 +192,17 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
 
 
 def _plot(report: Mapping[str, Any], file: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     cases = report["cases"]
     names = [entry["name"] for entry in cases[0]["tensors"]]
-    figure, axes = plt.subplots(1, len(names), figsize=(13, 3.5), sharey=True, layout="constrained")
     rows = np.arange(len(cases))
-    for index, (axis, name) in enumerate(zip(axes, names, strict=True)):
-        entries = [case["tensors"][index] for case in cases]
-        for shift, kind in ((-0.2, "cold"), (0.2, "warm")):
-            axis.barh(
-                rows + shift, [entry[f"{kind}_speedup"] for entry in entries], 0.36, label=kind
-            )
-        axis.axvline(entries[0]["target"], color="black", linestyle="--", label="target")
-        axis.set(title=name, xlabel="times faster than transformers")
-    axes[0].set_yticks(rows, [case["name"] for case in cases])
-    axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    with figure_file(file, (13, 3.5), 1, len(names), sharey=True) as (figure, axes):
+        for index, (axis, name) in enumerate(zip(axes, names, strict=True)):
+            entries = [case["tensors"][index] for case in cases]
+            for shift, kind in ((-0.2, "cold"), (0.2, "warm")):
+                speedups = [entry[f"{kind}_speedup"] for entry in entries]
+                axis.barh(rows + shift, speedups, 0.36, label=kind)
+            axis.axvline(entries[0]["target"], color="black", linestyle="--", label="target")
+            axis.set(title=name, xlabel="times faster than transformers")
+        axes[0].set_yticks(rows, [case["name"] for case in cases])
+        axes[0].invert_yaxis()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)

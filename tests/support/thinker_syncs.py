@@ -1,29 +1,29 @@
-"""Count the waits of the Omni thinkers, which `mrope bench waits` has no configs for.
+"""Count the host syncs of the Omni thinkers, for which `mrope bench syncs` has no configs.
 
-PYTHONPATH=src:tests python tests/support/thinker_waits.py
+PYTHONPATH=src:tests python tests/support/thinker_syncs.py
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from hf.test_omni_forwards import FAMILIES, make_batches, make_model
-from mrope.bench.conditions import conditions
-from mrope.bench.waits import COLUMNS
+from mrope.bench.harness import conditions, write_json
+from mrope.bench.syncs import COLUMNS
 from mrope.hf import attach
 from mrope.training.step import guarded_step
 
-FILE = Path(__file__).parents[2] / "docs/benchmarks/waits-thinkers.json"
+FILE = Path(__file__).parents[2] / "docs/benchmarks/syncs-thinkers.json"
 
 
-def rows() -> list[dict[str, Any]]:
-    """Return a row for each thinker and kind of batch, as `mrope bench waits` has them."""
-    return [count(family, kind) for family in FAMILIES for kind in ("image", "audio", "all")]
+def count_thinkers() -> list[dict[str, Any]]:
+    """Return a row per thinker and kind of batch, with the keys of `mrope bench syncs`."""
+    return [count_row(family, kind) for family in FAMILIES for kind in ("image", "audio", "all")]
 
 
-def count(family: str, kind: str) -> dict[str, Any]:
+def count_row(family: str, kind: str) -> dict[str, Any]:
+    """Return the case, and the syncs of its step in each of `COLUMNS`."""
     plain, batch = make_batches(family, kind, padded=False)
     positions = plain | {"position_ids": batch["position_ids"]}
     model = make_model(family)
@@ -35,5 +35,4 @@ def count(family: str, kind: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    report = {"conditions": conditions(), "rows": rows()}
-    FILE.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json({"conditions": conditions(), "rows": count_thinkers()}, FILE)

@@ -1,4 +1,4 @@
-"""An attached model never waits: forward and backward, every family, every row of the table."""
+"""Check that steps of attached models have no sync, and the table of counts in the docs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("transformers")
 
 from hf.test_forwards import MEDIA, make_batches
-from mrope.bench.waits import count_row, markdown
-from mrope.guard.sync_guard import SyncGuard
+from mrope.bench.syncs import count_row, markdown
+from mrope.guard import SyncGuard
 from mrope.hf import attach
 from mrope.training.config import load_config
 from mrope.training.step import guarded_step
@@ -20,7 +20,7 @@ from support.models import CONFIGS, MODEL_FAMILIES, tiny_model
 @pytest.mark.parametrize("media", MEDIA)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", MODEL_FAMILIES)
-def test_an_attached_model_does_not_wait(
+def test_a_step_of_an_attached_model_has_no_sync(
     family: str, attention: str, media: str, padded: bool
 ) -> None:
     _, batch = make_batches(family, media, padded)
@@ -29,7 +29,7 @@ def test_an_attached_model_does_not_wait(
 
 
 @pytest.mark.parametrize("family", MODEL_FAMILIES)
-def test_each_step_of_the_way_takes_waits_off_the_forward(family: str) -> None:
+def test_position_ids_and_vision_tensors_each_remove_syncs(family: str) -> None:
     plain_batch, batch = make_batches(family)
     model = tiny_model(family).train()
     positions = plain_batch | {"position_ids": batch["position_ids"]}
@@ -60,7 +60,7 @@ def test_the_sites_of_a_plain_model_are_those_known() -> None:
         ("_deepstack_process", "_deepstack_process"),
     ],
 )
-def test_without_one_of_its_parts_the_model_waits_again(dropped: str, site: str) -> None:
+def test_without_one_of_its_parts_the_attached_model_syncs(dropped: str, site: str) -> None:
     _, batch = make_batches("qwen3_vl")
     model = attach(tiny_model("qwen3_vl").train(), strict=False)
     text = model.model.language_model
@@ -80,7 +80,7 @@ def test_without_one_of_its_parts_the_model_waits_again(dropped: str, site: str)
 
 @pytest.mark.parametrize("family", MODEL_FAMILIES)
 def test_the_table_in_the_docs_is_what_is_counted(family: str) -> None:
-    """Two rows of each family; `mrope bench waits` counts all of them, and writes the table."""
+    """Count two rows of each family; `mrope bench syncs` counts all, and writes the table."""
     page = (CONFIGS.parent / "docs" / "guard.md").read_text(encoding="utf-8")
     for attention, media, padded in (("sdpa", "both", True), ("eager", "images", False)):
         cfg = load_config(CONFIGS / f"{family}.yaml", [f"model.attn_implementation={attention}"])

@@ -1,4 +1,4 @@
-"""Made-up examples for small models: what a processor would hand on, with random pixels."""
+"""Make small examples in a processor's output format, with random tokens and pixels."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def tiny_examples(
     rows: int = 3,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Return examples of unequal length as a processor makes them.
+    """Return `rows` examples of mixed lengths, as a processor makes them.
 
-    Row 0 has two images and a clip, row 1 text alone, row 2 a clip and an image; each only where
-    asked for.
+    Every third row has two images and a video, only text, and a video and an image, in this order.
+    `images=False` or `videos=False` leaves that kind out.
     """
     rng = np.random.default_rng(seed)
     plans = [["image", "video", "image"], [], ["video", "image"]]
@@ -66,7 +66,7 @@ def _example(
 def _span_tokens(
     spec: MRopeSpec, kind: str, grid: list[int], rng: np.random.Generator
 ) -> list[int]:
-    """Return the tokens of an image or of a clip, with text behind each of its spans."""
+    """Return the tokens of an image or a video, with two text tokens after each span."""
     t, h, w = grid
     apart = kind == "video" and spec.family_row.frames_apart
     as_image = kind == "image" or spec.family_row.frames_as_images
@@ -95,7 +95,7 @@ def _pixels(
     patches = sum(t * h * w for t, h, w in grids)
     tower = spec.family_row.tower
     if tower is not None and tower.raster:
-        # PaddleOCR-VL's processor leaves patches their shape.
+        # PaddleOCR-VL's processor does not flatten patches.
         return rng.standard_normal((patches, 3, side, side)).astype(np.float32)
     size = 3 * vision.get("temporal_patch_size", 1) * side**2
     return rng.standard_normal((patches, size)).astype(np.float32)
