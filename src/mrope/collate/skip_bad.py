@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -85,24 +85,6 @@ class SkipBad:
             )
 
 
-OnError = Literal["raise", "skip"] | SkipBad
-
-
-def as_skip_bad(on_error: OnError) -> SkipBad | None:
-    """Return the options that `on_error` stands for; None for "raise".
-
-    Raises:
-        ValueError: any other value.
-    """
-    if isinstance(on_error, SkipBad):
-        return on_error
-    if on_error == "raise":
-        return None
-    if on_error == "skip":
-        return SkipBad()
-    raise ValueError(f"on_error must be 'raise', 'skip' or SkipBad(...), not {on_error!r}")
-
-
 class Indexed(Dataset[Any]):
     """Add each example's index to a map-style dataset of mappings, for the rejects file.
 
@@ -163,6 +145,7 @@ class BadExampleFilter:
         self._tally: _Tally | None = None
 
     def __getstate__(self) -> dict[str, Any]:
+        # A worker that is started anew must not count its parent's examples, nor carry its batch.
         return {**self.__dict__, "_tally": None}
 
     def collate(self, collate: Collate, examples: Any) -> Any:
@@ -184,6 +167,7 @@ class BadExampleFilter:
             errors = _find_bad(collate, examples)
             for place, error in errors.items():
                 _reject(tally, examples[place], place, error)
+            # Before collating again: with a wrong spec every example is bad.
             self._check_limit(tally)
             examples = [one for place, one in enumerate(examples) if place not in errors]
             batch = (
@@ -197,6 +181,7 @@ class BadExampleFilter:
         return batch
 
     def _of_this_process(self) -> _Tally:
+        # DataLoader workers are forked: compare the process id at every call.
         if self._tally is None or self._tally.process != os.getpid():
             file = None if self.path is None else process_file(self.path)
             self._tally = _Tally(os.getpid(), file, self.options.stand_in)
@@ -214,6 +199,7 @@ class BadExampleFilter:
         rejected, limit = tally.kinds.total(), self.options.max_rejects
         if limit is None:
             return
+        # The type decides, not the value: 1 is a count.
         if isinstance(limit, int):
             beyond = rejected > limit
         else:
@@ -304,6 +290,7 @@ def _unfitting(
     fitting: list[int] = []
     errors = {}
     for place in order:
+        # In the order of the batch, as it would be collated.
         outcome = _attempt(collate, [examples[one] for one in sorted((*fitting, place))])
         if isinstance(outcome, Exception):
             errors[place] = outcome
@@ -333,6 +320,7 @@ def _names(example: Any) -> dict[str, Any]:
         return {}
     found = {name: example[name] for name in _NAMES if example.get(name) is not None}
     return {
+        # Tensors and arrays become numbers, which JSON holds.
         name.removeprefix("mrope_"): value.tolist() if hasattr(value, "tolist") else value
         for name, value in found.items()
     }

@@ -154,6 +154,7 @@ def _check_row(spec: MRopeSpec, sample: Mapping[str, Any]) -> tuple[int, int]:
         raise MRopeError("no input_ids: the entry is null")
     arguments = _arguments(spec, sample)
     rope_index(spec, **arguments)
+    # Checked by now: of the shape of the ids, and any value but 0 is valid.
     mask = arguments.get("attention_mask")
     tokens = arguments["input_ids"].size if mask is None else np.count_nonzero(mask)
     return int(tokens), _patches(arguments)
@@ -255,6 +256,7 @@ def _of_dataset(
             f"row {row} of a batch at an unknown place in the dataset (pass with_indices=True to "
             f"map, or add a column {' or '.join(_NAMES)})"
         )
+    # The batch's row is always 0 and would mislead; the copy keeps the error's other attributes.
     named = copy.copy(error)
     named.args = (f"{where}: {str(error).removeprefix('row 0, ').removeprefix('row 0: ')}",)
     if isinstance(named, SpanMismatchError):

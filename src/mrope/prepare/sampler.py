@@ -26,6 +26,7 @@ from mrope.prepare.binning import first_fit, split_largest
 Lengths = Sequence[int] | npt.NDArray[np.integer[Any]]
 _Ints = npt.NDArray[np.int64]
 
+# What a saved position depends on. The rank is absent: any rank can resume from any rank's state.
 _SETTINGS = (
     "max_tokens",
     "max_examples",
@@ -55,6 +56,7 @@ class EpochPlan:
 
     def batch(self, step: int, rank: int) -> list[int]:
         """Return the indices of the examples that `rank` takes at `step`."""
+        # Lists of ints: the indices go through pipes to workers, and to any `__getitem__`.
         number = self.grid_SR[step, rank]
         start, stop = self.borders[number : number + 2]
         examples: list[int] = self.examples_N[start:stop].tolist()
@@ -178,10 +180,12 @@ class TokenBudgetSampler(Sampler[list[int]]):
         )
 
     def _make(self, epoch: int) -> EpochPlan:
+        # Seed and epoch as a pair: as a sum, epoch 1 of seed 0 would equal epoch 0 of seed 1.
         rng = np.random.default_rng((self.seed, epoch)) if self.shuffle else None
         examples = len(self.lengths_N)
         order_N = np.arange(examples) if rng is None else rng.permutation(examples)
         batch_N = first_fit(self.lengths_N[order_N], self.capacity, self.max_examples)
+        # Stable, so that examples keep their order within a batch, and all platforms agree.
         examples_N = order_N[np.argsort(batch_N, kind="stable")]
         tokens_N = self.lengths_N[examples_N]
         borders = np.concatenate(([0], np.bincount(batch_N).cumsum()))
@@ -204,6 +208,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
                 f"batches of {self.max_tokens} tokens, for {ranks} ranks; lower max_tokens, or use "
                 "drop_last=False"
             )
+        # Neighbours in this order have similar token counts, and share a step.
         kept = np.argsort(-tokens_B, kind="stable")[: steps * ranks]
         # `resize` repeats batches from the first on if there are too few.
         if rng is None:
@@ -272,6 +277,7 @@ class TokenBudgetIterator(Iterator[list[int]]):
         self._epoch, self._plan, self._yielded = state_dict["epoch"], own, yielded
 
     def _planned(self) -> EpochPlan:
+        # Not at construction: a loader calls `iter` before it restores a state of another epoch.
         if self._plan is None:
             self._plan = self._sampler.plan(self._epoch)
         return self._plan
@@ -285,6 +291,7 @@ def _saved(state_dict: Mapping[str, Any], name: str) -> Any:
 
 def _whole(name: str, value: int, lowest: int) -> int:
     try:
+        # numpy's integers pass, floats such as 2.0 do not.
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
