@@ -481,7 +481,9 @@ def test_writers_that_are_killed_at_any_moment_lose_their_last_line_at_most(
         ]
         for process in running:
             process.start()
-        time.sleep(0.05 + 0.0007 * name)
+        # On a slow machine too, each has written several hundred lines before it is killed.
+        while _large_files(tmp_path) < 4 * (name + 1):
+            time.sleep(0.001)
         for process in running:
             process.kill()
             process.join()
@@ -489,7 +491,12 @@ def test_writers_that_are_killed_at_any_moment_lose_their_last_line_at_most(
         name, number = line["id"]
         assert number == counts.get(name, 0)  # none is missing within what a process wrote
         counts[name] = number + 1
-    assert len(counts) > 4 and sum(counts.values()) > 100
+    assert len(counts) == 16 and min(counts.values()) > 100
+
+
+def _large_files(folder: Path) -> int:
+    """Count files above 64 KiB: line n has n bytes of text, so that these have over 100 lines."""
+    return sum(file.stat().st_size > 2**16 for file in folder.iterdir())
 
 
 class Model(torch.nn.Module):
