@@ -15,6 +15,8 @@ BoolArray = npt.NDArray[np.bool_]
 
 def as_array(name: str, values: npt.ArrayLike, hint: str) -> npt.NDArray[Any]:
     """Return `values` as an array; lists of unequal length are an error."""
+    if type(values) is np.ndarray:
+        return values
     try:
         return np.asarray(values)
     except ValueError as error:

@@ -15,7 +15,7 @@ from mrope import MRopeCollator, MRopeError, MRopeSpec, SpanMismatchError, rope_
 from mrope.collate.padding import PaddingCollator
 from mrope.spec.families import FAMILIES
 from mrope.spec.spec import example_config
-from mrope.towers.vision import VisionSpec
+from mrope.towers import VisionSpec
 from support.batches import random_batch
 
 START, IMAGE, VIDEO = 101, 102, 103
@@ -258,7 +258,7 @@ def test_vision_tensors_of_the_inner_function_are_a_mistake_too() -> None:
 
 
 def test_an_old_transformers_is_refused_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mrope.towers.vision.installed_transformers", lambda: "5.6.0")
+    monkeypatch.setattr("mrope.towers.vision_spec.installed_transformers", lambda: "5.6.0")
     with pytest.raises(MRopeError, match=r"transformers 5.6.0 does not read the vision tensors"):
         MRopeCollator(None, spec_of(), VisionSpec(spatial_merge_size=2))
     MRopeCollator(None, spec_of())

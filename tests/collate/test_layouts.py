@@ -89,7 +89,7 @@ def test_model_layout_refuses_to_be_cut_or_joined(size: int, parts: int) -> None
 
 def test_a_model_does_not_take_cut_pixels_either() -> None:
     """Whoever cuts them without accelerate gets the error of the model."""
-    models = pytest.importorskip("models", exc_type=ImportError)
+    models = pytest.importorskip("support.models", exc_type=ImportError)
     inner = PaddingCollator()
     whole = MRopeCollator(inner, models.tiny_spec("qwen2_vl"), layout="batch")(
         models.tiny_examples("qwen2_vl", videos=False, rows=4)

@@ -178,7 +178,10 @@ def test_a_batch_without_tokens_and_columns_of_another_width_are_refused() -> No
 
 def test_what_the_constructor_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     for options, message in (
-        ({"packing": "pack"}, "packing must be one of None, 'flatten', not 'pack'"),
+        (
+            {"packing": "pack"},
+            r"packing must be one of None, 'flatten', Flatten\(...\), not 'pack'",
+        ),
         ({"layout": "rows"}, "layout must be one of 'model', 'batch', not 'rows'"),
         ({"pad_to_multiple_of": 8}, "pad_to_multiple_of belongs to packing"),
         ({"packing": "flatten", "pad_to_multiple_of": 0}, "must be at least 1, not 0"),

@@ -27,7 +27,7 @@ from mrope import MRopeCollator, MRopeError, MRopeSpec
 from mrope.collate import Indexed, RejectWarning, SkipBad, read_rejects
 from mrope.collate.padding import PaddingCollator
 from mrope.collate.rejects_file import append_record, process_file
-from mrope.collate.skip_bad import INDEX, as_skip_bad
+from mrope.collate.skip_bad import INDEX
 from mrope.spec.spec import example_config
 from mrope.towers import VisionSpec
 
@@ -222,9 +222,11 @@ def test_other_limits_are_refused(limit: Any) -> None:
 
 def test_the_short_forms_of_on_error() -> None:
     options = SkipBad(max_rejects=3)
-    assert as_skip_bad("raise") is None and as_skip_bad("skip") == SkipBad()
-    assert as_skip_bad(options) is options
-    message = r"on_error must be 'raise', 'skip' or SkipBad\(\.\.\.\), not 'ignore'"
+    assert MRopeCollator(None, SPEC).on_error is None
+    assert MRopeCollator(None, SPEC, on_error="skip").on_error == SkipBad()
+    assert MRopeCollator(None, SPEC, on_error="skip", max_rejects=3).on_error == options
+    assert MRopeCollator(None, SPEC, on_error=options).on_error is options
+    message = r"on_error must be one of 'raise', 'skip', SkipBad\(\.\.\.\), not 'ignore'"
     with pytest.raises(ValueError, match=message):
         MRopeCollator(None, SPEC, on_error="ignore")  # type: ignore[arg-type]
 

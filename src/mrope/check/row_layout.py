@@ -1,6 +1,6 @@
-"""What a row looks like: its runs of text, images and videos, and where one of them does not fit.
+"""Cut a row into runs of text, images and videos, and find the run that an error is about.
 
-For tables and pictures of single rows; nothing on the way of a batch needs it.
+For tables and drawings of single rows; the collator does not use it.
 
 Shape suffixes: T valid tokens of the row, R its runs, G grids, as in `mrope.positions.grids`.
 """
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from mrope.errors import SpanMismatchError
 from mrope.positions.grids import to_grids
+from mrope.positions.inputs import check_inputs
 from mrope.positions.spans import token_kinds
 from mrope.positions.stream import Stream, to_stream
 from mrope.spec.spec import MRopeSpec
@@ -25,12 +26,12 @@ KINDS = ("text", "image", "video")
 
 @dataclass(frozen=True)
 class TokenRun:
-    """Neighbouring tokens of one kind.
+    """Consecutive tokens of one kind.
 
     Attributes:
         kind: one of `KINDS`.
-        start: the first one's number among the row's valid tokens.
-        tokens: how many.
+        start: index of the first token among the row's valid tokens.
+        tokens: number of tokens.
     """
 
     kind: str
@@ -40,12 +41,12 @@ class TokenRun:
 
 @dataclass(frozen=True)
 class Misfit:
-    """The part of a row that is wrong.
+    """The tokens of a row that do not fit their grid.
 
     Attributes:
-        start: its first token; the row's length where its tokens are missing altogether.
-        found: its tokens.
-        needed: tokens that its grid needs, 0 without a grid; None where no grid is to blame.
+        start: index of the first one; the row's length if all of them are missing.
+        found: number of tokens found.
+        needed: tokens that the grid needs, 0 without a grid; None if the error is not about a grid.
     """
 
     start: int
@@ -55,11 +56,11 @@ class Misfit:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """A row as it would be drawn.
+    """Runs of a row, ready to be drawn.
 
     Attributes:
-        runs: in order; they cover the valid tokens.
-        misfit: None where it is not known.
+        runs: in order; together they cover the valid tokens.
+        misfit: None in a good row, or if the error does not tell where it is.
     """
 
     runs: tuple[TokenRun, ...]
@@ -67,19 +68,20 @@ class RowLayout:
 
     @property
     def tokens(self) -> int:
-        """Valid tokens of the row."""
+        """Number of valid tokens of the row."""
         return sum(run.tokens for run in self.runs)
 
 
 def lay_out(spec: MRopeSpec, row: Mapping[str, Any], error: Exception | None = None) -> RowLayout:
-    """Cut a row into runs, and find the one that an error is about.
+    """Cut a row into runs, and find the tokens that an error is about.
 
     Args:
-        row: a batch of one row: `input_ids` (1, S), and what else `rope_index` takes, by name.
-        error: what `rope_index` raised for it.
+        spec: the model's values.
+        row: a batch of one row: `input_ids` (1, S), and other arguments of `rope_index` by name.
+        error: exception that `rope_index` raised for the row.
 
     Raises:
-        ValueError, TypeError: the row does not hold arrays of integers in these shapes.
+        ValueError, TypeError: the row does not hold integer arrays of these shapes.
     """
     stream = _stream(row)
     kind_T = token_kinds(spec, stream)
@@ -120,30 +122,28 @@ def _misfit(
     if error.found is None or error.needed is None:
         return _run_without_marker(kind_T == kind, error.span)
     place = (kind_T == kind).nonzero()[0]
-    # Spans are dealt out in order, so that all before this one have the tokens that they need.
+    # Spans are matched in order, so that every span before this one has all the tokens it needs.
     before = int(_needed_tokens(spec, row, kind)[: error.span].sum())
     start = int(place[before]) if before < len(place) else len(kind_T)
     return Misfit(start, error.found, error.needed)
 
 
 def _first_wrong_type(row: Mapping[str, Any], kind_T: npt.NDArray[np.uint8]) -> Misfit | None:
-    """Return the first token whose kind is not the one in `mm_token_type_ids`."""
+    """Find the first token whose kind differs from `mm_token_type_ids`."""
     types_T = _stream({**row, "input_ids": row["mm_token_type_ids"]}).tokens_T
     return Misfit(int((kind_T != types_T).argmax()), 1, None)
 
 
 def _run_without_marker(of_kind_T: npt.NDArray[np.bool_], ordinal: int) -> Misfit:
-    """Return a run by its ordinal among those of its kind."""
+    """Find a run by its ordinal among the runs of its kind."""
     change = np.diff(of_kind_T.astype(np.int8), prepend=0, append=0)
     start, end = ((change == way).nonzero()[0][ordinal] for way in (1, -1))
     return Misfit(int(start), int(end - start), None)
 
 
 def _needed_tokens(spec: MRopeSpec, row: Mapping[str, Any], kind: int) -> npt.NDArray[np.int64]:
-    """Return the tokens that each grid of one kind needs."""
-    shape = np.asarray(row["input_ids"]).shape
-    grids = to_grids(
-        spec, row.get("image_grid_thw"), row.get("video_grid_thw"), None, None, (1, shape[-1])
-    )
+    """Compute the tokens that each grid of one kind needs, int64 (G,)."""
+    sizes = {name: row.get(name) for name in ("image_grid_thw", "video_grid_thw")}
+    grids = to_grids(spec, check_inputs(spec, row["input_ids"], **sizes))
     need_G: npt.NDArray[np.int64] = grids.size_3G.prod(axis=0)
     return need_G[: grids.images] if KINDS[kind] == "image" else need_G[grids.images :]

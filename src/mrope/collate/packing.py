@@ -11,42 +11,70 @@ Shape suffixes: B rows and S width of the padded batch, T tokens of the one row,
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from mrope.arrays import IntArray
 from mrope.collate.padding import PaddingCollator
 from mrope.errors import MRopeError
-from mrope.spec.references import installed_transformers
+from mrope.positions.located import Located
+from mrope.spec.references import PACKING_COMPARED, installed_transformers
 from mrope.spec.spec import MRopeSpec
-
-# Releases in which every family that packs was compared, example by example. Before 5.23 the
-# borders in `cu_seq_lens_q` reach the vision tower too, and linear attention mixes examples.
-COMPARED = ("5.23",)
 
 _IGNORED = -100
 # Their first two dimensions are (B, S) by accident, if they are.
 _NEVER_TOKENS = ("pixel_values", "image_", "video_", "second_per_grid")
 
 
-def check_packing(spec: MRopeSpec) -> None:
-    """Refuse a model whose examples would see each other in one row.
+@dataclass(frozen=True)
+class Flatten:
+    """Options of padding-free batches: `MRopeCollator(packing=Flatten(...))`.
+
+    Plain data: it pickles, and `packing="flatten"` is short for `Flatten()`.
+
+    Args:
+        pad_to_multiple_of: the row is filled up to a multiple of this, by a segment of its own.
+        pad_token_id: token id of that segment.
+
+    Raises:
+        ValueError: `pad_to_multiple_of` is below 1.
+    """
+
+    pad_to_multiple_of: int = 1
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pad_to_multiple_of < 1:
+            raise ValueError(
+                f"pad_to_multiple_of must be at least 1, not {self.pad_to_multiple_of}"
+            )
+
+
+def check_packing(spec: MRopeSpec, options: Flatten) -> None:
+    """Refuse a model whose examples would attend to each other in one row.
 
     Raises:
         MRopeError: the family's modelling code, or the installed transformers', was not compared.
+        ValueError: the token id of padding is a placeholder.
     """
+    if options.pad_token_id in (spec.image_token_id, spec.video_token_id):
+        raise ValueError(
+            f"pad_token_id {options.pad_token_id} is a placeholder of images or videos"
+        )
     if not spec.family_row.packs:
         raise MRopeError(
             f"packing='flatten' is refused for {spec.family}: nobody has compared what its "
             "examples see of each other in one row"
         )
     version = installed_transformers() or spec.reference.removeprefix("transformers-")
-    if not f"{version}.".startswith(tuple(f"{release}." for release in COMPARED)):
+    if not f"{version}.".startswith(tuple(f"{release}." for release in PACKING_COMPARED)):
         raise MRopeError(
             f"packing='flatten' is refused with transformers {version}: examples are known to be "
-            f"kept apart in {', '.join(COMPARED)} only; install that release, or pad"
+            f"kept apart in {', '.join(PACKING_COMPARED)} only; install that release, or pad"
         )
 
 
@@ -84,12 +112,9 @@ def refuse_packed(batch: Mapping[str, Any], examples: Any, shape: tuple[int, int
 
 def flatten(
     batch: MutableMapping[str, Any],
+    located: Located,
     position_ids: npt.NDArray[np.int64],
-    lengths: Sequence[Sequence[int]],
-    mask: Any,
-    *,
-    pad_to_multiple_of: int = 1,
-    pad_token_id: int = 0,
+    options: Flatten,
 ) -> dict[str, Any]:
     """Bring the token columns of a padded batch into one row, in place, and return the borders.
 
@@ -97,9 +122,8 @@ def flatten(
     vision tensors stay as they are, since rows keep their order. The attention mask goes.
 
     Args:
+        located: the batch, with `seq_lengths` in its inputs.
         position_ids: (3, B, S).
-        lengths: see `seq_lengths`.
-        mask: (B, S), non-zero where a token is valid; None: all are.
 
     Returns:
         - `position_ids` int64 (4, 1, T): the text row, which restarts at every example, then
@@ -107,7 +131,7 @@ def flatten(
         - `cu_seq_lens_q`, `cu_seq_lens_k` int32 (D + 1,), `max_length_q`, `max_length_k` ints,
           `seq_idx` int32 (1, T): the borders, from lengths. Two arrays, since a model may write to
           one.
-        - `segment_sizes`: the same as a list of ints, for the reading model of `mrope.hf`.
+        - `segment_sizes`: the same as a list of ints, for attached models (`mrope.hf.attach`).
         - `use_cache` False: with a cache transformers masks as if there were no borders.
 
     Example: rows of 3 and 2 tokens, a multiple of 4
@@ -119,17 +143,17 @@ def flatten(
     Raises:
         MRopeError: no valid token at all.
     """
-    shape = tuple(position_ids.shape[1:])
-    length_D = np.array([length for row in lengths for length in row], np.int64)
+    shape = located.inputs.shape
+    length_D, borders_D = located.stream.length_D, located.stream.border_D1
     if not length_D.size:
         raise MRopeError("cannot flatten a batch without a valid token")
-    index_T = None if mask is None or np.all(mask) else np.flatnonzero(mask)
-    tail = -int(length_D.sum()) % pad_to_multiple_of
-    borders_D = np.concatenate(([0], length_D.cumsum()))
+    valid_BS = located.stream.valid_BS
+    index_T = None if valid_BS is None else np.flatnonzero(valid_BS)
+    tail = -int(length_D.sum()) % options.pad_to_multiple_of
     batch.pop("attention_mask", None)
     batch.pop("seq_lengths", None)
     for name in [name for name, value in batch.items() if is_column(name, value, shape)]:
-        fill = {"input_ids": pad_token_id, "labels": _IGNORED}.get(name, 0)
+        fill = {"input_ids": options.pad_token_id, "labels": _IGNORED}.get(name, 0)
         batch[name] = _one_row(torch.as_tensor(batch[name]), index_T, tail, fill)
     if batch.get("labels") is not None:
         # The model shifts labels by one: this is the target of the last token of the one before.
@@ -196,8 +220,8 @@ def _one_row(
 def _positions(
     position_ids: npt.NDArray[np.int64],
     index_T: npt.NDArray[np.int64] | None,
-    borders_D: npt.NDArray[np.int64],
-    length_D: npt.NDArray[np.int64],
+    borders_D: IntArray,
+    length_D: IntArray,
     tail: int,
 ) -> npt.NDArray[np.int64]:
     """Return (4, 1, T): how far each token is from its border, then (3, B, S) in one row."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mrope.arrays import IntArray
 from mrope.errors import SpanMismatchError
 from mrope.positions.grids import Grids
-from mrope.positions.stream import IMAGE, TEXT, VIDEO, Stream
+from mrope.positions.stream import IMAGE, TEXT, VIDEO, Stream, documents_of
 from mrope.spec.spec import MRopeSpec
 
 _NAMES = {TEXT: "text", IMAGE: "image", VIDEO: "video"}
@@ -157,7 +157,7 @@ class _Walk:
 def _placeholder_runs(
     stream: Stream, start_R: IntArray, length_R: IntArray, kind_R: IntArray
 ) -> Iterator[_Run]:
-    document_R = stream.start_D.searchsorted(start_R, side="right") - 1
+    document_R = documents_of(stream, start_R)
     for start, length, kind, document in zip(
         start_R.tolist(), length_R.tolist(), kind_R.tolist(), document_R.tolist(), strict=True
     ):
@@ -195,7 +195,7 @@ def missing_start(
     spec: MRopeSpec, stream: Stream, start_V: IntArray, kind_V: IntArray, span: int
 ) -> SpanMismatchError:
     """Return the error for a span without the marker that the reference finds spans by."""
-    document_V = stream.start_D.searchsorted(start_V, side="right") - 1
+    document_V = documents_of(stream, start_V)
     row = int(stream.row_D[document_V[span]])
     kind = int(kind_V[span])
     before = (document_V[:span] == document_V[span]) & (kind_V[:span] == kind)

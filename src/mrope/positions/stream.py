@@ -1,6 +1,11 @@
-"""Step 3 of the way: a padded batch becomes one stream of documents, and back.
+"""Drop the padding of a batch, and put position ids back where the tokens stood.
 
-Shape suffixes: B rows of the batch, S padded length, T tokens of the stream, D documents.
+A stream is the valid tokens of a batch, one document after another. A document is a row, or one of
+the examples that a packed row holds. All that follows works on the stream, so that left, right and
+scattered padding are the same to it.
+
+Shape suffixes: B rows of the batch, S padded length, T tokens of the stream, D documents, D1 their
+borders (D + 1), V any tokens or spans of the stream, A axes of position ids.
 """
 
 from __future__ import annotations
@@ -15,60 +20,69 @@ from mrope.arrays import BoolArray, IntArray
 from mrope.errors import MRopeError
 
 TEXT, IMAGE, VIDEO = 0, 1, 2
-"""Kind of a token; the values are those of `mm_token_type_ids`."""
+"""Kinds of tokens; the values are those of `mm_token_type_ids`."""
 
 
 class Stream(NamedTuple):
     """The valid tokens of a batch, one document after another.
 
     Attributes:
-        tokens_T: token ids of the documents, padding dropped. A document is a row of the batch, or
-            one of the examples that a packed row holds.
-        start_D: where each document starts in `tokens_T`, ascending; no document is empty.
-        length_D: tokens of each document.
-        row_D: the row of the batch that each document came from.
+        tokens_T: token ids, padding dropped.
+        border_D1: where each document starts in `tokens_T`, and T at the end; no document is empty.
+        row_D: the row of the batch that each document came from, ascending.
         valid_BS: which tokens of the batch are in the stream; None where all are.
     """
 
     tokens_T: IntArray
-    start_D: IntArray
-    length_D: IntArray
+    border_D1: IntArray
     row_D: IntArray
     valid_BS: BoolArray | None
+
+    @property
+    def start_D(self) -> IntArray:
+        """Where each document starts in `tokens_T`."""
+        return self.border_D1[:-1]
+
+    @property
+    def length_D(self) -> IntArray:
+        """Tokens of each document."""
+        return self.border_D1[1:] - self.border_D1[:-1]
 
 
 def to_stream(input_ids_BS: IntArray, valid_BS: BoolArray | None) -> Stream:
     """Drop the padding of a batch.
 
-    Padding may stand left, right or in between; rows without a valid token have no document:
+    Rows without a valid token have no document:
 
-        input_ids [[7, 8, 0],     valid [[1, 1, 0],     tokens [7, 8, 9]
-                   [0, 0, 0],            [0, 0, 0],     start  [0, 2]
-                   [0, 9, 0]]            [0, 1, 0]]     row    [0, 2]
+        input_ids [[7, 8, 0],     valid [[1, 1, 0],     tokens  [7, 8, 9]
+                   [0, 0, 0],            [0, 0, 0],     borders [0, 2, 3]
+                   [0, 9, 0]]            [0, 1, 0]]     row     [0, 2]
     """
     rows, width = input_ids_BS.shape
     if valid_BS is None and width > 0:
-        row_D = np.arange(rows)
-        return Stream(input_ids_BS.ravel(), row_D * width, np.full(rows, width), row_D, None)
+        borders = np.arange(0, rows * width + 1, width)
+        return Stream(input_ids_BS.reshape(-1), borders, count_up(rows), None)
     if valid_BS is None:
         valid_BS = np.ones(input_ids_BS.shape, np.bool_)
     length_B = np.count_nonzero(valid_BS, axis=1)
     row_D = length_B.nonzero()[0]
-    length_D = length_B[row_D]
-    return Stream(input_ids_BS[valid_BS], length_D.cumsum() - length_D, length_D, row_D, valid_BS)
+    return Stream(input_ids_BS[valid_BS], _borders(length_B[row_D]), row_D, valid_BS)
 
 
 def split_rows(stream: Stream, seq_lengths: Any, rows: int) -> Stream:
-    """Cut rows that hold several examples into a document for each; borders come from lengths.
+    """Cut rows that hold several examples into a document for each.
 
-        lengths of documents [5, 2], seq_lengths [[3, 2], [2]]:  lengths [3, 2, 2], row [0, 0, 1]
+    Borders come from lengths and never from positions that restart: two examples of one token each
+    have no restart between them.
+
+        borders [0, 5, 7], seq_lengths [[3, 2], [2]]:  borders [0, 3, 5, 7], row [0, 0, 1]
 
     Args:
         seq_lengths: for each row the tokens of its examples in their order, padding not counted.
         rows: rows of the batch.
 
     Raises:
-        MRopeError: lengths below 1, or lengths that are not those of a row.
+        MRopeError: lengths below 1, or lengths that do not add up to the row's valid tokens.
     """
     if len(seq_lengths) != rows:
         raise MRopeError(f"seq_lengths has {len(seq_lengths)} rows, but input_ids {rows}")
@@ -87,14 +101,22 @@ def split_rows(stream: Stream, seq_lengths: Any, rows: int) -> Stream:
             f"row {row}: seq_lengths {list(seq_lengths[row])} add up to {given_B[row]} tokens, but "
             f"the row has {length_B[row]}. Likely cause: truncation after packing"
         )
-    start_D = length_D.cumsum() - length_D
-    return stream._replace(start_D=start_D, length_D=length_D, row_D=row_D)
+    return stream._replace(border_D1=_borders(length_D), row_D=row_D)
 
 
 def to_batch(
     positions_AT: npt.NDArray[Any], stream: Stream, shape: tuple[int, int], fill: int
 ) -> npt.NDArray[Any]:
-    """Put the positions of a stream back where its tokens stood: (A, B, S), `fill` at padding."""
+    """Put the position ids of a stream back where its tokens stood.
+
+    Args:
+        positions_AT: (A, T).
+        shape: (B, S) of the batch.
+        fill: value at padding.
+
+    Returns:
+        (A, B, S): a view of `positions_AT` where the batch has no padding.
+    """
     axes = len(positions_AT)
     if stream.valid_BS is None:
         return positions_AT.reshape(axes, *shape)
@@ -103,3 +125,35 @@ def to_batch(
         # One axis at a time: a 1-D boolean assignment copies whole runs, a 2-D one builds indices.
         out_ABS[axis][stream.valid_BS] = positions_AT[axis]
     return out_ABS
+
+
+def documents_of(stream: Stream, token_V: IntArray) -> IntArray:
+    """Return the document of each of these tokens, which are given by their place in the stream."""
+    document_V: IntArray = stream.start_D.searchsorted(token_V, side="right") - 1
+    return document_V
+
+
+_COUNT = np.arange(1 << 12)
+
+
+def count_up(n: int) -> IntArray:
+    """Return 0, 1, ... n - 1: a read-only view of one array that is kept and grows.
+
+    Two batches of a loader have about the same size; a fresh arange for each is a tenth of the
+    kernel's time. What is kept is a third of the largest output at most.
+    """
+    global _COUNT
+    # Threads may collate too: another of them could put a shorter array there meanwhile.
+    count = _COUNT
+    if n > len(count):
+        count = np.arange(n)
+        count.flags.writeable = False
+        _COUNT = count
+    return count[:n]
+
+
+def _borders(length_D: IntArray) -> IntArray:
+    """Return 0 and the running sums: lengths 3 2 give borders 0 3 5."""
+    border_D1 = np.zeros(len(length_D) + 1, np.int64)
+    length_D.cumsum(out=border_D1[1:])
+    return border_D1

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrope import MRopeError, MRopeSpec, SpanMismatchError
-from mrope.positions.custom.glm_image import glm_image_index
+from mrope import MRopeError, MRopeSpec, SpanMismatchError, rope_index
 from support.batches import TEXT_IDS, Row, merge_rows
 
 START, IMAGE, END = 101, 102, 103
@@ -136,9 +135,9 @@ def assert_equal(actual: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
 def test_equal_to_the_twin(rng: random.Random) -> None:
     batch = random_batch(rng, empty=True)
     expected = slow_index(batch)
-    assert_equal(glm_image_index(SPEC, **batch), expected)
+    assert_equal(rope_index(SPEC, **batch), expected)
     if len(batch["input_ids"]) == 1:
-        assert_equal(glm_image_index(SPEC, **(batch | {"images_per_sample": None})), expected)
+        assert_equal(rope_index(SPEC, **(batch | {"images_per_sample": None})), expected)
 
 
 @settings(max_examples=BATCHES, deadline=None)
@@ -149,9 +148,9 @@ def test_a_spoilt_batch_is_refused_or_numbered_right(rng: random.Random) -> None
         expected = slow_index(batch)
     except Misfit:
         with pytest.raises(SpanMismatchError, match=r"row \d, image \d"):
-            glm_image_index(SPEC, **batch)
+            rope_index(SPEC, **batch)
     else:
-        assert_equal(glm_image_index(SPEC, **batch), expected)
+        assert_equal(rope_index(SPEC, **batch), expected)
 
 
 def test_a_source_and_what_is_to_be_drawn() -> None:
@@ -160,7 +159,7 @@ def test_a_source_and_what_is_to_be_drawn() -> None:
         [END, END, END, END, END, END, END, END, 7, 8, START],
     ]
     mask = [[1] * 11, [0] * 8 + [1] * 3]
-    positions, deltas = glm_image_index(
+    positions, deltas = rope_index(
         SPEC, ids, mask, [[1, 3, 2], [1, 4, 4], [1, 9, 9], [1, 2, 2]], images_per_sample=[2, 2]
     )
     assert positions[:, 0].tolist() == [
@@ -173,14 +172,14 @@ def test_a_source_and_what_is_to_be_drawn() -> None:
 
 
 def test_frames_do_not_move_what_follows() -> None:
-    positions, _ = glm_image_index(SPEC, [[START, 5, 5, 5, END, 7]], image_grid_thw=[[3, 1, 1]])
+    positions, _ = rope_index(SPEC, [[START, 5, 5, 5, END, 7]], image_grid_thw=[[3, 1, 1]])
     assert positions[:, 0].tolist() == [[0, 1, 2, 3, 2, 3], [0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (1, 3)])
 def test_a_batch_without_a_valid_token(shape: tuple[int, int]) -> None:
     none = np.zeros(shape, np.int64)
-    positions, deltas = glm_image_index(SPEC, none, none)
+    positions, deltas = rope_index(SPEC, none, none)
     assert positions.shape == (3, *shape) and (positions == 1).all()
     assert deltas.tolist() == [[0]] * shape[0]
 
@@ -251,7 +250,7 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("batch", "message"), MISFITS.values(), ids=MISFITS)
 def test_a_misfit_names_row_span_and_both_counts(batch: dict[str, Any], message: str) -> None:
     with pytest.raises(SpanMismatchError, match=message) as caught:
-        glm_image_index(SPEC, **batch)
+        rope_index(SPEC, **batch)
     assert caught.value.cause is not None and caught.value.cause in str(caught.value)
 
 
@@ -273,4 +272,4 @@ def test_a_misfit_names_row_span_and_both_counts(batch: dict[str, Any], message:
 )
 def test_bad_arguments_are_refused(batch: dict[str, Any], message: str) -> None:
     with pytest.raises(MRopeError, match=message):
-        glm_image_index(SPEC, **batch)
+        rope_index(SPEC, **batch)

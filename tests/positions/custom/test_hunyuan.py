@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrope import MRopeError, MRopeSpec, SpanMismatchError
-from mrope.positions.custom.hunyuan import hunyuan_index
+from mrope import MRopeError, MRopeSpec, SpanMismatchError, rope_index
 from support.batches import TEXT_IDS, Row, merge_rows
 
 IMAGE = 102
@@ -137,9 +136,9 @@ def test_equal_to_the_twin(rng: random.Random, axes: int) -> None:
     spec = spec_of(axes, merge=rng.choice([1, 2, 3]))
     batch = random_batch(rng, spec.spatial_merge_size, empty=True)
     expected = slow_index(spec, batch)
-    assert_equal(hunyuan_index(spec, **batch), expected)
+    assert_equal(rope_index(spec, **batch), expected)
     less = batch | {"mm_token_type_ids": None, "images_per_sample": None}
-    assert_equal(hunyuan_index(spec, **less), expected)
+    assert_equal(rope_index(spec, **less), expected)
 
 
 @settings(max_examples=BATCHES, deadline=None)
@@ -151,16 +150,16 @@ def test_a_spoilt_batch_is_refused_or_numbered_right(rng: random.Random) -> None
         expected = slow_index(spec, batch)
     except Misfit:
         with pytest.raises(SpanMismatchError, match=r"row (\d|unknown)"):
-            hunyuan_index(spec, **batch)
+            rope_index(spec, **batch)
     else:
-        assert_equal(hunyuan_index(spec, **batch), expected)
+        assert_equal(rope_index(spec, **batch), expected)
 
 
 def test_two_rows_count_their_images_together() -> None:
     spec = spec_of(4, merge=1)
     ids = [[7, IMAGE, IMAGE, IMAGE, IMAGE, 8], [IMAGE, IMAGE, 9, 0, 0, 0]]
     mask = [[1] * 6, [1, 1, 1, 0, 0, 0]]
-    positions, deltas = hunyuan_index(spec, ids, mask, [[1, 2, 1], [1, 1, 1]])
+    positions, deltas = rope_index(spec, ids, mask, [[1, 2, 1], [1, 1, 1]])
     assert positions[:, 0].tolist() == [
         [0, 1, 2, 3, 4, 5],
         [0, 0, 1, 0, 1, 5],
@@ -177,7 +176,7 @@ def test_two_rows_count_their_images_together() -> None:
 
 
 def test_the_wrappers_of_an_image_keep_their_own_numbers() -> None:
-    positions, deltas = hunyuan_index(
+    positions, deltas = rope_index(
         spec_of(3, merge=1),
         [[7, *[IMAGE] * 4]],
         None,
@@ -191,15 +190,13 @@ def test_the_wrappers_of_an_image_keep_their_own_numbers() -> None:
 def test_an_image_may_count_higher_than_the_tokens_of_its_row() -> None:
     ids = [[IMAGE, IMAGE, 7, IMAGE, IMAGE], [0, 0, 0, IMAGE, IMAGE]]
     mask = [[1] * 5, [0, 0, 0, 1, 1]]
-    _, deltas = hunyuan_index(spec_of(3, merge=1), ids, mask, [[1, 1, 1]] * 3)
+    _, deltas = rope_index(spec_of(3, merge=1), ids, mask, [[1, 1, 1]] * 3)
     assert deltas.tolist() == [[-2], [1]]
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (1, 3)])
 def test_a_batch_without_a_valid_token(shape: tuple[int, int]) -> None:
-    positions, deltas = hunyuan_index(
-        spec_of(3), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    )
+    positions, deltas = rope_index(spec_of(3), np.zeros(shape, np.int64), np.zeros(shape, np.int64))
     assert positions.shape == (3, *shape) and not positions.any()
     assert deltas.tolist() == [[0]] * shape[0]
 
@@ -257,7 +254,7 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("batch", "message"), MISFITS.values(), ids=MISFITS)
 def test_a_misfit_names_row_span_and_both_counts(batch: dict[str, Any], message: str) -> None:
     with pytest.raises(SpanMismatchError, match=message) as caught:
-        hunyuan_index(spec_of(4), **batch)
+        rope_index(spec_of(4), **batch)
     if caught.value.found is not None:
         assert caught.value.cause is not None and caught.value.cause in str(caught.value)
 
@@ -280,9 +277,9 @@ def test_a_misfit_names_row_span_and_both_counts(batch: dict[str, Any], message:
 )
 def test_bad_arguments_are_refused(batch: dict[str, Any], message: str) -> None:
     with pytest.raises(MRopeError, match=message):
-        hunyuan_index(spec_of(3), **batch)
+        rope_index(spec_of(3), **batch)
 
 
 def test_two_axes_are_too_few() -> None:
     with pytest.raises(MRopeError, match="mrope_section has 2 axes"):
-        hunyuan_index(spec_of(2), [[7]])
+        rope_index(spec_of(2), [[7]])

@@ -11,8 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrope import MRopeError, SpanMismatchError
-from mrope.positions.custom.minicpm import minicpm_index
+from mrope import MRopeError, SpanMismatchError, rope_index
 from twins.minicpm import (
     END,
     IMAGE,
@@ -65,9 +64,9 @@ def assert_equal(actual: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
 def test_equal_to_the_twin(rng: random.Random, mode: str) -> None:
     batch = random_batch(rng, MERGES[mode], empty=True)
     expected = slow_index(MERGES[mode], batch)
-    assert_equal(minicpm_index(minicpm_spec(MERGES[mode]), **batch), expected)
+    assert_equal(rope_index(minicpm_spec(MERGES[mode]), **batch), expected)
     less = batch | dict.fromkeys(["mm_token_type_ids", "images_per_sample", "videos_per_sample"])
-    assert_equal(minicpm_index(SPEC, **less, downsample_mode=mode), expected)
+    assert_equal(rope_index(SPEC, **less, downsample_mode=mode), expected)
 
 
 @settings(max_examples=BATCHES, deadline=None)
@@ -78,9 +77,9 @@ def test_a_spoilt_batch_is_refused_or_numbered_right(rng: random.Random) -> None
         expected = slow_index(4, batch)
     except Misfit:
         with pytest.raises(SpanMismatchError, match=r"row (\d|unknown)"):
-            minicpm_index(SPEC, **batch)
+            rope_index(SPEC, **batch)
     else:
-        assert_equal(minicpm_index(SPEC, **batch), expected)
+        assert_equal(rope_index(SPEC, **batch), expected)
 
 
 @pytest.mark.parametrize("cells", range(1, 41))
@@ -89,7 +88,7 @@ def test_a_thumbnail_is_stretched_as_by_torch(cells: int) -> None:
     for over in range(1, 161):
         ids = [[START, *[IMAGE] * cells, END, *[SLICE, IMAGE, SLICE_END] * over]]
         sizes = [[4, 4 * cells], *[[4, 4]] * over]
-        positions, _ = minicpm_index(SPEC, ids, target_sizes=sizes)
+        positions, _ = rope_index(SPEC, ids, target_sizes=sizes)
         expected = torch.linspace(0, over - 1, cells).round().long().tolist()
         assert positions[2, 0, 1 : cells + 1].tolist() == expected
 
@@ -97,7 +96,7 @@ def test_a_thumbnail_is_stretched_as_by_torch(cells: int) -> None:
 def test_two_lines_of_slices_and_a_stretched_thumbnail() -> None:
     one = [SLICE, IMAGE, IMAGE, SLICE_END]
     ids = [[7, START, *[IMAGE] * 4, END, *one, *one, NEWLINE, *one, *one, 8]]
-    positions, deltas = minicpm_index(SPEC, ids, target_sizes=[[8, 8], *[[4, 8]] * 4])
+    positions, deltas = rope_index(SPEC, ids, target_sizes=[[8, 8], *[[4, 8]] * 4])
     assert positions[:, 0].tolist() == [
         [0, *[1] * 23, 6],
         [0, 0, 1, 1, 2, 2, 3, *[1, 1, 1, 1], *[1, 1, 1, 1], 1, *[2, 2, 2, 2], *[2, 2, 2, 2], 6],
@@ -109,7 +108,7 @@ def test_two_lines_of_slices_and_a_stretched_thumbnail() -> None:
 def test_frames_of_a_video_stand_one_after_another() -> None:
     frame = [START, VIDEO, VIDEO, END]
     ids, mask = [[0, *frame, *frame, 7]], [[0, *[1] * 9]]
-    positions, deltas = minicpm_index(SPEC, ids, mask, target_sizes_videos=[[4, 8]] * 2)
+    positions, deltas = rope_index(SPEC, ids, mask, target_sizes_videos=[[4, 8]] * 2)
     assert positions[:, 0].tolist() == [
         [0, 0, 0, 0, 0, 3, 3, 3, 3, 6],
         [0, 0, 0, 0, 1, 2, 3, 3, 4, 6],
@@ -120,7 +119,7 @@ def test_frames_of_a_video_stand_one_after_another() -> None:
 
 def test_a_frame_ends_with_its_row() -> None:
     ids = [[START, IMAGE, END], [NEWLINE, 7, 8]]
-    positions, deltas = minicpm_index(SPEC, ids, target_sizes=[[4, 4]])
+    positions, deltas = rope_index(SPEC, ids, target_sizes=[[4, 4]])
     assert positions[:, 0].tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 1]]
     assert positions[:, 1].tolist() == [[0, 1, 2]] * 3
     assert deltas.tolist() == [[-1], [0]]
@@ -128,7 +127,7 @@ def test_a_frame_ends_with_its_row() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (1, 3)])
 def test_a_batch_without_a_valid_token(shape: tuple[int, int]) -> None:
-    positions, deltas = minicpm_index(SPEC, np.zeros(shape, np.int64), np.zeros(shape, np.int64))
+    positions, deltas = rope_index(SPEC, np.zeros(shape, np.int64), np.zeros(shape, np.int64))
     assert positions.shape == (3, *shape) and not positions.any()
     assert deltas.tolist() == [[1]] * shape[0]
 
@@ -223,7 +222,7 @@ def test_a_misfit_names_row_span_and_both_counts(batch: dict[str, Any], message:
     if "mm_token_type_ids" in batch:
         batch["mm_token_type_ids"] = [row + [0] * 4 for row in batch["mm_token_type_ids"]]
     with pytest.raises(SpanMismatchError, match=message) as caught:
-        minicpm_index(SPEC, **batch)
+        rope_index(SPEC, **batch)
     assert caught.value.cause is not None and caught.value.cause in str(caught.value)
 
 
@@ -245,4 +244,4 @@ def test_a_misfit_names_row_span_and_both_counts(batch: dict[str, Any], message:
 )
 def test_bad_arguments_are_refused(batch: dict[str, Any], message: str) -> None:
     with pytest.raises(MRopeError, match=message):
-        minicpm_index(SPEC, **batch)
+        rope_index(SPEC, **batch)

@@ -21,18 +21,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import BoolArray, IntArray, as_grid
+from mrope.arrays import BoolArray, IntArray
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.custom.shared import (
     Spans,
-    documents_of,
     id_dtype,
     misfit,
     number_cells,
-    read_stream,
 )
 from mrope.positions.grids import to_grids
-from mrope.positions.stream import Stream, to_batch
+from mrope.positions.inputs import BatchInputs
+from mrope.positions.located import Located
+from mrope.positions.stream import Stream, documents_of, to_batch
 from mrope.spec.spec import MRopeSpec
 
 Array = npt.NDArray[Any]
@@ -56,16 +56,8 @@ class _Sizes(NamedTuple):
     grids_B: IntArray
 
 
-def glm_image_index(
-    spec: MRopeSpec,
-    input_ids: npt.ArrayLike,
-    attention_mask: npt.ArrayLike | None = None,
-    image_grid_thw: npt.ArrayLike | None = None,
-    video_grid_thw: npt.ArrayLike | None = None,
-    *,
-    images_per_sample: npt.ArrayLike | None = None,
-) -> tuple[Array, Array]:
-    """Number the tokens of a GLM-Image batch.
+def glm_image_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
+    """Compute position ids of a GLM-Image batch.
 
     Text counts on by 1. The frames, rows and columns of an image count from the position after its
     start token, and its end token comes `max(height, width)` further on, in patches.
@@ -73,13 +65,10 @@ def glm_image_index(
     Args:
         spec: with `vision_start_token_id`, the config's `image_start_token_id`, and `numbers`
             image_end_token_id. `spatial_merge_size` is not looked at: nothing is merged.
-        input_ids: (B, S) integers. Between start and end any ids: placeholders, or the image's own.
-        attention_mask: (B, S), 0 at padding and 1 elsewhere, or bool. None: no padding.
-        image_grid_thw: (N, 3) frames, height and width in patches: for each row its sources, then
-            what is to be drawn.
-        video_grid_thw: the family has no videos: None or empty.
-        images_per_sample: (B,) how many of the N grids each row has; can be left out if the batch
-            has one row. (The reference then gives every row all grids.)
+        located: the batch. Between start and end stand any ids: placeholders, or the image's own.
+            `image_grid_thw` has for each row its sources, then what is to be drawn;
+            `images_per_sample` can be left out if the batch has one row. (The reference then gives
+            every row all grids.)
 
     Returns:
         Positions (3, B, S), 1 at padding, and deltas (B, 1), all 0; both int64, int32 where the ids
@@ -98,19 +87,20 @@ def glm_image_index(
         >>> numbers = {"image_end_token_id": 2}
         >>> spec = MRopeSpec("glm_image", "transformers-5.23", 9, -1, 1, 1, extra=numbers)
         >>> grids = [[1, 1, 2], [1, 4, 4]]
-        >>> positions, delta = glm_image_index(spec, [[1, 9, 9, 2, 7, 1]], image_grid_thw=grids)
+        >>> from mrope import rope_index
+        >>> positions, delta = rope_index(spec, [[1, 9, 9, 2, 7, 1]], image_grid_thw=grids)
         >>> positions[:, 0].tolist()
         [[0, 1, 1, 3, 4, 5], [0, 1, 1, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
     """
-    ids_BS, stream = read_stream(input_ids, attention_mask)
-    sizes = _to_sizes(spec, image_grid_thw, video_grid_thw, images_per_sample, ids_BS.shape)
+    inputs, stream = located.inputs, located.stream
+    sizes = _to_sizes(spec, inputs)
     images = _find_images(spec, stream)
     size_3V = _match(spec, stream, images, sizes)
     _refuse_strays(spec, stream, images, sizes)
-    dtype = id_dtype(ids_BS)
+    dtype = id_dtype(inputs.input_ids)
     positions_3T = _number(stream, images, size_3V).astype(dtype)
-    delta_B1 = np.zeros((len(ids_BS), 1), dtype)
-    return to_batch(positions_3T, stream, ids_BS.shape, _FILL), delta_B1
+    delta_B1 = np.zeros((inputs.shape[0], 1), dtype)
+    return to_batch(positions_3T, stream, inputs.shape, _FILL), delta_B1
 
 
 def _number(stream: Stream, images: Spans, size_3V: IntArray) -> IntArray:
@@ -135,18 +125,12 @@ def _number(stream: Stream, images: Spans, size_3V: IntArray) -> IntArray:
     return positions_3T
 
 
-def _to_sizes(
-    spec: MRopeSpec,
-    image_grid_thw: npt.ArrayLike | None,
-    video_grid_thw: npt.ArrayLike | None,
-    images_per_sample: npt.ArrayLike | None,
-    shape: tuple[int, ...],
-) -> _Sizes:
-    rows, width = shape
-    if len(as_grid("video_grid_thw", video_grid_thw)):
+def _to_sizes(spec: MRopeSpec, inputs: BatchInputs) -> _Sizes:
+    rows = inputs.shape[0]
+    if len(inputs.video_grid_thw):
         raise MRopeError(f"{spec.family} has no videos, but video_grid_thw is given")
-    unmerged = replace(spec, spatial_merge_size=1)
-    grids = to_grids(unmerged, image_grid_thw, None, images_per_sample, None, (rows, width))
+    # Each token of an image is a patch of its own, whatever the tower merges later.
+    grids = to_grids(replace(spec, spatial_merge_size=1), inputs)
     if grids.row_G is not None:
         return _Sizes(grids.size_3G, np.bincount(grids.row_G, minlength=rows))
     if rows > 1 and grids.images:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import IntArray, as_grid
+from mrope.arrays import IntArray
 from mrope.errors import MRopeError
 from mrope.positions.custom.shared import (
     Spans,
@@ -25,11 +25,11 @@ from mrope.positions.custom.shared import (
     id_dtype,
     misfit,
     number_cells,
-    read_kinds,
-    read_stream,
     refuse_counts,
 )
 from mrope.positions.grids import Grids, to_grids
+from mrope.positions.inputs import BatchInputs
+from mrope.positions.located import Located
 from mrope.positions.stream import IMAGE, Stream, to_batch
 from mrope.spec.spec import MRopeSpec
 
@@ -39,30 +39,15 @@ _WRAPPERS = 2
 _OTHER = "a grid of another sample or processor, truncation, or the spec of another model family"
 
 
-def hunyuan_index(
-    spec: MRopeSpec,
-    input_ids: npt.ArrayLike,
-    attention_mask: npt.ArrayLike | None = None,
-    image_grid_thw: npt.ArrayLike | None = None,
-    video_grid_thw: npt.ArrayLike | None = None,
-    *,
-    mm_token_type_ids: npt.ArrayLike | None = None,
-    images_per_sample: npt.ArrayLike | None = None,
-) -> tuple[Array, Array]:
-    """Number the tokens of a HunYuan-VL batch.
+def hunyuan_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
+    """Compute position ids of a HunYuan-VL batch.
 
     The ordinal of an image counts over the whole batch, as the reference has it: a row's numbers
     depend on the rows before it, and its delta may too.
 
     Args:
         spec: with `numbers` axes, the length of `text_config.rope_parameters["mrope_section"]`.
-        input_ids: (B, S) integers.
-        attention_mask: (B, S), 0 at padding and 1 elsewhere, or bool. None: no padding.
-        image_grid_thw: (N, 3) frames, height and width in patches; one frame each.
-        video_grid_thw: the family has no videos: None or empty.
-        mm_token_type_ids: (B, S), checked against the tokens; not needed.
-        images_per_sample: (B,) how many of the N images each row has; with it every row is checked
-            on its own.
+        located: the batch; its images have one frame each.
 
     Returns:
         Positions (A, B, S), 0 at padding, and deltas (B, 1), both int64; int32 where the ids are.
@@ -77,18 +62,17 @@ def hunyuan_index(
     Example:
         Text, then an image of 1 x 2 merged patches and its newline, then text.
 
+        >>> from mrope import rope_index
         >>> spec = MRopeSpec("hunyuan_vl", "transformers-5.23", 9, -1, -1, 2, extra={"axes": 3})
-        >>> positions, delta = hunyuan_index(spec, [[5, 9, 9, 9, 6]], image_grid_thw=[[1, 2, 4]])
+        >>> positions, delta = rope_index(spec, [[5, 9, 9, 9, 6]], image_grid_thw=[[1, 2, 4]])
         >>> positions[:, 0].tolist()
         [[0, 0, 1, 2, 4], [0, 0, 0, 0, 4], [0, 0, 0, 0, 4]]
         >>> delta.tolist()
         [[0]]
     """
     axes = _axes(spec)
-    ids_BS, stream = read_stream(input_ids, attention_mask)
-    shape = ids_BS.shape
-    grids = _to_images(spec, image_grid_thw, video_grid_thw, images_per_sample, shape)
-    kind_T = read_kinds(spec, stream, shape, mm_token_type_ids)
+    stream, kind_T, shape = located.stream, located.kind_T, located.inputs.shape
+    grids = _to_images(spec, located.inputs)
     images = find_spans(stream, kind_T, IMAGE, "image")
     cells_V = _match(stream, images, grids)
     # An image's tokens include its two wrappers, or the processor leaves them to the text.
@@ -100,7 +84,7 @@ def hunyuan_index(
     positions_AT[-3, token_I] = cell_I % wide_I
     positions_AT[-2, token_I] = cell_I // wide_I
     positions_AT[-1, token_I] = np.arange(len(cells_V)).repeat(cells_V)
-    dtype = id_dtype(ids_BS)
+    dtype = id_dtype(located.inputs.input_ids)
     delta_B = np.zeros(shape[0], np.int64)
     delta_B[stream.row_D] = _ends(positions_AT, stream) - stream.length_D
     return to_batch(positions_AT.astype(dtype), stream, shape, 0), delta_B[:, None].astype(dtype)
@@ -115,17 +99,10 @@ def _axes(spec: MRopeSpec) -> int:
     return axes
 
 
-def _to_images(
-    spec: MRopeSpec,
-    image_grid_thw: npt.ArrayLike | None,
-    video_grid_thw: npt.ArrayLike | None,
-    images_per_sample: npt.ArrayLike | None,
-    shape: tuple[int, ...],
-) -> Grids:
-    rows, width = shape
-    if len(as_grid("video_grid_thw", video_grid_thw)):
+def _to_images(spec: MRopeSpec, inputs: BatchInputs) -> Grids:
+    if len(inputs.video_grid_thw):
         raise MRopeError(f"{spec.family} has no videos, but video_grid_thw is given")
-    grids = to_grids(spec, image_grid_thw, None, images_per_sample, None, (rows, width))
+    grids = to_grids(spec, inputs)
     clips = grids.size_3G[0] != 1
     if clips.any():
         image = int(clips.argmax())

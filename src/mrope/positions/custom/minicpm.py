@@ -19,19 +19,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import BoolArray, IntArray, as_array, as_integers
+from mrope.arrays import BoolArray, IntArray, as_integers
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.custom.shared import (
     Spans,
-    documents_of,
     find_spans,
     misfit,
     number_cells,
-    read_kinds,
-    read_stream,
     refuse_counts,
 )
-from mrope.positions.stream import IMAGE, VIDEO, Stream, to_batch
+from mrope.positions.grids import rows_of
+from mrope.positions.inputs import BatchInputs
+from mrope.positions.located import Located
+from mrope.positions.stream import IMAGE, VIDEO, Stream, documents_of, to_batch
 from mrope.spec.spec import MRopeSpec
 
 Array = npt.NDArray[Any]
@@ -84,36 +84,18 @@ class _Frames(NamedTuple):
     canvas_2F: IntArray
 
 
-def minicpm_index(
-    spec: MRopeSpec,
-    input_ids: npt.ArrayLike,
-    attention_mask: npt.ArrayLike | None = None,
-    image_grid_thw: npt.ArrayLike | None = None,
-    video_grid_thw: npt.ArrayLike | None = None,
-    *,
-    target_sizes: npt.ArrayLike | None = None,
-    target_sizes_videos: npt.ArrayLike | None = None,
-    mm_token_type_ids: npt.ArrayLike | None = None,
-    downsample_mode: str | None = None,
-    images_per_sample: npt.ArrayLike | None = None,
-    videos_per_sample: npt.ArrayLike | None = None,
-) -> tuple[Array, Array]:
-    """Number the tokens of a MiniCPM-V 4.7 batch.
+def minicpm_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
+    """Compute position ids of a MiniCPM-V 4.7 batch.
 
     Args:
         spec: with `vision_start_token_id`, the config's `image_start_id`; `numbers` image_end_id,
             slice_start_id, slice_end_id and newline_id; and as `spatial_merge_size` the patches
             that share a token along each side: 2 if the config's `downsample_mode` is "4x", else 4.
-        input_ids: (B, S) integers.
-        attention_mask: (B, S), 0 at padding and 1 elsewhere, or bool. None: no padding.
-        image_grid_thw, video_grid_thw: the family has sizes instead: None or empty.
-        target_sizes: (N, 2) height and width in patches of every crop of the images: a thumbnail,
-            then its slices line by line.
-        target_sizes_videos: (M, 2) the same for the frames of videos.
-        mm_token_type_ids: (B, S), checked against the tokens; not needed.
-        downsample_mode: "4x" or "16x", in place of the config's.
-        images_per_sample, videos_per_sample: (B,) how many of the N and M crops each row has; with
-            them every row is checked on its own.
+        located: the batch. The family has sizes instead of grids: `target_sizes`, (N, 2) height and
+            width in patches of every crop of the images (a thumbnail, then its slices line by
+            line), and `target_sizes_videos`, (M, 2), the same for the frames of videos.
+            `downsample_mode`, "4x" or "16x", stands in place of the config's. `images_per_sample`
+            and `videos_per_sample` count the N and M crops.
 
     Returns:
         Positions (3, B, S), 0 at padding, and deltas (B, 1), both int64. A delta is the largest
@@ -130,37 +112,33 @@ def minicpm_index(
 
         >>> numbers = {"image_end_id": 2, "slice_start_id": 3, "slice_end_id": 4, "newline_id": 5}
         >>> spec = MRopeSpec("minicpmv4_7", "transformers-5.23", 9, 8, 1, 4, extra=numbers)
-        >>> positions, delta = minicpm_index(spec, [[7, 1, 9, 9, 2, 6]], target_sizes=[[4, 8]])
+        >>> from mrope import rope_index
+        >>> positions, delta = rope_index(spec, [[7, 1, 9, 9, 2, 6]], target_sizes=[[4, 8]])
         >>> positions[:, 0].tolist()
         [[0, 1, 1, 1, 1, 4], [0, 0, 1, 1, 2, 4], [0, 0, 1, 2, 3, 4]]
         >>> delta.tolist()
         [[-1]]
     """
-    _refuse_grids(spec, image_grid_thw, video_grid_thw)
-    ids_BS, stream = read_stream(input_ids, attention_mask)
-    kind_T = read_kinds(spec, stream, ids_BS.shape, mm_token_type_ids)
-    merge = _patches_per_side(spec, downsample_mode)
+    inputs, stream, kind_T = located.inputs, located.stream, located.kind_T
+    _refuse_grids(spec, inputs)
+    merge = _patches_per_side(spec, inputs.downsample_mode)
     images = find_spans(stream, kind_T, IMAGE, "image")
     videos = find_spans(stream, kind_T, VIDEO, "video")
-    rows = len(ids_BS)
-    image_2G = _match(stream, images, "target_sizes", target_sizes, merge, images_per_sample, rows)
-    video_2G = _match(
-        stream, videos, "target_sizes_videos", target_sizes_videos, merge, videos_per_sample, rows
-    )
+    image_2G = _match(located, images, "target_sizes", merge)
+    video_2G = _match(located, videos, "target_sizes_videos", merge)
     marker_T = _markers(spec, stream)
     crops = _to_crops(spec, stream, marker_T, (images, videos), (image_2G, video_2G))
     frames = _lay_out(stream, crops, marker_T)
     positions_3T = _number(stream, crops, frames)
-    positions_3BS = to_batch(positions_3T, stream, ids_BS.shape, 0)
-    tokens_B = np.zeros(rows, np.int64)
+    positions_3BS = to_batch(positions_3T, stream, inputs.shape, 0)
+    tokens_B = np.zeros(inputs.shape[0], np.int64)
     tokens_B[stream.row_D] = stream.length_D
     ends_B = positions_3BS.max(axis=(0, 2), initial=0) + 1
     return positions_3BS, (ends_B - tokens_B)[:, None]
 
 
-def _refuse_grids(spec: MRopeSpec, *grids: npt.ArrayLike | None) -> None:
-    given = [as_array("a grid", grid, "sizes") for grid in grids if grid is not None]
-    if any(grid.size for grid in given):
+def _refuse_grids(spec: MRopeSpec, inputs: BatchInputs) -> None:
+    if len(inputs.image_grid_thw) or len(inputs.video_grid_thw):
         raise MRopeError(
             f"{spec.family} has target_sizes and target_sizes_videos, height and width in patches "
             "of every crop, instead of image_grid_thw and video_grid_thw"
@@ -178,22 +156,17 @@ def _patches_per_side(spec: MRopeSpec, downsample_mode: str | None) -> int:
     return _PATCHES_PER_SIDE[downsample_mode]
 
 
-def _match(
-    stream: Stream,
-    spans: Spans,
-    name: str,
-    target_sizes: npt.ArrayLike | None,
-    merge: int,
-    per_sample: npt.ArrayLike | None,
-    rows: int,
-) -> IntArray:
+def _match(located: Located, spans: Spans, name: str, merge: int) -> IntArray:
     """Return the merged height and width (2, V) of each span: the sizes in their order."""
-    patches_N2 = _to_sizes(name, target_sizes, merge)
+    stream, rows = located.stream, located.inputs.shape[0]
+    patches_N2 = _to_sizes(name, getattr(located.inputs, name), merge)
     size_2V: IntArray = patches_N2.T // merge
     needed_V = size_2V.prod(axis=0)
     count = min(len(needed_V), len(spans.start_V))
     wrong_V = spans.length_V[:count] != needed_V[:count]
-    row_N = _rows_of(f"{spans.modality}s_per_sample", per_sample, len(patches_N2), rows)
+    counts = f"{spans.modality}s_per_sample"
+    per_sample = getattr(located.inputs, counts)
+    row_N = None if per_sample is None else rows_of(counts, per_sample, len(patches_N2), rows)
     if row_N is not None or not wrong_V.any():
         refuse_counts(stream, spans, needed_V, row_N, name)
     if wrong_V.any():
@@ -221,20 +194,6 @@ def _to_sizes(name: str, target_sizes: npt.ArrayLike | None, merge: int) -> IntA
             f"token) to {_MOST_PATCHES} patches"
         )
     return sizes.astype(np.int64)
-
-
-def _rows_of(name: str, per_sample: npt.ArrayLike | None, sizes: int, rows: int) -> IntArray | None:
-    """Return the row of each size: counts [2, 0, 1] give rows [0, 0, 2]; None for no counts."""
-    if per_sample is None:
-        return None
-    counts = as_integers(name, per_sample, "how many sizes each row has")
-    # Each within bounds first: the sum of two beyond them may wrap around to the right one.
-    inside = counts.shape == (rows,) and bool(((counts >= 0) & (counts <= sizes)).all())
-    if not inside or counts.sum() != sizes:
-        raise MRopeError(
-            f"{name} = {counts.tolist()} does not fit a batch of {rows} rows and {sizes} sizes"
-        )
-    return np.arange(rows).repeat(counts)
 
 
 def _markers(spec: MRopeSpec, stream: Stream) -> BoolArray:

@@ -12,18 +12,18 @@ Shape suffixes: n tokens of a row without padding, K tokens of a span's block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import IntArray, as_array, as_grid, as_integers
+from mrope.arrays import IntArray, as_array
 from mrope.errors import MRopeError, SpanMismatchError
-from mrope.positions.stream import to_batch, to_stream
+from mrope.positions.custom.omni_media import MediaCursor, read_counts, read_media
+from mrope.positions.located import Located
+from mrope.positions.stream import to_batch
 from mrope.spec.spec import MRopeSpec
-from mrope.towers.audio import AudioSpec, audio_tokens
 
 Array = npt.NDArray[Any]
 
@@ -51,69 +51,38 @@ class Thinker:
     fill: int
 
 
-def omni_2_5_index(spec: MRopeSpec, input_ids: npt.ArrayLike, **inputs: Any) -> tuple[Array, Array]:
-    """Number the tokens of a Qwen2.5-Omni batch: int64 (3, B, S), and deltas int64 (B, 1).
+def omni_2_5_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
+    """Compute position ids of a Qwen2.5-Omni batch: int64 (3, B, S), and deltas int64 (B, 1).
 
     See `omni_3_index` for arguments and errors. Time is truncated to integers. A video with audio
     is cut into chunks of `position_id_per_seconds * seconds_per_chunk` positions, in which video
     and audio alternate.
     """
-    return _number(_OMNI_2_5, spec, input_ids, **inputs)
+    return _compute(_OMNI_2_5, spec, located)
 
 
-def omni_3_index(spec: MRopeSpec, input_ids: npt.ArrayLike, **inputs: Any) -> tuple[Array, Array]:
-    """Number the tokens of a Qwen3-Omni batch: float32 (3, B, S), and deltas float32 (B, 1).
+def omni_3_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
+    """Compute position ids of a Qwen3-Omni batch: float32 (3, B, S), and deltas float32 (B, 1).
 
-    Time is not truncated, so that positions may be fractions. In a video with audio, tokens are
+    Time is not truncated, so that position ids may be fractions. In a video with audio, tokens are
     merged by time.
 
     Args:
-        spec: with `numbers` audio_token_id, audio_start_token_id, position_id_per_seconds, and
+        spec: with `extra` audio_token_id, audio_start_token_id, position_id_per_seconds, and
             n_window (Qwen3) or seconds_per_chunk (Qwen2.5).
-        input_ids: (B, S) integers.
-        inputs: attention_mask (B, S) of 0 and 1; image_grid_thw (images, 3); video_grid_thw
-            (videos, 3); second_per_grid_ts (videos,) seconds; audio_seqlens (audios,) mel frames of
-            each audio, those in videos among them; use_audio_in_video, a bool: every video has its
-            audio inside; images_per_sample, videos_per_sample, audios_per_sample (B,).
+        located: the batch, with `second_per_grid_ts` (videos,) in seconds; `audio_seqlens`
+            (audios,), mel frames of each audio, those in videos among them; `use_audio_in_video`,
+            a bool: every video has its audio inside.
 
     Raises:
         SpanMismatchError: placeholders do not fit grids or audio lengths, or lack their markers.
         MRopeError: an argument of a wrong shape, dtype or value.
     """
-    return _number(_OMNI_3, spec, input_ids, **inputs)
+    return _compute(_OMNI_3, spec, located)
 
 
 _OMNI_2_5 = Thinker(dtype=np.int64, shared_markers=True, fill=1)
 _OMNI_3 = Thinker(dtype=np.float32, shared_markers=False, fill=0)
-
-
-class _Media(NamedTuple):
-    """What the spans of a batch take, in the order of the batch."""
-
-    images: IntArray
-    videos: IntArray
-    seconds: npt.NDArray[np.float32]
-    audios: IntArray
-
-
-@dataclass
-class _MediaCursor:
-    """How many images, videos and audios were taken so far; of the batch, and of the row."""
-
-    image: int = 0
-    video: int = 0
-    audio: int = 0
-    before_row: dict[str, int] = field(default_factory=dict)
-
-    def take(self, kind: str, length: int) -> int | None:
-        """Return the number of the next of a kind; None where none is left."""
-        ordinal: int = getattr(self, kind)
-        setattr(self, kind, ordinal + 1)
-        return ordinal if ordinal < length else None
-
-    def in_row(self, kind: str) -> int:
-        count: int = getattr(self, kind) - self.before_row[kind]
-        return count
 
 
 class _Span(NamedTuple):
@@ -140,54 +109,31 @@ class _Span(NamedTuple):
         return frames * height * width + self.audio
 
 
-def _number(
-    thinker: Thinker,
-    spec: MRopeSpec,
-    input_ids: npt.ArrayLike,
-    attention_mask: npt.ArrayLike | None = None,
-    image_grid_thw: npt.ArrayLike | None = None,
-    video_grid_thw: npt.ArrayLike | None = None,
-    second_per_grid_ts: npt.ArrayLike | None = None,
-    audio_seqlens: npt.ArrayLike | None = None,
-    use_audio_in_video: npt.ArrayLike = False,
-    images_per_sample: npt.ArrayLike | None = None,
-    videos_per_sample: npt.ArrayLike | None = None,
-    audios_per_sample: npt.ArrayLike | None = None,
-) -> tuple[Array, Array]:
-    ids_BS = as_integers("input_ids", input_ids, "token ids")
-    if ids_BS.ndim != 2:
-        raise MRopeError(f"input_ids must have shape (B, S), not {ids_BS.shape}")
-    valid_BS = _as_valid(attention_mask, ids_BS.shape)
-    media = _as_media(spec, image_grid_thw, video_grid_thw, second_per_grid_ts, audio_seqlens)
-    _refuse_huge(media, ids_BS.size)
-    per_row = {
-        "image": _as_counts("images_per_sample", images_per_sample, len(ids_BS)),
-        "video": _as_counts("videos_per_sample", videos_per_sample, len(ids_BS)),
-        "audio": _as_counts("audios_per_sample", audios_per_sample, len(ids_BS)),
-    }
-    audio_in_video = _as_flag(use_audio_in_video)
-    stream = to_stream(ids_BS, valid_BS)
+def _compute(thinker: Thinker, spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
+    inputs, stream = located.inputs, located.stream
+    rows = inputs.shape[0]
+    cursor = MediaCursor(read_media(spec, inputs), read_counts(inputs))
+    audio_in_video = _as_flag(inputs.use_audio_in_video)
     positions_3T: Array = np.empty((3, len(stream.tokens_T)), thinker.dtype)
-    delta_B: Array = np.zeros(len(ids_BS), thinker.dtype)
-    dealt = _MediaCursor()
+    delta_B: Array = np.zeros(rows, thinker.dtype)
     documents = dict(zip(stream.row_D.tolist(), stream.start_D.tolist(), strict=True))
     lengths = dict(zip(stream.row_D.tolist(), stream.length_D.tolist(), strict=True))
-    for row in range(len(ids_BS)):
-        dealt.before_row = {kind: getattr(dealt, kind) for kind in per_row}
+    for row in range(rows):
+        cursor.begin_row(row)
         if row in documents:
             part = slice(documents[row], documents[row] + lengths[row])
-            walk = _Row(thinker, spec, media, dealt, audio_in_video, row)
+            walk = _Row(thinker, spec, cursor, audio_in_video)
             positions_3T[:, part] = walk.number(stream.tokens_T[part])
             delta_B[row] = positions_3T[:, part].max() + thinker.dtype(1) - lengths[row]
-        _check_row(row, dealt, per_row)
-    _check_all_taken(dealt, media)
-    text = image_grid_thw is None and video_grid_thw is None
-    if text and valid_BS is not None:
+        cursor.check_row()
+    cursor.check_all_taken()
+    text = not inputs.has_grids
+    if text and inputs.valid is not None:
         # The reference's text branch takes the maximum over the fill at padding too.
-        least_B = (2 - valid_BS.sum(axis=1)).astype(thinker.dtype)
-        np.maximum(delta_B, least_B, out=delta_B, where=~valid_BS.all(axis=1))
+        least_B = (2 - inputs.valid.sum(axis=1)).astype(thinker.dtype)
+        np.maximum(delta_B, least_B, out=delta_B, where=~inputs.valid.all(axis=1))
     fill = 1 if text else thinker.fill
-    return to_batch(positions_3T, stream, ids_BS.shape, fill), delta_B[:, None]
+    return to_batch(positions_3T, stream, inputs.shape, fill), delta_B[:, None]
 
 
 @dataclass
@@ -196,10 +142,13 @@ class _Row:
 
     thinker: Thinker
     spec: MRopeSpec
-    media: _Media
-    dealt: _MediaCursor
+    cursor: MediaCursor
     audio_in_video: bool
-    row: int
+
+    @property
+    def row(self) -> int:
+        """Its number in the batch, for messages."""
+        return self.cursor.row
 
     def number(self, tokens_n: IntArray) -> Array:
         """Return the positions (3, n) of a row's tokens."""
@@ -267,12 +216,12 @@ class _Row:
 
     def _size(self, kind: str) -> tuple[tuple[int, int, int], np.float32]:
         """Take the next image or video: frames, height and width, and the seconds of a frame."""
-        grids = self.media.images if kind == "image" else self.media.videos
-        ordinal = self.dealt.take(kind, len(grids))
+        media = self.cursor.media
+        ordinal = self.cursor.take(kind)
         if ordinal is None:
             raise self._no_size(kind, "grid")
-        frames, height, width = grids[ordinal].tolist()
-        return (frames, height, width), _ONE if kind == "image" else self.media.seconds[ordinal]
+        frames, height, width = media.sizes(kind)[ordinal].tolist()
+        return (frames, height, width), _ONE if kind == "image" else media.seconds[ordinal]
 
     def _frames(self, size: tuple[int, int, int], seconds: np.float32) -> Array:
         """Return the block (3, K) of an image or a video, from 0, times as the reference rounds."""
@@ -287,10 +236,10 @@ class _Row:
 
     def _audio(self) -> int:
         """Return the tokens of the next audio."""
-        ordinal = self.dealt.take("audio", len(self.media.audios))
+        ordinal = self.cursor.take("audio")
         if ordinal is None:
             raise self._no_size("audio", "length")
-        return int(self.media.audios[ordinal])
+        return int(self.cursor.media.audios[ordinal])
 
     def _block(self, base: Any, span: _Span) -> tuple[Array, Any]:
         """Return a span's positions (3, K), and the largest one of its last piece."""
@@ -341,7 +290,7 @@ class _Row:
             mixed = span.markers == 2 and body_n[0] != self.spec.video_token_id
             if not mixed:
                 return
-        ordinal = self.dealt.in_row(span.name) - 1
+        ordinal = self.cursor.in_row(span.name) - 1
         cut = first + found >= len(tokens_n)
         cause = _CUT if cut else _OTHER if closed else _STRAY
         raise SpanMismatchError(
@@ -379,7 +328,7 @@ class _Row:
             )
 
     def _no_size(self, kind: str, what: str) -> SpanMismatchError:
-        ordinal = self.dealt.in_row(kind) - 1
+        ordinal = self.cursor.in_row(kind) - 1
         return SpanMismatchError(
             f"row {self.row}, {kind} {ordinal}: its start marker has no {what} in the batch. "
             f"Likely cause: a {what} that was lost on the way, or {_STRAY}.",
@@ -404,147 +353,12 @@ def _chunks(times_K: IntArray, chunk: int) -> IntArray:
     return count_K
 
 
-def _audio_tokens(spec: MRopeSpec, mel_frames_N: IntArray) -> IntArray:
-    window = spec.extra.get("n_window")
-    tower = AudioSpec(int(window or 1), None if window is None else 1)
-    return audio_tokens(tower, mel_frames_N.astype(np.int64))
-
-
-def _as_valid(mask: npt.ArrayLike | None, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:
-    if mask is None:
-        return None
-    array = as_array("attention_mask", mask, "a number for each token")
-    if array.shape != shape:
-        raise MRopeError(f"attention_mask has shape {array.shape}, but input_ids {shape}")
-    if array.size and array.dtype.kind not in "biu":
-        raise MRopeError(f"attention_mask must be bool or integers, not {array.dtype}")
-    if array.size and not 0 <= array.min() <= array.max() <= 1:
-        raise MRopeError("attention_mask must hold 0 and 1 only: the thinkers take 1 for valid")
-    valid: npt.NDArray[np.bool_] = array == 1
-    return valid
-
-
-def _as_flag(use_audio_in_video: npt.ArrayLike) -> bool:
+def _as_flag(use_audio_in_video: npt.ArrayLike | None) -> bool:
+    if use_audio_in_video is None:
+        return False
     flags = as_array("use_audio_in_video", use_audio_in_video, "one bool for the batch")
     if flags.dtype.kind != "b" or flags.any() != flags.all():
         raise MRopeError(
             f"use_audio_in_video must be one bool for the whole batch, not {flags.tolist()}"
         )
     return bool(flags.any())
-
-
-def _as_media(
-    spec: MRopeSpec,
-    image_grid_thw: npt.ArrayLike | None,
-    video_grid_thw: npt.ArrayLike | None,
-    second_per_grid_ts: npt.ArrayLike | None,
-    audio_seqlens: npt.ArrayLike | None,
-) -> _Media:
-    """Check sizes, and merge them."""
-    images = _merged("image_grid_thw", image_grid_thw, spec.spatial_merge_size)
-    videos = _merged("video_grid_thw", video_grid_thw, spec.spatial_merge_size)
-    if second_per_grid_ts is None and len(videos):
-        raise MRopeError("videos need second_per_grid_ts (video_second_per_grid), one for each")
-    given: npt.ArrayLike = [] if second_per_grid_ts is None else second_per_grid_ts
-    seconds = as_array("second_per_grid_ts", given, "seconds of each video")
-    if seconds.shape != (len(videos),) or seconds.dtype.kind not in "iuf":
-        raise MRopeError(
-            f"second_per_grid_ts must be {len(videos)} numbers, one for each video, not "
-            f"{seconds.dtype} {seconds.shape}"
-        )
-    if not (np.isfinite(seconds) & (seconds >= 0)).all():
-        raise MRopeError(f"second_per_grid_ts must be finite and not negative: {seconds.tolist()}")
-    rate = spec.extra["position_id_per_seconds"]
-    long = seconds.astype(np.float64) * videos[:, 0] * rate >= _MAX_TIME
-    if long.any():
-        video = int(long.argmax())
-        raise MRopeError(
-            f"second_per_grid_ts[{video}] = {seconds[video]}: {videos[video, 0]} frames would end "
-            f"at position {_MAX_TIME} or later, at {rate} a second"
-        )
-    frames = as_integers(
-        "audio_seqlens", [] if audio_seqlens is None else audio_seqlens, "mel frames of each audio"
-    )
-    if frames.ndim != 1:
-        raise MRopeError(f"audio_seqlens must have shape (audios,), not {frames.shape}")
-    tokens = _audio_tokens(spec, frames.astype(np.int64))
-    if (frames < 1).any() or (tokens < 1).any():
-        audio = int(((frames < 1) | (tokens < 1)).argmax())
-        raise MRopeError(f"audio_seqlens[{audio}] = {frames[audio]}: too short for a token")
-    return _Media(images, videos, seconds.astype(np.float32), tokens)
-
-
-def _merged(name: str, grid_thw: npt.ArrayLike | None, merge: int) -> IntArray:
-    grid_N3 = as_grid(name, grid_thw)
-    wrong_N = (grid_N3 < 1).any(axis=1) | (grid_N3[:, 1:] % merge != 0).any(axis=1)
-    wrong_N |= (grid_N3 > 1 << 20).any(axis=1)
-    if wrong_N.any():
-        ordinal = int(wrong_N.argmax())
-        raise MRopeError(
-            f"{name}[{ordinal}] = {grid_N3[ordinal].tolist()}: sizes must be at least 1, height "
-            f"and width multiples of spatial_merge_size={merge}"
-        )
-    merged_N3: IntArray = grid_N3 // np.array([1, merge, merge])
-    return merged_N3
-
-
-def _refuse_huge(media: _Media, tokens: int) -> None:
-    """Refuse sizes beyond the batch before a block is made of one; below 2**16 the row is named."""
-    limit = max(tokens, 1 << 16)
-    needs = {
-        "image_grid_thw": media.images.prod(axis=1),
-        "video_grid_thw": media.videos.prod(axis=1),
-        "audio_seqlens": media.audios,
-    }
-    for name, need_N in needs.items():
-        if (need_N > limit).any():
-            ordinal = int((need_N > limit).argmax())
-            raise MRopeError(
-                f"{name}[{ordinal}] needs {need_N[ordinal]} tokens, more than the {tokens} of the "
-                "whole batch"
-            )
-
-
-def _as_counts(name: str, counts: npt.ArrayLike | None, rows: int) -> list[int] | None:
-    if counts is None:
-        return None
-    array = as_integers(name, counts, "how many of them each row has")
-    if array.shape != (rows,):
-        raise MRopeError(f"{name} = {array.tolist()} does not fit a batch of {rows} rows")
-    return [int(count) for count in array]
-
-
-def _check_row(row: int, dealt: _MediaCursor, per_row: dict[str, list[int] | None]) -> None:
-    for kind, counts in per_row.items():
-        found = dealt.in_row(kind)
-        if counts is not None and counts[row] != found:
-            cause = "tokens were truncated away and sizes kept, or sizes are another sample's"
-            raise SpanMismatchError(
-                f"row {row}: tokens for {found} {kind}s, but the row carries {counts[row]}. Likely "
-                f"cause: {cause}.",
-                row=row,
-                modality=kind,
-                found=found,
-                needed=counts[row],
-                cause=cause,
-            )
-
-
-def _check_all_taken(dealt: _MediaCursor, media: _Media) -> None:
-    for kind, there in _counts(media):
-        taken = getattr(dealt, kind)
-        if taken < there:
-            cause = "tokens were truncated away and sizes kept"
-            raise SpanMismatchError(
-                f"the batch has {there} {kind}s, but tokens for {taken}. Likely cause: {cause}.",
-                modality=kind,
-                found=taken,
-                needed=there,
-                cause=cause,
-            )
-
-
-def _counts(media: _Media) -> Iterator[tuple[str, int]]:
-    yield "image", len(media.images)
-    yield "video", len(media.videos)
-    yield "audio", len(media.audios)

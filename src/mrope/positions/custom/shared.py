@@ -1,7 +1,7 @@
-"""What rules with spans of their own share: tokens are read, spans found, and errors said.
+"""Input checks, span search and errors for custom rules.
 
-Shape suffixes: B rows of the batch, S padded length, T tokens of the stream, D documents, R runs, V
-spans of placeholders, G sizes, I tokens of all blocks.
+Shape suffixes: B rows of the batch, T tokens of the stream, R runs, V spans of placeholders, G
+sizes, I tokens of all blocks.
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import IntArray, as_array, as_integers
-from mrope.errors import MRopeError, SpanMismatchError
-from mrope.positions.diagnose import type_mismatch
-from mrope.positions.spans import token_kinds
-from mrope.positions.stream import TEXT, Stream, to_stream
-from mrope.spec.spec import MRopeSpec
+from mrope.arrays import IntArray
+from mrope.errors import SpanMismatchError
+from mrope.positions.stream import TEXT, Stream, documents_of
 
 _NO_SIZE = "a placeholder token that was typed or sampled as text, or a grid that was lost"
 _NO_TOKENS = "its tokens were truncated away and its grid was kept, or the grid is another sample's"
@@ -38,55 +35,9 @@ class Spans(NamedTuple):
     document_V: IntArray
 
 
-def read_stream(
-    input_ids: npt.ArrayLike, attention_mask: npt.ArrayLike | None
-) -> tuple[IntArray, Stream]:
-    """Return the ids as an array (B, S), and their stream.
-
-    Raises:
-        MRopeError: ids or a mask of a wrong shape, dtype or value.
-    """
-    ids_BS = as_integers("input_ids", input_ids, "token ids")
-    if ids_BS.ndim != 2:
-        raise MRopeError(f"input_ids must have shape (B, S), not {ids_BS.shape}")
-    if attention_mask is None:
-        return ids_BS, to_stream(ids_BS, None)
-    mask = as_array("attention_mask", attention_mask, "a number for each token")
-    if mask.shape != ids_BS.shape:
-        raise MRopeError(f"attention_mask has shape {mask.shape}, but input_ids {ids_BS.shape}")
-    # The references disagree about other values: valid, padding, or so many tokens.
-    if mask.dtype.kind not in "biu" or (mask.size and not 0 <= mask.min() <= mask.max() <= 1):
-        raise MRopeError(f"attention_mask must hold 0 and 1 only, or bool ({mask.dtype} given)")
-    valid_BS = mask.astype(np.bool_)
-    return ids_BS, to_stream(ids_BS, None if valid_BS.all() else valid_BS)
-
-
 def id_dtype(ids_BS: IntArray) -> type[np.signedinteger[Any]]:
     """Return the dtype of positions where the reference takes that of the ids."""
     return np.int32 if ids_BS.dtype == np.int32 else np.int64
-
-
-def read_kinds(
-    spec: MRopeSpec,
-    stream: Stream,
-    shape: tuple[int, ...],
-    mm_token_type_ids: npt.ArrayLike | None,
-) -> npt.NDArray[np.uint8]:
-    """Return TEXT, IMAGE or VIDEO for each token of the stream, read from the tokens.
-
-    Raises:
-        MRopeError: types of a wrong shape or dtype, or that say otherwise.
-    """
-    kind_T = token_kinds(spec, stream)
-    if mm_token_type_ids is None:
-        return kind_T
-    types = as_integers("mm_token_type_ids", mm_token_type_ids, "0 text, 1 image, 2 video")
-    if types.shape != shape:
-        raise MRopeError(f"mm_token_type_ids has shape {types.shape}, but input_ids {shape}")
-    types_T = types.ravel() if stream.valid_BS is None else types[stream.valid_BS]
-    if not np.array_equal(kind_T, types_T):
-        raise type_mismatch(stream, kind_T, types_T)
-    return kind_T
 
 
 def find_spans(stream: Stream, kind_T: npt.NDArray[np.uint8], kind: int, modality: str) -> Spans:
@@ -101,12 +52,6 @@ def find_spans(stream: Stream, kind_T: npt.NDArray[np.uint8], kind: int, modalit
     of_kind_R = kind_T[start_R] == kind
     start_V = start_R[of_kind_R]
     return Spans(modality, start_V, length_R[of_kind_R], documents_of(stream, start_V))
-
-
-def documents_of(stream: Stream, token_V: IntArray) -> IntArray:
-    """Return the document of each of these tokens."""
-    document_V: IntArray = stream.start_D.searchsorted(token_V, side="right") - 1
-    return document_V
 
 
 def number_cells(first_V: IntArray, cells_V: IntArray) -> tuple[IntArray, IntArray]:

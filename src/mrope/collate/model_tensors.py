@@ -1,0 +1,91 @@
+"""Compute what the model would derive from a batch besides position ids.
+
+Two kinds: what transformers' towers take as keywords, under the models' own names; and what an
+attached model (`mrope.hf.attach`) reads in addition, scatter indices and facts on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mrope.positions.located import Located
+from mrope.positions.stream import IMAGE, VIDEO
+from mrope.spec.spec import MRopeSpec
+from mrope.towers import (
+    AudioSpec,
+    VisionSpec,
+    audio_tensors,
+    block_index,
+    padded_features,
+    vision_tensors,
+)
+
+_KINDS = {"image": IMAGE, "video": VIDEO}
+# Segment lengths, which attention needs on the host, are named after the borders they come from.
+_SPLITS = {"cu_seqlens": "split_sizes", "cu_window_seqlens": "window_split_sizes"}
+
+
+def image_and_video_tensors(
+    vision: VisionSpec, located: Located, flattened: bool
+) -> dict[str, Any]:
+    """Return the vision tower's keywords, and what an attached model reads besides.
+
+    Args:
+        vision: the tower's numbers.
+        located: the batch.
+        flattened: whether the batch becomes one row without padding.
+
+    Returns:
+        `MRopeCollator.__call__` lists the keys.
+    """
+    inputs = located.inputs
+    added: dict[str, Any] = {"has_padding": located.stream.valid_BS is not None and not flattened}
+    for modality, kind in _KINDS.items():
+        grid_thw = getattr(inputs, f"{modality}_grid_thw")
+        if not len(grid_thw) or (modality == "video" and not vision.videos):
+            continue
+        tensors = vision_tensors(vision, grid_thw)
+        added |= {f"{modality}_{name}": value for name, value in tensors.items()}
+        placeholder_T = located.kind_T == kind
+        added[f"{modality}_scatter_index"] = _scatter_index(located, placeholder_T, flattened)
+        for borders, sizes in _SPLITS.items():
+            if borders in tensors:
+                added[f"{modality}_{sizes}"] = np.diff(tensors[borders]).tolist()
+        if vision.raster:
+            added[f"{modality}_block_index"] = block_index(grid_thw, vision.spatial_merge_size)
+    return added
+
+
+def sound_tensors(
+    spec: MRopeSpec, audio: AudioSpec, located: Located, batch: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the audio tower's keywords, and what an attached model reads besides."""
+    lengths = located.inputs.audio_seqlens
+    tensors = audio_tensors(audio, lengths)
+    if not tensors:
+        return {}
+    added: dict[str, Any] = {f"audio_{name}": value for name, value in tensors.items()}
+    added["audio_split_sizes"] = np.diff(added["audio_cu_seqlens"]).tolist()
+    if batch.get("input_features") is not None:
+        features = torch.as_tensor(batch["input_features"])
+        added["audio_padded_feature"] = padded_features(audio, features, np.asarray(lengths))
+    placeholder_T = located.stream.tokens_T == spec.extra["audio_token_id"]
+    added["audio_scatter_index"] = _scatter_index(located, placeholder_T, flattened=False)
+    return added
+
+
+def _scatter_index(
+    located: Located, placeholder_T: npt.NDArray[np.bool_], flattened: bool
+) -> npt.NDArray[np.int64]:
+    """Return which of the batch's tokens each feature row goes to, int64 (features,).
+
+    A flattened row is the stream itself; in a padded batch of B * S tokens the padding counts.
+    """
+    index: npt.NDArray[np.int64] = placeholder_T.nonzero()[0]
+    valid_BS = located.stream.valid_BS
+    return index if flattened or valid_BS is None else np.flatnonzero(valid_BS)[index]

@@ -1,0 +1,161 @@
+"""Check and type every argument of a batch that its position ids depend on, once.
+
+Shape suffixes: B rows of the batch, S padded length, N rows of a `*_grid_thw`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mrope.arrays import BoolArray, IntArray, as_array, as_grid, as_integers
+from mrope.errors import MRopeError
+from mrope.spec.spec import MRopeSpec
+
+# Processors give these for every family; a family whose position ids do not depend on them ignores
+# them. Any other input that a family does not read is a mistake of the caller.
+_IGNORED = {
+    "mm_token_type_ids",
+    "images_per_sample",
+    "videos_per_sample",
+    "second_per_grid_ts",
+    "seconds_dtype",
+    "seq_lengths",
+}
+
+
+class BatchInputs(NamedTuple):
+    """A batch whose arguments were checked one by one: shapes, dtypes and values that stand alone.
+
+    Whether they fit together (tokens and grids, counts and rows) is checked where both are known:
+    in `mrope.positions.rope_index.locate`, or in the family's own module.
+
+    Attributes:
+        input_ids: (B, S) integers.
+        valid: (B, S) bool, False at padding; None where the batch has no padding.
+        image_grid_thw, video_grid_thw: int64 (N, 3) frames, height and width in patches; no rows
+            where the batch has none.
+        has_grids: whether the batch came with grids at all, with or without rows.
+        mm_token_type_ids: (B, S) integers, or None.
+        second_per_grid_ts: numbers, not checked yet: what is allowed depends on the clips.
+        seconds_dtype: dtype in which seconds are multiplied by a frame's number.
+        images_per_sample, videos_per_sample, audios_per_sample: how many of each a row has, or
+            None; compared with the grids where these are counted.
+        seq_lengths: for each row the tokens of the examples that it holds; None: a row is one.
+        audio_seqlens, use_audio_in_video: of the Omni thinkers.
+        target_sizes, target_sizes_videos, downsample_mode: of MiniCPM-V.
+    """
+
+    input_ids: IntArray
+    valid: BoolArray | None
+    image_grid_thw: npt.NDArray[np.int64]
+    video_grid_thw: npt.NDArray[np.int64]
+    has_grids: bool
+    mm_token_type_ids: IntArray | None = None
+    second_per_grid_ts: npt.ArrayLike | None = None
+    seconds_dtype: npt.DTypeLike = np.float32
+    images_per_sample: npt.ArrayLike | None = None
+    videos_per_sample: npt.ArrayLike | None = None
+    audios_per_sample: npt.ArrayLike | None = None
+    seq_lengths: Sequence[npt.ArrayLike] | npt.ArrayLike | None = None
+    audio_seqlens: npt.ArrayLike | None = None
+    use_audio_in_video: npt.ArrayLike | None = None
+    target_sizes: npt.ArrayLike | None = None
+    target_sizes_videos: npt.ArrayLike | None = None
+    downsample_mode: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, S)."""
+        return self.input_ids.shape[0], self.input_ids.shape[1]
+
+
+def check_inputs(
+    spec: MRopeSpec,
+    input_ids: npt.ArrayLike,
+    attention_mask: npt.ArrayLike | None = None,
+    image_grid_thw: npt.ArrayLike | None = None,
+    video_grid_thw: npt.ArrayLike | None = None,
+    mm_token_type_ids: npt.ArrayLike | None = None,
+    **others: Any,
+) -> BatchInputs:
+    """Check the arguments of `mrope.rope_index`, whose docstring says what each of them is.
+
+    Args:
+        others: the fields of `BatchInputs` that are not named here.
+
+    Raises:
+        MRopeError: an argument of a wrong shape, dtype or value.
+        TypeError: an argument that the spec's family does not read.
+    """
+    _refuse_unread(spec, others)
+    ids = as_integers("input_ids", input_ids, "token ids")
+    if ids.ndim != 2:
+        raise MRopeError(f"input_ids must have shape (B, S), not {ids.shape}")
+    types = None
+    if mm_token_type_ids is not None and reads_types(spec):
+        types = as_integers("mm_token_type_ids", mm_token_type_ids, "0 text, 1 image, 2 video")
+        if types.shape != ids.shape:
+            raise MRopeError(
+                f"mm_token_type_ids has shape {types.shape}, but input_ids {ids.shape}"
+            )
+    return BatchInputs(
+        input_ids=ids,
+        valid=_as_valid(spec, attention_mask, ids.shape),
+        image_grid_thw=as_grid("image_grid_thw", image_grid_thw),
+        video_grid_thw=as_grid("video_grid_thw", video_grid_thw),
+        has_grids=image_grid_thw is not None or video_grid_thw is not None,
+        mm_token_type_ids=types,
+        **others,
+    )
+
+
+def reads_types(spec: MRopeSpec) -> bool:
+    """Whether `mm_token_type_ids` of a batch have to agree with its tokens.
+
+    The Omni thinkers and GLM-Image find spans by markers, and their processors write other types.
+    """
+    row = spec.family_row
+    return row.custom_index is None or "mm_token_type_ids" in row.inputs
+
+
+def _refuse_unread(spec: MRopeSpec, others: Mapping[str, Any]) -> None:
+    """Refuse arguments that the family does not read."""
+    row = spec.family_row
+    known = _IGNORED if row.custom_index is None else _IGNORED.union(row.inputs) - {"seq_lengths"}
+    unread = sorted(
+        name for name, value in others.items() if value is not None and name not in known
+    )
+    if unread:
+        raise TypeError(f"rope_index takes no {', '.join(unread)} for {spec.family}")
+
+
+def _as_valid(
+    spec: MRopeSpec, attention_mask: npt.ArrayLike | None, shape: tuple[int, ...]
+) -> BoolArray | None:
+    """Return which tokens are valid, or None where all of them are."""
+    if attention_mask is None:
+        return None
+    mask = as_array("attention_mask", attention_mask, "a number for each token")
+    if mask.shape != shape:
+        raise MRopeError(f"attention_mask has shape {mask.shape}, but input_ids {shape}")
+    if mask.size == 0:
+        return None
+    custom = spec.family_row.custom_index is not None
+    if mask.dtype.kind not in "biu":
+        allowed = "hold 0 and 1 only, or be bool" if custom else "be bool or integers"
+        raise MRopeError(f"attention_mask must {allowed}, not {mask.dtype}")
+    least = mask.min()
+    # Packed rows number their examples 1, 2, 3 ... in the mask. The references of families with a
+    # custom index, and 4.57's, disagree about such values: valid, padding, or so many tokens.
+    binary = custom or spec.conventions.binary_mask
+    if binary and mask.dtype.kind != "b" and not 0 <= least <= mask.max() <= 1:
+        raise MRopeError(
+            f"attention_mask must hold 0 and 1 only for {spec.family} and {spec.reference}, "
+            "which take no other value for valid"
+        )
+    # One fast reduction tells the usual case, a batch without padding.
+    return None if least > 0 else mask != 0
