@@ -48,10 +48,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench_app = typer.Typer(
-    help="Run a benchmark, print a table, and optionally save JSON or a plot.",
-    no_args_is_help=True,
-)
+bench_app = typer.Typer(help="Run a benchmark; save JSON or a plot.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
 
@@ -84,8 +81,7 @@ class Device(str, Enum):
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Training config (YAML).")]
 Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Config values to override."),
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config values to override.")
 ]
 JsonFile = Annotated[
     Path | None,
@@ -100,9 +96,7 @@ Repeats = Annotated[
 ]
 ReferenceName = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME", help="transformers release whose rules apply; auto: the one installed."
-    ),
+    typer.Option(metavar="NAME", help="transformers release to follow; auto: the installed one."),
 ]
 ModelName = Annotated[
     str | None,
@@ -340,9 +334,7 @@ def omni(json_file: JsonFile = None, repeats: Repeats = 15) -> None:
 def step(
     words: Annotated[
         list[str],
-        typer.Argument(
-            metavar="CONFIG... [KEY=VALUE]...", help="Training configs, and values to override."
-        ),
+        typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="Training configs, and overrides."),
     ],
     device: Annotated[Device, typer.Option(help="auto: CUDA if available.")] = Device.auto,
     steps: Annotated[int, typer.Option(min=2, help="Timed steps after a warm-up.")] = 20,
@@ -363,8 +355,7 @@ def sync_counts(
     configs: Annotated[list[Path], typer.Argument(help="Training configs, one per family.")],
     json_file: JsonFile = None,
     markdown_file: Annotated[
-        Path | None,
-        typer.Option("--markdown", metavar="FILE.md", help="Update the table in this page."),
+        Path | None, typer.Option("--markdown", metavar="FILE.md", help="Page to update.")
     ] = None,
 ) -> None:
     """Count host syncs per step: plain, with position ids, with vision tensors, attached."""

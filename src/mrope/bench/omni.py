@@ -61,6 +61,7 @@ def make_batch(spec: MRopeSpec, width: int, videos: int) -> dict[str, Any]:
     each = width * 4 // 5 // videos
     frames = max(1, each // (frame + _AUDIO_TOKENS_PER_SECOND))
     mel = frames * _MEL_FRAMES_PER_SECOND
+    # Only the rule of Qwen3-Omni reads `n_window`, so that the spec of Qwen2.5-Omni has none.
     window = spec.extra.get("n_window")
     tower = AudioSpec(int(window or 1), None if window is None else 1)
     sound = int(audio_tokens(tower, np.array([mel]))[0])

@@ -75,6 +75,7 @@ def make_examples(tokens: int, spec: MRopeSpec) -> list[dict[str, Any]]:
     count = tokens // _MEAN_LENGTH
     lengths = rng.integers(_MEAN_LENGTH // 2, _MEAN_LENGTH * 3 // 2, count)
     lengths += (tokens - lengths.sum()) // count
+    # The last example takes the rounding, so that every size is met exactly.
     lengths[-1] += tokens - lengths.sum()
     return [_example(int(length), spec) for length in lengths]
 
@@ -102,6 +103,7 @@ def _measure(tokens: int, repeats: int) -> dict[str, Any]:
     config["vision_config"]["num_position_embeddings"] = 2304
     vision = VisionSpec.from_config(config)
     examples = make_examples(tokens, spec)
+    # The inner collate function only copies a dict, so that its own time is not measured.
     padded = PaddingCollator()(examples)
     contenders: dict[str, Callable[[], Any]] = {
         "padded": _stage(MRopeCollator(lambda _: dict(padded), spec, vision), examples),

@@ -93,6 +93,7 @@ def make_batch(case: Case, spec: MRopeSpec) -> dict[str, Any]:
     wide = tokens // height
     row = np.full(case.width, _TEXT_ID, np.int64)
     kinds = [spec.image_token_id] * case.images + [spec.video_token_id] * case.videos * case.frames
+    # Spans stand at equal distances; the text between them is what is left of each step.
     step = (case.width - 1) // per_row
     for span, token in enumerate(kinds):
         start = 1 + span * step
@@ -119,9 +120,11 @@ def _measure(case: Case, repeats: int) -> dict[str, Any]:
     contenders["loop"] = lambda: per_span_rope_index(spec, **batch)
     contenders["kernel"] = lambda: rope_index(spec, **batch)
     expected = contenders["kernel"]()
+    # A faster function with other results would be no rival.
     for function in contenders.values():
         for theirs, ours in zip(function(), expected, strict=True):
             np.testing.assert_array_equal(theirs, ours)
+    # Made before the clock starts, so that the ceiling has no page faults of a fresh allocation.
     source, target = np.zeros_like(expected[0]), np.empty_like(expected[0])
     contenders["ceiling"] = lambda: np.copyto(target, source)
     medians = interleaved_medians(contenders, repeats)
@@ -141,6 +144,7 @@ def _peak_extra_bytes(kernel: Callable[[], Any]) -> int:
     """Return the peak of bytes allocated during a call, without its inputs and outputs."""
     tracemalloc.start()
     try:
+        # numpy reports its buffers to tracemalloc, so that temporaries of the kernel are counted.
         before, _ = tracemalloc.get_traced_memory()
         outputs = kernel()
         _, peak = tracemalloc.get_traced_memory()

@@ -177,6 +177,7 @@ def _measure(
     measured = Measured()
     loader = make_loader(cfg, rows, build_collator(cfg))
     batches = (to_device(batch, where) for batch, _ in endless(loader))
+    # The first steps load kernels and fill the allocator.
     for batch in islice(batches, _WARM_UP):
         _step(model, batch)
     with _stage_in_forward(model) as stopwatch:
@@ -207,6 +208,7 @@ def _host_time(
 ) -> tuple[float, float]:
     """Return the seconds until a forward on an idle device returns, and the loss."""
     model.zero_grad()
+    # The host would block on work left in the queue, and its time would include the device's.
     finish(where)
     start = time.perf_counter()
     loss = model(**batch).loss
@@ -262,6 +264,7 @@ def _profile(model: torch.nn.Module, batches: Iterator[dict[str, Any]]) -> dict[
     events = [one for one in result.kineto_results.events() if one.duration_ns()]
     on_device = [one for one in events if one.device_type().name == "CUDA"]
     spans = [(one.start_ns(), one.start_ns() + one.duration_ns()) for one in on_device]
+    # Kernels of several streams overlap, so that their durations must not be added up.
     busy = covered_length(spans)
     wall = max(end for _, end in spans) - min(start for start, _ in spans)
     copies = sum(one.name().startswith("Memcpy HtoD") for one in on_device)
@@ -309,6 +312,7 @@ def _stage_in_forward(model: torch.nn.Module) -> Iterator[_Stopwatch]:
     """
     stopwatch = _Stopwatch()
     base = base_model(model)
+    # In the variant "rows" the model has an instance attribute, which has to be put back.
     own = vars(base).get("get_rope_index")
     module = sys.modules[type(base.visual).__module__]
     helpers = {

@@ -42,6 +42,7 @@ def _example(
     tokens: list[int] = _text(rng, 4)
     grids: dict[str, list[list[int]]] = {"image": [], "video": []}
     for kind in kinds:
+        # Three temporal steps, so that first, inner and last frame differ.
         frames = 3 * int(spec.extra.get("temporal_merge_size", 1)) if kind == "video" else 1
         grid = [frames, *(2 * rng.integers(1, 4, 2)).tolist()]
         grids[kind].append(grid)
@@ -51,6 +52,7 @@ def _example(
     types = token_types(spec, ids)
     example: dict[str, Any] = {
         "input_ids": ids,
+        # Loss on text only, as in training.
         "labels": np.where(types, -100, ids),
         "mm_token_type_ids": types,
     }

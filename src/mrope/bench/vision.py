@@ -90,6 +90,7 @@ def make_grids(case: Case) -> npt.NDArray[np.int64]:
     """Return the grids of `case`, (500, 3) int64, with a fixed seed."""
     rng = np.random.default_rng(0)
     grid_thw = np.ones((_CROPS, 3), np.int64)
+    # Drawn in tokens and scaled to patches: a grid must be a multiple of the merge size.
     low, high = case.shortest // _MERGE, case.longest // _MERGE
     grid_thw[:, 1:] = _MERGE * rng.integers(low, high, (_CROPS, 2), endpoint=True)
     return grid_thw
@@ -137,6 +138,7 @@ def _answer(question: Question, grid_thw: npt.NDArray[np.int64], repeats: int) -
     expected = question.ours(grid_thw)
     for theirs, ours in zip(question.theirs(tensor), expected, strict=True):
         np.testing.assert_array_equal(theirs.numpy(), ours, strict=True)
+    # Made before the clock starts: the ceiling copies into memory that is already mapped.
     targets = [np.empty_like(array) for array in expected]
 
     def cold() -> None:
