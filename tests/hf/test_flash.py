@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 from hf.test_packed_models import ATOL, LINEAR, collator, difference, logits_alone, mixed_examples
+from mrope.collate.packing import Flatten
 from mrope.hf import attach
 from mrope.training.step import guarded_step
 from support.flash import flash_attention
@@ -20,7 +21,7 @@ FAMILIES = [family for family in MODEL_FAMILIES if family not in LINEAR]
 @pytest.mark.parametrize("family", MODEL_FAMILIES)
 def test_the_logits_are_those_of_each_example_alone(family: str, multiple: int) -> None:
     examples = mixed_examples(family)
-    batch = collator(family, packing="flatten", pad_to_multiple_of=multiple)(examples)
+    batch = collator(family, packing=Flatten(pad_to_multiple_of=multiple))(examples)
     expected = logits_alone(tiny_model(family, "sdpa"), family, examples)
     with flash_attention() as calls:
         model = tiny_model(family, "flash_attention_2")

@@ -9,11 +9,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hf.test_forwards import assert_same_step, tensor_collator, step
+from hf.test_forwards import assert_same_step, step, tensor_collator
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach
 from mrope.hf.attach import FORWARDS, detach
-from mrope.towers.vision import block_index
+from mrope.towers import block_index
 from mrope.training.step import guarded_step
 from support.models import TINY_FAMILIES, media_of, tiny_examples, tiny_model
 

@@ -10,8 +10,9 @@ import torch
 pytest.importorskip("transformers")
 
 from mrope import MRopeCollator
+from mrope.collate.packing import Flatten
 from mrope.hf import attach, detach
-from mrope.towers.vision import VisionSpec
+from mrope.towers import VisionSpec
 from mrope.training.step import guarded_step
 from support.models import MODEL_FAMILIES, model_config, tiny_examples, tiny_model, tiny_spec
 
@@ -51,7 +52,7 @@ def test_the_logits_are_those_of_each_example_alone(
     family: str, attention: str, multiple: int
 ) -> None:
     examples = mixed_examples(family)
-    batch = collator(family, packing="flatten", pad_to_multiple_of=multiple)(examples)
+    batch = collator(family, packing=Flatten(pad_to_multiple_of=multiple))(examples)
     assert batch["input_ids"].shape[1] % multiple == 0
     model = tiny_model(family, attention)
     expected = logits_alone(model, family, examples)

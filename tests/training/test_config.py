@@ -15,6 +15,7 @@ import torch
 
 from mrope import MRopeCollator, MRopeError, build_collator, load_config, rope_index
 from mrope.collate.padding import PaddingCollator
+from mrope.collate.rejects_file import read_rejects
 from mrope.collate.skip_bad import INDEX, RejectWarning
 from mrope.spec.spec import example_config
 from mrope.training.dataloader import make_loader
@@ -282,7 +283,7 @@ def test_the_bench_configs_are_valid_and_their_rows_fit(file: Path) -> None:
 
 def test_the_shape_of_synthetic_rows_is_checked(tmp_path: Path) -> None:
     file = minimal(tmp_path)
-    with pytest.raises(ConfigError, match="data.shape belongs to data.source: synthetic"):
+    with pytest.raises(ConfigError, match="data.shape is required with data.source: synthetic"):
         load_config(file, ["data.source=synthetic"])
     with pytest.raises(ConfigError, match="data.shape.widht: unknown key .did you mean 'width'"):
         load_config(file, ["data.source=synthetic", "data.shape.widht=3"])
@@ -297,6 +298,10 @@ def test_the_shape_of_synthetic_rows_is_checked(tmp_path: Path) -> None:
     [
         ("dataloader.max_tokens=64", "dataloader.max_tokens needs rope.packing: flatten"),
         ("rope.pad_to_multiple_of=8", "rope.pad_to_multiple_of needs rope.packing: flatten"),
+        (
+            "rope={packing: flatten, pad_to_multiple_of: 0}",
+            "rope: pad_to_multiple_of must be at least 1, not 0",
+        ),
         ("rope.packing=pack", "rope.packing: must be 'flatten', not 'pack'"),
         ("rope.layout=rows", "rope.layout: must be 'model' or 'batch', not 'rows'"),
     ],
@@ -320,8 +325,14 @@ def test_packing_keys_reach_the_collator() -> None:
         ("rope.on_error=ignore", "rope.on_error: must be 'raise' or 'skip', not 'ignore'"),
         ("rope.rejects=x.jsonl", "rope.rejects needs rope.on_error: skip"),
         ("rope.max_rejects=3", "rope.max_rejects needs rope.on_error: skip"),
-        ("rope={on_error: skip, max_rejects: 1.0}", "must be a count .*, or a share between"),
-        ("rope={on_error: skip, max_rejects: -1}", "must be a count .*, or a share between"),
+        (
+            "rope={on_error: skip, max_rejects: 1.0}",
+            "rope: max_rejects must be a count .* or a share",
+        ),
+        (
+            "rope={on_error: skip, max_rejects: -1}",
+            "rope: max_rejects must be a count .* or a share",
+        ),
         (
             "rope={on_error: skip, max_rejects: '3'}",
             "max_rejects.*must be a valid integer, not '3'",
@@ -338,9 +349,9 @@ def test_skipping_keys_reach_the_collator(tmp_path: Path, limit: float) -> None:
     file = tmp_path / "rejects.jsonl"
     keys = ["rope.on_error=skip", f"rope.rejects={file}", f"rope.max_rejects={limit}"]
     collate = build_collator(load_config(CONFIGS / "demo.yaml", keys))
-    assert isinstance(collate, MRopeCollator) and collate.rejects is not None
-    assert (collate.rejects.file, collate.rejects.max_rejects) == (file, limit)
-    assert type(collate.rejects.max_rejects) is type(limit)
+    assert isinstance(collate, MRopeCollator) and collate.on_error is not None
+    assert (collate.on_error.rejects, collate.on_error.max_rejects) == (str(file), limit)
+    assert type(collate.on_error.max_rejects) is type(limit)
 
 
 def test_dropped_rows_of_a_config_are_on_file_by_their_number(tmp_path: Path) -> None:
@@ -354,4 +365,5 @@ def test_dropped_rows_of_a_config_are_on_file_by_their_number(tmp_path: Path) ->
     with pytest.warns(RejectWarning, match="has no grid"):
         ((batch, _),) = make_loader(cfg, rows, build_collator(cfg))
     assert len(batch["input_ids"]) == 2 and INDEX not in batch
-    assert json.loads((tmp_path / "rejects.jsonl").read_text())["index"] == 1
+    (record,) = read_rejects(tmp_path / "rejects.jsonl")
+    assert record["index"] == 1

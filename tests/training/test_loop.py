@@ -1,4 +1,4 @@
-"""The main job: the demo's rows, the columns made from them, and runs with the stage on and off."""
+"""The training loop: the demo's rows, the columns made from them, and runs with the stage on and off."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from mrope import MRopeError, build_collator, load_config
-from mrope.training.dataloader import Rows, make_loader
+from mrope.training.dataloader import TensorRows, make_loader
 from mrope.training.demo.dataset import photographs
 from mrope.training.demo.processing import Processing, build_processing
 from mrope.training.loop import PACKED_TOLERANCE, compare, compare_runs, load_run_rows, train
@@ -184,7 +184,7 @@ def test_flattened_batches_have_the_losses_of_padded_ones(name: str) -> None:
     cfg = config(name, *keys, "dataloader.max_tokens=400", "train.steps=4")
     on, off = runs(cfg)
     assert on.losses == pytest.approx(off.losses, abs=PACKED_TOLERANCE)
-    assert on.waits == 0 and on.rope_index_calls == 0
+    assert on.syncs == 0 and on.rope_index_calls == 0
     assert max(step.tokens for step in on.steps) <= 400
     console = silent()
     assert compare(cfg, console)
@@ -197,7 +197,7 @@ def test_a_model_that_is_not_attached_takes_batch_layout_from_the_loop() -> None
 
 
 def test_another_rule_gives_other_losses() -> None:
-    """The comparison can fail: 4.57 numbers the text after a clip otherwise than 5.23 does."""
+    """The comparison can fail: text after a clip has other positions under 4.57 than under 5.23."""
     console = silent()
     assert not compare(config("qwen2_vl", "rope.reference=transformers-4.57"), console)
     assert re.search(r"[01] of 2 losses are equal", printed(console))
@@ -217,7 +217,7 @@ def test_the_closing_table() -> None:
 
 @pytest.mark.parametrize("name", ["demo", "qwen2_vl", "qwen3_vl_moe", "qwen3_5"])
 def test_padded_text_batches_have_equal_losses(name: str, tmp_path: Path) -> None:
-    """The model numbers such a batch without a look at the mask; with padding right it is equal."""
+    """The model ignores the mask of such a batch; with padding on the right that makes no difference."""
     turns = ["Yes.", "A picture has two directions, and a film has three.", "No, not yet.", "So?"]
     lines = [{"messages": [{"role": "user", "content": turn}]} for turn in turns]
     file = jsonl(tmp_path, lines)
@@ -314,7 +314,7 @@ def test_bfloat16_trains_too() -> None:
 
 def save_columns(cfg: Config, folder: Path, *without: str) -> Path:
     rows = load_run_rows(cfg)
-    assert isinstance(rows, Rows)
+    assert isinstance(rows, TensorRows)
     table = rows.columns.remove_columns(list(without))
     table.save_to_disk(str(folder))
     return folder
@@ -473,7 +473,7 @@ def test_a_folder_that_carries_its_class(
     unattached = ("model.attach=false", "rope.vision=false")
     on, off = runs(config("demo", named, "model.trust_remote_code=true", *unattached))
     assert on.losses == off.losses
-    assert on.waits > 0
+    assert on.syncs > 0
 
 
 def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,11 +482,11 @@ def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         train(config("demo", "train.device=cuda"), silent())
 
 
-def test_the_demo_attaches_its_model_and_counts_the_waits_of_both_runs() -> None:
+def test_the_demo_attaches_its_model_and_counts_the_syncs_of_both_runs() -> None:
     cfg = config("demo")
     assert cfg.model.attach
     console = silent()
     assert compare(cfg, console)
-    (row,) = (line for line in printed(console).splitlines() if "host waits in a step" in line)
+    (row,) = (line for line in printed(console).splitlines() if "host syncs in a step" in line)
     on, off = (int(cell) for cell in row.replace("┃", "│").split("│")[2:4])
     assert on == 0 < off

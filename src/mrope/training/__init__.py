@@ -1,1 +1,1 @@
-"""The training config, and the reference loop that it drives."""
+"""The training config, and the reference training loop."""

@@ -1,11 +1,10 @@
-"""Load a training config: a YAML file with overrides, validated as a whole before anything runs.
+"""Load a training config, a YAML file with overrides, and build the collator that it asks for.
 
 Needs the `cli` extra (pydantic, OmegaConf); no worker imports it.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -14,14 +13,13 @@ from typing import Any, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
 from mrope.collate.collator import Collate, MRopeCollator
 from mrope.collate.padding import PaddingCollator
+from mrope.errors import MRopeError
+from mrope.spec.model_config import as_mapping
 from mrope.spec.references import nearest
 from mrope.training.sections import Config, ConfigError
 
@@ -30,12 +28,12 @@ def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Con
     """Read a training config.
 
     Args:
-        path: YAML file. Relative paths in it, and in the overrides, start at its folder.
-        overrides: `key.of.section=value` strings; a value is read as YAML, as in the file.
+        path: YAML file. Relative paths in it and in the overrides are relative to its folder.
+        overrides: `key.of.section=value` strings; values are parsed as YAML, as in the file.
 
     Raises:
         ConfigError: the file cannot be read, or holds unknown keys, wrong types or wrong values.
-            All of them are listed, each with its dotted key, what it is and what is allowed.
+            The message lists all of them, each with its dotted key, its value and what is allowed.
 
     Example:
         >>> import tempfile, pathlib
@@ -53,9 +51,9 @@ def as_config(table: Mapping[str, Any], folder: Path, name: str) -> Config:
     """Check a mapping of sections.
 
     Args:
-        table: as the file would hold it.
-        folder: where relative paths start.
-        name: what the error calls it.
+        table: sections by name, each a mapping of keys, as a YAML file holds them.
+        folder: what relative paths are relative to.
+        name: of the source of the table, for errors.
 
     Raises:
         ConfigError: as `load_config` does.
@@ -63,6 +61,7 @@ def as_config(table: Mapping[str, Any], folder: Path, name: str) -> Config:
     try:
         return Config.model_validate(table, context={"folder": folder})
     except ValidationError as error:
+        # pydantic's own message spans several lines for each problem, and names its types.
         problems = [_problem(dict(entry)) for entry in error.errors()]
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     listed = "".join(f"\n  {problem}" for problem in problems)
@@ -70,7 +69,7 @@ def as_config(table: Mapping[str, Any], folder: Path, name: str) -> Config:
 
 
 def build_collator(cfg: Config, inner_collate: Collate | None = None) -> Collate:
-    """Return the collate function that a config asks for.
+    """Build the collate function that a config asks for.
 
     Args:
         cfg: a training config.
@@ -81,9 +80,10 @@ def build_collator(cfg: Config, inner_collate: Collate | None = None) -> Collate
         An `MRopeCollator` around `inner_collate`; with `rope.enabled: false` that function alone.
 
     Raises:
-        ConfigError: the model's config has no M-RoPE family that is known.
+        ConfigError: the model's config is not of a known M-RoPE family.
+        MRopeError, OSError: as `MRopeCollator` does.
     """
-    pad_token_id = _pad_token_id(cfg.model.config)
+    pad_token_id = _pad_token_id(model_table(cfg.model.config))
     if inner_collate is None:
         inner_collate = PaddingCollator(pad_token_id=pad_token_id)
     if not cfg.rope.enabled:
@@ -92,38 +92,28 @@ def build_collator(cfg: Config, inner_collate: Collate | None = None) -> Collate
         inner_collate,
         cfg.spec(),
         cfg.vision_spec(),
-        packing=cfg.rope.packing,
+        packing=cfg.rope.flatten(pad_token_id),
         layout=cfg.rope.layout,
-        pad_to_multiple_of=cfg.rope.pad_to_multiple_of,
-        pad_token_id=pad_token_id,
-        on_error=cfg.rope.on_error,
-        rejects=cfg.rope.rejects,
-        max_rejects=cfg.rope.max_rejects,
+        on_error=cfg.rope.skip_bad(),
     )
 
 
 def model_table(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
-    """Return `model.config` as a mapping, read from its file where it is a path.
+    """Return `model.config` as a mapping, read from its file if it is a path.
 
     Raises:
-        ConfigError: the file is not a JSON object.
+        ConfigError: the file cannot be read, or is not a JSON object.
     """
-    if isinstance(config, Mapping):
-        return config
-    path = Path(config)
-    file = path / "config.json" if path.is_dir() else path
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.config: {file} cannot be read: {error}") from error
-    if not isinstance(table, dict):
-        raise ConfigError(f"model.config: {file} holds no JSON object")
-    return table
+        return as_mapping(config)
+    except MRopeError as error:
+        raise ConfigError(f"model.config: {error}") from error
 
 
-def _pad_token_id(config: Mapping[str, Any] | str) -> int:
-    table = model_table(config)
+def _pad_token_id(table: Mapping[str, Any]) -> int:
+    """Return the id that a model pads with, or 0 if its config does not name one."""
     text = table.get("text_config")
+    # Some configs have the key at the top, others in the text model's section.
     for source in (table, text if isinstance(text, Mapping) else {}):
         if isinstance(source.get("pad_token_id"), int):
             return int(source["pad_token_id"])
@@ -131,7 +121,8 @@ def _pad_token_id(config: Mapping[str, Any] | str) -> int:
 
 
 def _read(file: Path, overrides: Sequence[str]) -> Mapping[str, Any]:
-    """Return the file's mapping of sections with the overrides merged in."""
+    """Return the file's sections, with the overrides merged into them."""
+    # OmegaConf reads `key` as `key=null` and `a..b=1` as an empty key, and fails on `[=1`.
     for override in overrides:
         if not re.match(r"\w+(\.\w+)*=", override):
             raise ConfigError(f"override {override!r}: must be key.of.section=value")
@@ -153,7 +144,7 @@ def _with(overrides: Sequence[str]) -> str:
 
 
 def _problem(entry: Mapping[str, Any]) -> str:
-    """Say in one line what is wrong at which key, from an entry of pydantic's error list."""
+    """Describe one entry of pydantic's error list in a line: key, what is allowed, value."""
     keys = [str(part) for part in entry["loc"]]
     name = ".".join(keys)
     if entry["type"] in ("extra_forbidden", "missing"):
@@ -171,9 +162,10 @@ def _problem(entry: Mapping[str, Any]) -> str:
 
 
 def _known_keys(sections: Sequence[str]) -> list[str]:
-    """Return the keys of a section, or with an empty sequence those of the file."""
+    """Return the keys of a section, given by its path; an empty path is the whole file."""
     kind: type[BaseModel] = Config
     for section in sections:
+        # An optional section is annotated as a union with None.
         annotation = kind.model_fields[section].annotation
         (kind,) = (one for one in (annotation, *get_args(annotation)) if _is_section(one))
     return list(kind.model_fields)

@@ -1,7 +1,7 @@
-"""From the config's `data` section to a DataLoader.
+"""Prepare the rows that a config's `data` section names, and make the DataLoader over them.
 
-Everything is prepared in the main process. Workers read finished columns; they unpickle this module
-and the dataset, so that nothing heavier than torch is imported at its top.
+All preparation runs in the main process; workers read finished columns. They import this module
+when they unpickle the dataset, so that it imports nothing heavier than torch at its top.
 """
 
 from __future__ import annotations
@@ -36,26 +36,30 @@ _COLUMNS = ("input_ids", "attention_mask", "labels", "mm_token_type_ids", *_GRID
 _SECONDS = "second_per_grid_ts"
 
 
-class Rows(Dataset[dict[str, torch.Tensor]]):
-    """Rows of a `datasets.Dataset` as tensors, without the columns that a row does not use.
+class TensorRows(Dataset[dict[str, torch.Tensor]]):
+    """Rows of a `datasets.Dataset` as tensors, each without the columns that are empty in it.
 
-    A table has every column in every row; a row without images holds a null or an empty list there,
-    and a batch must not have the key at all when none of its rows do.
+    A table has every column in every row, null or an empty list in rows without images. A batch
+    without images must not have the key at all.
+
+    Args:
+        columns: of the rows.
     """
 
     def __init__(self, columns: datasets.Dataset) -> None:
+        # The format is applied when a row is read, in the worker; the table stays memory-mapped.
         self.columns = columns.with_format("torch")
 
     def __len__(self) -> int:
         return len(self.columns)
 
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Return the tokens of each row, (N,)."""
+        """Return the number of tokens of each row, int64 (N,)."""
         return np.array([len(ids) for ids in self.columns.with_format("numpy")["input_ids"]])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = self.columns[index]
-        # A null in a column of arrays comes back as one NaN without a dimension.
+        # A null in a column of arrays comes back as one NaN of no dimension.
         return {
             name: value
             for name, value in row.items()
@@ -63,11 +67,15 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         }
 
 
-RowDataset = Rows | SyntheticRows
+RowDataset = TensorRows | SyntheticRows
 
 
-class Stamped:
-    """A collate function that says in which process it ran: it returns (batch, process id)."""
+class WithProcessId:
+    """Collate with `collate`, and return (batch, id of the process that collated it).
+
+    Args:
+        collate: any collate function.
+    """
 
     def __init__(self, collate: Collate) -> None:
         self.collate = collate
@@ -77,12 +85,12 @@ class Stamped:
         return self.collate(examples), os.getpid()
 
 
-def load_rows(cfg: Config, spec: MRopeSpec, model_config: Any) -> RowDataset:
-    """Open or make the dataset that a config names, and bring it into columns.
+def prepare_rows(cfg: Config, spec: MRopeSpec, model_config: Any) -> RowDataset:
+    """Open or make the dataset that a config names, and turn it into columns.
 
     Args:
         cfg: the training config.
-        spec: the model's numbers.
+        spec: of the model.
         model_config: the model's live transformers config.
 
     Raises:
@@ -95,17 +103,18 @@ def load_rows(cfg: Config, spec: MRopeSpec, model_config: Any) -> RowDataset:
         return SyntheticRows(spec, cfg.data.shape, rows, patch_values(vision), dtype)
     table = open_table(cfg)
     if "input_ids" in table.column_names:
-        return Rows(_tokenized(table, spec))
-    return Rows(_processed(table, cfg, spec, model_config))
+        return TensorRows(_tokenized(table, spec))
+    return TensorRows(_processed(table, cfg, spec, model_config))
 
 
 def open_table(cfg: Config) -> datasets.Dataset:
-    """Open or make the table that a config names, as it is: nothing is processed.
+    """Open or make the table that a config names, without processing its rows.
 
     Raises:
-        MRopeError: it cannot be read, or has neither `input_ids` nor `messages`.
+        MRopeError: the table cannot be read, or has neither `input_ids` nor `messages`.
     """
     if cfg.data.source == "demo":
+        # Imports datasets and PIL, which workers do without.
         from mrope.training.demo.dataset import photographs
 
         table = photographs(cfg.data.rows or _DEMO_ROWS, cfg.train.seed)
@@ -121,22 +130,32 @@ def open_table(cfg: Config) -> datasets.Dataset:
 
 
 def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[Any]:
-    """Return the DataLoader of a config: shuffled by the seed; by rows, whole batches only.
+    """Make the DataLoader of a config, which yields (batch, id of the process that collated it).
+
+    Rows are shuffled by `train.seed`. Without `dataloader.max_tokens` an incomplete last batch is
+    dropped.
+
+    Args:
+        cfg: a training config.
+        rows: as `prepare_rows` returns them.
+        collate: makes the batches.
 
     Raises:
-        MRopeError: there are fewer rows than one batch takes, or a row is beyond the token budget.
+        MRopeError: fewer rows than one batch takes, or a row above the token budget.
     """
     options = cfg.dataloader
-    skips = isinstance(collate, MRopeCollator) and collate.rejects is not None
+    # The index of a row, under which the rejects file names it, is known to the dataset alone.
+    skips = isinstance(collate, MRopeCollator) and collate.on_error is not None
     table = Indexed(rows) if skips else rows
     if options.max_tokens is not None:
+        # The filled-up row must fit into the budget too.
         sampler = TokenBudgetSampler(
             rows.lengths(),
             options.max_tokens,
             pad_to_multiple_of=cfg.rope.pad_to_multiple_of,
             seed=cfg.train.seed,
         )
-        return DataLoader(table, batch_sampler=sampler, **_common(cfg, collate))
+        return DataLoader(table, batch_sampler=sampler, **_loader_options(cfg, collate))
     if len(rows) < options.batch_size:
         raise MRopeError(
             f"dataloader.batch_size is {options.batch_size}, but there are only {len(rows)} rows"
@@ -147,14 +166,15 @@ def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[A
         shuffle=True,
         drop_last=True,
         generator=torch.Generator().manual_seed(cfg.train.seed),
-        **_common(cfg, collate),
+        **_loader_options(cfg, collate),
     )
 
 
-def _common(cfg: Config, collate: Collate) -> dict[str, Any]:
-    """Return the arguments of a DataLoader that do not say which rows make a batch."""
+def _loader_options(cfg: Config, collate: Collate) -> dict[str, Any]:
+    """Return the arguments of a DataLoader that do not depend on how batches are sampled."""
     options = cfg.dataloader
     workers: dict[str, Any] = {}
+    # A DataLoader without workers raises if it is given any of these.
     if options.num_workers:
         workers = {
             "multiprocessing_context": options.start_method,
@@ -164,7 +184,7 @@ def _common(cfg: Config, collate: Collate) -> dict[str, Any]:
     return {
         "num_workers": options.num_workers,
         "pin_memory": options.pin_memory,
-        "collate_fn": Stamped(collate),
+        "collate_fn": WithProcessId(collate),
         **workers,
     }
 
@@ -182,8 +202,9 @@ def _open(section: DataSection) -> datasets.Dataset:
             table = datasets.Dataset.from_json(str(path))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise MRopeError(f"data.source: {path} cannot be read: {error}") from error
-    except (IndexError, StopIteration) as error:  # how an empty folder and an empty file fail
+    except (IndexError, StopIteration) as error:  # raised for an empty folder, an empty file
         raise MRopeError(f"data.source: {path} has no rows") from error
+    # `load_from_disk` returns a DatasetDict for a folder of several splits.
     if not isinstance(table, datasets.Dataset):
         raise MRopeError(
             f"data.source: {path} holds the splits {', '.join(table)}; name the folder of one"
@@ -205,10 +226,10 @@ def _processed(
 
 
 def row_processing(cfg: Config, spec: MRopeSpec, model_config: Any) -> Processing:
-    """Return what turns a row of `messages` into columns, as a config asks for it.
+    """Return the processing that turns rows of `messages` into columns, as a config asks.
 
     Raises:
-        MRopeError: the tokenizer and the model's config do not fit together.
+        MRopeError: the tokenizer is not that of the model.
     """
     from mrope.training.demo.processing import build_processing
 
@@ -225,31 +246,33 @@ def row_processing(cfg: Config, spec: MRopeSpec, model_config: Any) -> Processin
 
 
 def _tokenizer_folder(config: Mapping[str, Any] | str) -> str | None:
-    """Return the model's folder if it holds a tokenizer too."""
+    """Return the model's folder if it holds a tokenizer, else None."""
     if isinstance(config, str) and (Path(config) / "tokenizer_config.json").is_file():
         return config
     return None
 
 
 def _tokenized(table: datasets.Dataset, spec: MRopeSpec) -> datasets.Dataset:
-    """Check the columns of a tokenized dataset, and keep those that a model reads."""
+    """Check the columns of a tokenized dataset, and keep those that the model reads."""
     names = set(table.column_names)
     if "labels" not in names:
         raise MRopeError(
             "data.source: the dataset has input_ids but no labels, so there is no loss"
         )
+    # Checked here, once: the collator would raise the same for every row.
     for pixels, grid in _GRIDS.items():
         if (pixels in names) != (grid in names):
             have, lack = (pixels, grid) if pixels in names else (grid, pixels)
             raise MRopeError(f"data.source: the dataset has {have} but no {lack}")
     if "mm_token_type_ids" not in names:
         table = table.map(_add_types, fn_kwargs={"spec": spec}, desc="Marking placeholders")
+    # A model's forward refuses keywords that it does not know.
     wanted = model_columns(spec)
     return table.select_columns([name for name in wanted if name in table.column_names])
 
 
 def model_columns(spec: MRopeSpec) -> tuple[str, ...]:
-    """Return the names of the columns that a model of this family reads."""
+    """Return the names of the columns that a model of the family reads."""
     return (*_COLUMNS, _SECONDS) if spec.family_row.timed else _COLUMNS
 
 

@@ -1,4 +1,4 @@
-"""The reference training loop, and the same run twice: positions from the workers, and without."""
+"""Train as a config says, once, or twice to compare runs with and without the collator."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.utils.data import DataLoader
 
-from mrope.training import tables as report
 from mrope.training.config import build_collator
-from mrope.training.dataloader import RowDataset, load_rows, make_loader
+from mrope.training.dataloader import RowDataset, make_loader, prepare_rows
 from mrope.training.model import build_model, load_model_config
-from mrope.training.result import TrainResult
+from mrope.training.result import Step, TrainResult
 from mrope.training.sections import Config
-from mrope.training.step import _device, _steps, guarded_step, to_device
+from mrope.training.step import choose_device, guarded_step, to_device, train_steps
+from mrope.training.tables import count_equal_losses, table_of_run, table_of_two_runs
 
-# Losses of a padded batch and of the same examples in one row: sums run in another order.
+# Sums of a padded batch, and of the same examples in one row, run in different order.
 PACKED_TOLERANCE = 1e-4
 
 
 def train(cfg: Config, console: Console | None = None) -> TrainResult:
-    """Train as a config says; show a progress bar, and a table at the end.
+    """Train as a config says, with a progress bar, and print a table at the end.
 
     Args:
         cfg: see `load_config`.
@@ -38,17 +38,17 @@ def train(cfg: Config, console: Console | None = None) -> TrainResult:
         MRopeError: the dataset is not usable, or a sample is malformed.
     """
     console = console or Console()
-    result = _run(cfg, load_run_rows(cfg), console)
-    console.print(report.one_run(result))
+    result = _train_once(cfg, load_run_rows(cfg), console)
+    console.print(table_of_run(result))
     return result
 
 
 def compare(cfg: Config, console: Console | None = None) -> bool:
-    """Train twice from one seed, with `rope.enabled` on and off; show both runs side by side.
+    """Train twice from one seed, with `rope.enabled` on and off, and print both side by side.
 
     Returns:
-        Whether every loss is equal: to the last bit, or to `PACKED_TOLERANCE` where one of the runs
-        has its examples in one row.
+        Whether every loss is equal: to the last bit, or with `rope.packing` within
+        `PACKED_TOLERANCE`.
 
     Raises:
         ConfigError, MRopeError: as `train` does.
@@ -56,25 +56,31 @@ def compare(cfg: Config, console: Console | None = None) -> bool:
     console = console or Console()
     on, off = compare_runs(cfg, console)
     tolerance = 0.0 if cfg.rope.packing is None else PACKED_TOLERANCE
-    console.print(report.two_runs(on, off, tolerance))
-    return report.equal_losses(on, off, tolerance) == len(on.steps)
+    console.print(table_of_two_runs(on, off, tolerance))
+    return count_equal_losses(on, off, tolerance) == len(on.steps)
 
 
 def compare_runs(cfg: Config, console: Console) -> tuple[TrainResult, TrainResult]:
-    """Return the results of the two runs, on and off, over the same rows."""
+    """Return the results of two runs over the same rows: `rope.enabled` on, and off."""
+    # Once for both: preparing rows is slow, and both runs must read the same ones.
     rows = load_run_rows(cfg)
-    on, off = (_run(_switched(cfg, enabled), rows, console) for enabled in (True, False))
+    on, off = (_train_once(_switched(cfg, enabled), rows, console) for enabled in (True, False))
     return on, off
 
 
 def load_run_rows(cfg: Config) -> RowDataset:
-    """Return the rows that a config's run reads."""
-    return load_rows(cfg, cfg.spec(), load_model_config(cfg))
+    """Return the rows that a config trains on, as columns.
+
+    Raises:
+        ConfigError, MRopeError: as `train` does.
+    """
+    return prepare_rows(cfg, cfg.spec(), load_model_config(cfg))
 
 
 def _switched(cfg: Config, enabled: bool) -> Config:
-    """Return the config of one of two compared runs, with a log file of its own."""
+    """Return the config of one of two compared runs, with its own log file."""
     train = cfg.train
+    # The second run would overwrite the log of the first.
     if train.log_file is not None:
         file = Path(train.log_file)
         name = f"{file.stem}.{'on' if enabled else 'off'}{file.suffix}"
@@ -83,9 +89,10 @@ def _switched(cfg: Config, enabled: bool) -> Config:
     return cfg.model_copy(update={"rope": rope, "train": train})
 
 
-def _run(cfg: Config, rows: RowDataset, console: Console) -> TrainResult:
+def _train_once(cfg: Config, rows: RowDataset, console: Console) -> TrainResult:
+    # Before the model: it draws random weights, and both compared runs must draw the same.
     torch.manual_seed(cfg.train.seed)
-    device = _device(cfg.train.device)
+    device = choose_device(cfg.train.device)
     model = build_model(cfg).to(device)
     if cfg.model.attach and cfg.rope.enabled:
         from mrope.hf import attach
@@ -93,30 +100,44 @@ def _run(cfg: Config, rows: RowDataset, console: Console) -> TrainResult:
         attach(model)
     calls = _count_rope_index(model)
     loader = make_loader(cfg, rows, build_collator(cfg))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=cfg.train.lr, weight_decay=cfg.train.weight_decay
-    )
-    with ExitStack() as stack:
-        log = _open_log(cfg, stack)
-        progress = stack.enter_context(_progress(console))
-        task = progress.add_task(_title(cfg), total=cfg.train.steps, loss=float("nan"))
-        steps = []
-        for step in _steps(model, optimizer, loader, cfg.train.steps, device):
-            steps.append(step)
-            progress.update(task, advance=1, loss=step.loss)
-            if log:
-                log.write(json.dumps({**asdict(step), "rope_enabled": cfg.rope.enabled}) + "\n")
+    steps = _run_steps(cfg, model, loader, device, console)
     return TrainResult(
         rope_enabled=cfg.rope.enabled,
         steps=tuple(steps),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         rope_index_calls=calls[0] if calls else None,
         loop_pid=os.getpid(),
-        waits=_count_waits(model, loader, device),
+        # Evaluated last: its step calls get_rope_index too.
+        syncs=_count_syncs(model, loader, device),
     )
 
 
-def _count_waits(model: torch.nn.Module, loader: DataLoader[Any], device: torch.device) -> int:
+def _run_steps(
+    cfg: Config,
+    model: torch.nn.Module,
+    loader: DataLoader[Any],
+    device: torch.device,
+    console: Console,
+) -> list[Step]:
+    """Train a model, show the progress, and log each step where the config asks for it."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=cfg.train.lr, weight_decay=cfg.train.weight_decay
+    )
+    steps = []
+    with ExitStack() as stack:
+        log = _open_log(cfg, stack)
+        progress = stack.enter_context(_progress(console))
+        task = progress.add_task(_title(cfg), total=cfg.train.steps, loss=float("nan"))
+        for step in train_steps(model, optimizer, loader, cfg.train.steps, device):
+            steps.append(step)
+            progress.update(task, advance=1, loss=step.loss)
+            if log:
+                log.write(json.dumps({**asdict(step), "rope_enabled": cfg.rope.enabled}) + "\n")
+    return steps
+
+
+def _count_syncs(model: torch.nn.Module, loader: DataLoader[Any], device: torch.device) -> int:
+    """Return the syncs of one more step, forward and backward."""
     batch, _ = next(iter(loader))
     return guarded_step(model, to_device(batch, device)).count
 
@@ -125,13 +146,13 @@ def _count_rope_index(model: torch.nn.Module) -> list[int]:
     """Count the calls of the model's own `get_rope_index` from now on.
 
     Returns:
-        A list of one number, which grows; empty where no module has the method.
+        A list of one count, which is updated in place; empty if no module has the method.
     """
     owners: list[Any] = [part for part in model.modules() if hasattr(part, "get_rope_index")]
     if not owners:
         return []
     calls = [0]
-    # The last one is the innermost: others hand the call on to it.
+    # `...ForConditionalGeneration` passes the call on to its base model, which comes last here.
     own = owners[-1].get_rope_index
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -146,6 +167,7 @@ def _open_log(cfg: Config, stack: ExitStack) -> TextIO | None:
     if cfg.train.log_file is None:
         return None
     file = Path(cfg.train.log_file)
+    # Before the first step, so that a path that cannot be written fails at once.
     file.parent.mkdir(parents=True, exist_ok=True)
     return stack.enter_context(file.open("w", encoding="utf-8"))
 

@@ -15,26 +15,28 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def load_model_config(cfg: Config) -> Any:
-    """Return the live transformers config of `model.config`.
+    """Return `model.config` as a live transformers config.
 
     Raises:
-        ConfigError: transformers has no class for the model, and the folder does not carry one.
+        ConfigError: transformers has no class for the model, and its folder has none to run.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
     table = dict(model_table(cfg.model.config))
-    carried = _carries_code(cfg, table)
-    if table.get("model_type") not in CONFIG_MAPPING and not carried:
-        raise ConfigError(_no_class(table))
+    own_code = _may_run_own_code(cfg, table)
+    # transformers' own error lists all of its models, but not what to do.
+    if table.get("model_type") not in CONFIG_MAPPING and not own_code:
+        raise ConfigError(_describe_missing_class(table))
     if isinstance(cfg.model.config, str):
+        # Without `local_files_only` transformers may ask the hub.
         return AutoConfig.from_pretrained(
-            cfg.model.config, local_files_only=True, trust_remote_code=carried
+            cfg.model.config, local_files_only=True, trust_remote_code=own_code
         )
     return AutoConfig.for_model(**table)
 
 
 def build_model(cfg: Config) -> torch.nn.Module:
-    """Return the model in training mode: weights of the folder where it has some, else random.
+    """Build the model in training mode, with the weights of its folder, or random ones.
 
     Raises:
         ConfigError: as `load_model_config` does.
@@ -45,8 +47,9 @@ def build_model(cfg: Config) -> torch.nn.Module:
     options: dict[str, Any] = {
         "attn_implementation": cfg.model.attn_implementation,
         "dtype": getattr(torch, cfg.train.dtype),
-        "trust_remote_code": _carries_code(cfg, model_table(cfg.model.config)),
+        "trust_remote_code": _may_run_own_code(cfg, model_table(cfg.model.config)),
     }
+    # `from_pretrained` of a folder without weights raises.
     if _has_weights(cfg.model.config):
         model = auto.from_pretrained(cfg.model.config, local_files_only=True, **options)
     else:
@@ -55,20 +58,20 @@ def build_model(cfg: Config) -> torch.nn.Module:
     return trained
 
 
-def _carries_code(cfg: Config, table: Mapping[str, Any]) -> bool:
+def _may_run_own_code(cfg: Config, table: Mapping[str, Any]) -> bool:
     folder = isinstance(cfg.model.config, str) and Path(cfg.model.config).is_dir()
     return folder and cfg.model.trust_remote_code and "auto_map" in table
 
 
-def _no_class(table: Mapping[str, Any]) -> str:
+def _describe_missing_class(table: Mapping[str, Any]) -> str:
     import transformers
 
     if "auto_map" in table:
-        hint = "its folder carries one: set model.trust_remote_code: true to run that code"
+        hint = "its folder has one: set model.trust_remote_code: true to run that code"
     else:
         hint = (
-            "train with a framework that has it (build_collator(cfg) gives its collator), or name "
-            "a folder that carries the class"
+            "train with a framework that has it (build_collator(cfg) returns the collator for it), "
+            "or name a folder that holds the class"
         )
     return (
         f"model.config: transformers {transformers.__version__} has no class for model_type "

@@ -1,4 +1,4 @@
-"""What a training run measured: one `Step` for each optimizer step, and a `TrainResult`."""
+"""Results of a training run: a `Step` for each optimizer step, and a `TrainResult`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Step:
     """One optimizer step.
 
     Attributes:
-        step: counted from 1.
+        step: number of the step, from 1.
         loss: as the model returned it.
         tokens: valid tokens of the batch.
-        data_seconds: how long the loop waited for the batch.
-        forward_seconds: how long `model(**batch)` took; on CUDA until the device is done.
+        data_seconds: time from asking the DataLoader for the batch until it came.
+        forward_seconds: duration of `model(**batch)`; on CUDA until the device is done.
         worker: id of the process that collated the batch.
         attached: whether the batch came with `position_ids`.
     """
@@ -31,17 +31,17 @@ class Step:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did.
+    """Result of one run.
 
     Attributes:
-        rope_enabled: whether the collator attached the positions.
+        rope_enabled: whether the collator added position ids.
         steps: in order.
         parameters: number of the model's parameters.
-        rope_index_calls: how often the model called its own `get_rope_index`; None where it has no
-            such method, so that nothing could be counted.
+        rope_index_calls: calls of the model's own `get_rope_index`; None if it has no such method,
+            so that nothing could be counted.
         loop_pid: id of the process that trained.
-        waits: places where one more step, forward and backward, makes the host wait for a CUDA
-            device, counted by `mrope.guard.sync_guard`.
+        syncs: number of syncs with a CUDA device in one more step, forward and backward, as
+            `mrope.guard.SyncGuard` counts them.
     """
 
     rope_enabled: bool
@@ -49,7 +49,7 @@ class TrainResult:
     parameters: int
     rope_index_calls: int | None
     loop_pid: int
-    waits: int
+    syncs: int
 
     @property
     def losses(self) -> list[float]:
@@ -58,7 +58,7 @@ class TrainResult:
 
     @property
     def data_median(self) -> float:
-        """Median seconds that a step waited for its batch."""
+        """Median seconds from asking for a batch until it came."""
         return statistics.median(step.data_seconds for step in self.steps)
 
     @property

@@ -1,4 +1,4 @@
-"""The sections of a training config, and what each key means."""
+"""The sections of a training config: their keys, what each means, and the checks of its value."""
 
 from __future__ import annotations
 
@@ -16,26 +16,24 @@ from pydantic import (
 )
 from typing_extensions import Self
 
+from mrope.collate.packing import Flatten
+from mrope.collate.skip_bad import SkipBad
 from mrope.errors import MRopeError
 from mrope.spec.references import REFERENCES, nearest
 from mrope.spec.spec import MRopeSpec
-from mrope.towers.vision import VisionSpec
+from mrope.towers import VisionSpec
 
 DEMO = "demo"
-
-
 SYNTHETIC = "synthetic"
-
-
 _DATA_FILES = (".parquet", ".jsonl")
 
 
 class ConfigError(MRopeError):
-    """A config that cannot be used. The message names the file and lists every problem in it."""
+    """A config cannot be used. The message names the file and lists every problem in it."""
 
 
 def _resolved(value: str, info: ValidationInfo) -> str:
-    """Return a path as it is seen from the folder of the config file."""
+    """Return a path relative to the folder of the config file as one that can be opened."""
     return str((info.context or {}).get("folder", Path()) / Path(value).expanduser())
 
 
@@ -45,6 +43,7 @@ def _model_config(value: object, info: ValidationInfo) -> object:
     if not isinstance(value, str):
         raise ValueError("must be a mapping (the model's config) or a path")
     path = Path(_resolved(value, info))
+    # Checked when the file is read, so that all problems of a config are listed at once.
     if not (path / "config.json" if path.is_dir() else path).is_file():
         raise ValueError(
             f"no config at {path}; give a config.json or the local folder that holds it "
@@ -77,34 +76,29 @@ def _folder(value: str, info: ValidationInfo) -> str:
 
 
 def _reference(value: str) -> str:
+    # Not a Literal: the names are keys of a table, and a misspelt one gets a suggestion.
     known = ("auto", *REFERENCES)
     if value not in known:
         raise ValueError(f"must be one of {', '.join(known)}{nearest(value, known)}")
     return value
 
 
-def _count_or_share(value: float) -> float:
-    if value < 0 or (isinstance(value, float) and not 0 < value < 1):
-        raise ValueError("must be a count (an integer from 0), or a share between 0 and 1")
-    return value
-
-
 class _Section(BaseModel):
+    # Frozen: the config is checked as a whole, and a later change would not be.
     # Strict: a quoted number, or 1.0 for a count, is a mistake in the file and not a value.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ModelSection(_Section):
-    """Which model is trained.
+    """The model to train.
 
     Attributes:
-        config: the model's config as transformers knows it: a mapping, the path of a
-            `config.json`, or a local model folder. Weights that lie in the folder are loaded; else
-            they are random.
-        attn_implementation: what transformers is told under the same name.
-        trust_remote_code: a folder that carries its own model class may run its code.
-        attach: the model only reads (`mrope.hf.attach`); needs `rope.vision`. With `rope.enabled:
-            false` it has no effect: the model computes for itself.
+        config: the model's config in transformers' form: a mapping, the path of a `config.json`,
+            or a local model folder. Weights in the folder are loaded; otherwise they are random.
+        attn_implementation: passed to transformers.
+        trust_remote_code: allow a folder with a model class of its own to run its code.
+        attach: attach the model (`mrope.hf.attach`); requires `rope.vision`. No effect with
+            `rope.enabled: false`: the model then computes positions itself.
     """
 
     config: Annotated[dict[str, Any] | str, BeforeValidator(_model_config)]
@@ -117,11 +111,11 @@ Sides = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_len
 
 
 class ShapeSection(_Section):
-    """What a synthetic row is made of; it is filled up with text.
+    """The shape of synthetic rows, which are filled up with text.
 
     Attributes:
         width: tokens of a row.
-        images, videos: how many of each.
+        images, videos: number of each in a row.
         image, frame: height and width of an image, and of a clip's frame, in patches.
         frames: temporal patches of each clip.
     """
@@ -135,19 +129,19 @@ class ShapeSection(_Section):
 
 
 class DataSection(_Section):
-    """Which rows it is trained on.
+    """The rows to train on.
 
     Attributes:
-        source: "demo" (photographs from packages), "synthetic" (made up, to measure with), a folder
+        source: "demo" (photographs from packages), "synthetic" (random, to measure with), a folder
             written by `Dataset.save_to_disk`, a `.parquet` or a `.jsonl` file.
         shape: of the rows of "synthetic".
-        rows: rows of the demo to make; for another source, how many of its first rows are used.
+        rows: rows of the demo to make; for another source, use only so many of its first rows.
             None: 80 of the demo, all of another source.
-        processor: folder with the tokenizer, and the image processor's settings, for rows that are
+        processor: folder with the tokenizer and the image processor's settings, for rows that are
             not tokenized yet. None: the model's folder, or the demo's own.
-        min_pixels, max_pixels: what the image processor scales every image and frame into; None: as
-            the processor has it.
-        fps: frames per second of the clips of rows that do not say it themselves.
+        min_pixels, max_pixels: limits that the image processor scales every image and frame into;
+            None: the processor's own.
+        fps: frames per second of clips in rows without an `fps` column.
     """
 
     source: Annotated[str, AfterValidator(_data_source)] = DEMO
@@ -159,18 +153,19 @@ class DataSection(_Section):
     fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
 
     @model_validator(mode="after")
-    def _synthetic_rows_have_a_shape(self) -> Self:
+    def _shape_is_of_synthetic_rows(self) -> Self:
         if (self.source == SYNTHETIC) != (self.shape is not None):
-            raise ValueError(f"data.shape belongs to data.source: {SYNTHETIC}, and only to it")
+            raise ValueError(
+                f"data.shape is required with data.source: {SYNTHETIC}, and refused with any other"
+            )
         return self
 
 
 class DataLoaderSection(_Section):
     """Arguments of `torch.utils.data.DataLoader`.
 
-    With `num_workers: 0` the last three have no meaning and are not passed on. `max_tokens` is no
-    argument of it: batches are filled up to so many tokens by a `TokenBudgetSampler`, and
-    `batch_size` has no meaning then.
+    With `num_workers: 0` the last three are ignored. `max_tokens` is our own: a
+    `TokenBudgetSampler` fills batches up to so many tokens, and `batch_size` is ignored.
     """
 
     batch_size: Annotated[int, Field(ge=1)] = 4
@@ -183,17 +178,17 @@ class DataLoaderSection(_Section):
 
 
 class RopeSection(_Section):
-    """Whether the workers number the tokens, and by which release's rule.
+    """What the collator computes in the workers, and by which release's rule.
 
     Attributes:
-        enabled: False: the batch is left alone, and the model computes for itself.
+        enabled: False: use the inner collate function alone; the model computes positions itself.
         reference: a key of `REFERENCES`, or "auto"; see `resolve_reference`.
-        vision: the vision tower's tensors are computed in the workers too.
-        packing: "flatten" brings the examples of a batch into one row without padding.
-        layout: "batch" puts the batch on dim 0 of `position_ids`; see `mrope.collate.layouts`.
-        pad_to_multiple_of: a flattened row is filled up to a multiple of this.
-        on_error: "skip" drops the examples that cannot be collated; see `mrope.collate.skip_bad`.
-        rejects: JSON-lines file that gets a line for each of them.
+        vision: compute the vision tower's tensors too.
+        packing: "flatten": join the examples of a batch into one row without padding.
+        layout: "batch": put the batch on dim 0 of `position_ids`; see `mrope.collate.layouts`.
+        pad_to_multiple_of: fill a flattened row up to a multiple of this.
+        on_error: "skip": drop examples that cannot be collated; see `mrope.collate.skip_bad`.
+        rejects: path of the JSON-lines files that record them; see `SkipBad`.
         max_rejects: stop after more than so many in a worker, or than this share of its examples.
     """
 
@@ -202,33 +197,44 @@ class RopeSection(_Section):
     vision: bool = False
     packing: Literal["flatten"] | None = None
     layout: Literal["model", "batch"] = "model"
-    pad_to_multiple_of: Annotated[int, Field(ge=1)] = 1
+    pad_to_multiple_of: int = 1
     on_error: Literal["raise", "skip"] = "raise"
     rejects: Annotated[str, AfterValidator(_resolved)] | None = None
-    max_rejects: Annotated[int | float, AfterValidator(_count_or_share)] | None = None
+    max_rejects: int | float | None = None
 
     @model_validator(mode="after")
-    def _only_flattened_rows_are_filled_up(self) -> Self:
+    def _options_fit(self) -> Self:
         if self.pad_to_multiple_of != 1 and self.packing is None:
             raise ValueError("rope.pad_to_multiple_of needs rope.packing: flatten")
-        return self
-
-    @model_validator(mode="after")
-    def _rejects_are_of_skipping(self) -> Self:
         for name in ("rejects", "max_rejects"):
             if getattr(self, name) is not None and self.on_error != "skip":
                 raise ValueError(f"rope.{name} needs rope.on_error: skip")
+        # Both check their own values, and raise ValueError.
+        self.flatten()
+        self.skip_bad()
         return self
+
+    def flatten(self, pad_token_id: int = 0) -> Flatten | None:
+        """Return the collator's options of packing; None: batches stay padded."""
+        if self.packing is None:
+            return None
+        return Flatten(self.pad_to_multiple_of, pad_token_id)
+
+    def skip_bad(self) -> Literal["raise"] | SkipBad:
+        """Return the collator's options for bad examples."""
+        if self.on_error == "raise":
+            return "raise"
+        return SkipBad(rejects=self.rejects, max_rejects=self.max_rejects)
 
 
 class TrainSection(_Section):
-    """The loop.
+    """The training loop.
 
     Attributes:
-        steps: optimizer steps; the data is gone through as often as they need.
-        seed: of the weights, the order of the rows, and the demo's rows.
+        steps: optimizer steps; rows are repeated epoch after epoch as needed.
+        seed: of random weights, the order of the rows, and the demo's rows.
         lr, weight_decay: of AdamW.
-        device: "auto" is CUDA where there is one.
+        device: "auto" is CUDA if torch sees a device.
         dtype: of the weights.
         log_file: file for one JSON line per step.
     """
@@ -243,7 +249,7 @@ class TrainSection(_Section):
 
 
 class Config(_Section):
-    """A whole training config; made by `load_config`. Its paths are absolute or seen from here."""
+    """A whole training config, as `load_config` returns it; its paths can be opened as they are."""
 
     model: ModelSection
     data: DataSection = DataSection()
@@ -252,22 +258,22 @@ class Config(_Section):
     train: TrainSection = TrainSection()
 
     @model_validator(mode="after")
-    def _attached_models_need_the_stage(self) -> Self:
+    def _attach_needs_vision(self) -> Self:
         if self.model.attach and self.rope.enabled and not self.rope.vision:
             raise ValueError("model.attach: true needs rope.vision: true")
         return self
 
     @model_validator(mode="after")
-    def _budgets_are_for_flattened_rows(self) -> Self:
+    def _max_tokens_needs_packing(self) -> Self:
         if self.dataloader.max_tokens is not None and self.rope.packing is None:
             raise ValueError("dataloader.max_tokens needs rope.packing: flatten")
         return self
 
     def spec(self) -> MRopeSpec:
-        """Return the spec of the model under the chosen reference; transformers is not imported.
+        """Return the spec of the model under the chosen reference, without transformers.
 
         Raises:
-            ConfigError: the model's config is not one of a known family, or not whole.
+            ConfigError: the model's config is of no known family, or lacks values.
         """
         try:
             return MRopeSpec.from_config(self.model.config, self.rope.reference)
@@ -275,10 +281,10 @@ class Config(_Section):
             raise ConfigError(f"model.config: {error}") from error
 
     def vision_spec(self) -> VisionSpec | None:
-        """Return the spec of the vision tower where its tensors are asked for, else None.
+        """Return the spec of the vision tower; None with `rope.vision: false`.
 
         Raises:
-            ConfigError: mrope does not know the tower, or its config is not whole.
+            ConfigError: the tower is unknown, or its config lacks values.
         """
         if not self.rope.vision:
             return None

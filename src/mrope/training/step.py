@@ -1,4 +1,4 @@
-"""One training step: batches, copies to the device, forward, backward, optimizer."""
+"""Run training steps: fetch a batch, copy it to the device, forward, backward, optimizer."""
 
 from __future__ import annotations
 
@@ -12,38 +12,51 @@ from torch.utils.data import DataLoader
 
 from mrope.collate.layouts import to_model_layout
 from mrope.errors import MRopeError
-from mrope.guard.sync_guard import SyncGuard
+from mrope.guard import SyncGuard
 from mrope.prepare.sampler import TokenBudgetSampler
 from mrope.training.result import Step
 
 
 def guarded_step(model: torch.nn.Module, batch: Mapping[str, Any]) -> SyncGuard:
-    """Return the guard of one step, forward and backward; gradients are set anew."""
+    """Run forward and backward of one step under a guard, and return the guard.
+
+    Gradients are reset first and stay set; no optimizer runs.
+    """
     model.zero_grad()
     with SyncGuard() as guard:
         model(**batch).loss.backward()
     return guard
 
 
-def _steps(
+def train_steps(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     loader: DataLoader[Any],
     count: int,
     device: torch.device,
 ) -> Iterator[Step]:
-    """Train for `count` steps and yield each when it is done."""
+    """Train for `count` steps, and yield each when it is done.
+
+    Args:
+        model: in training mode, on `device`.
+        optimizer: of the model's parameters.
+        loader: as `make_loader` makes it; read again from the start when it is exhausted.
+        count: number of optimizer steps.
+        device: where batches are copied.
+    """
     batches = endless(loader)
     for number in range(1, count + 1):
         start = time.perf_counter()
         batch, worker = next(batches)
         data_seconds = time.perf_counter() - start
+        # Counted before the copy: on the device it would sync. Flattened batches have no mask.
         mask = batch.get("attention_mask")
         tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
         attached = "position_ids" in batch
         batch = to_device(batch, device)
         start = time.perf_counter()
         loss = model(**batch).loss
+        # CUDA runs behind the host: without this only the launches would be timed.
         finish(device)
         forward_seconds = time.perf_counter() - start
         loss.backward()
@@ -53,7 +66,10 @@ def _steps(
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return the batch as a model takes it, its tensors on the device; ints stay on the host."""
+    """Return the batch in model layout, with its tensors on the device.
+
+    Ints, bools and lists stay on the host, where attached models read them without a sync.
+    """
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in to_model_layout(batch).items()
@@ -61,20 +77,26 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def endless(loader: DataLoader[Any]) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield batches and the process that made each, pass after pass."""
-    for number in itertools.count():
+    """Yield batches, each with the id of the process that made it, epoch after epoch."""
+    for epoch in itertools.count():
         if isinstance(loader.batch_sampler, TokenBudgetSampler):
-            loader.batch_sampler.set_epoch(number)
+            # Unlike torch's own shuffling, its order depends on the epoch alone.
+            loader.batch_sampler.set_epoch(epoch)
         yield from loader
 
 
 def finish(device: torch.device) -> None:
-    """Wait for a CUDA device to be done; others are."""
+    """Block until a CUDA device is done; other devices run in step with the host."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """Return the device that `train.device` names; "auto" is CUDA if torch sees one.
+
+    Raises:
+        MRopeError: "cuda", and torch sees none.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Made-up rows of a given shape, to measure a training step with: `data.source: synthetic`."""
+"""Random rows of a given shape, to measure training steps with: `data.source: synthetic`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ if TYPE_CHECKING:
     from mrope.training.sections import ShapeSection
 
 _CHANNELS = 3
+# Ids of text are random from 10 to here, below every special token's of the bench configs.
 _VOCABULARY = 100
 
 
 class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
-    """Rows that are all alike but for their text: images, clips, then text up to a width.
+    """Rows that differ only in their text: images, clips, then random text up to a width.
 
     Args:
-        spec: the model's numbers.
+        spec: of the model.
         shape: how many images and clips a row has, of what size, and its tokens.
         rows: length of the dataset.
-        patch_values: channels x frames x height x width of one patch.
-        dtype: of the pixels, which are random and the same in every row.
+        patch_values: values of one patch: channels x frames x height x width.
+        dtype: of the pixels, which are random, and the same in every row.
 
     Raises:
         MRopeError: the images and clips do not fit into the width.
@@ -60,16 +61,18 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
             if count:
                 patches = count * grid[0] * grid[1] * grid[2]
                 self.columns[name] = torch.tensor([grid] * count)
+                # Made once: drawing millions of values for each row would be what is measured.
                 self.columns[pixels] = torch.randn(patches, patch_values).to(dtype)
 
     def __len__(self) -> int:
         return self.rows
 
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Return the tokens of each row, (N,)."""
+        """Return the number of tokens of each row, int64 (N,)."""
         return np.full(len(self), len(self.template) + self.text)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        # Seeded by the index, so that a row is the same in every worker and every epoch.
         generator = torch.Generator().manual_seed(index)
         text = torch.randint(10, _VOCABULARY, (self.text,), generator=generator)
         input_ids = torch.cat([torch.tensor(self.template), text])
@@ -83,13 +86,13 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
 
 
 def patch_values(vision_config: Any) -> int:
-    """Return how many values one patch has, from a live vision config."""
+    """Return the number of values of one patch, from a live vision config."""
     size: int = _CHANNELS * vision_config.temporal_patch_size * vision_config.patch_size**2
     return size
 
 
 def _tokens(spec: MRopeSpec, image: list[int], clip: list[int], shape: ShapeSection) -> list[int]:
-    """Return a row's images and clips, each span behind a vision start marker."""
+    """Return the token ids of a row's images and clips, each span after a vision start token."""
     frames = [[1, *clip[1:]]] * clip[0] if spec.family_row.frames_apart else [clip]
     spans = [(spec.image_token_id, image)] * shape.images
     spans += [(spec.video_token_id, frame) for _ in range(shape.videos) for frame in frames]

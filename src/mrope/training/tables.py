@@ -1,18 +1,15 @@
-"""The tables that a training run ends with."""
+"""Tables printed at the end of a training run."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from mrope.training.result import TrainResult
+from mrope.training.result import TrainResult
 
 
-def one_run(result: TrainResult) -> Group:
-    """Return the table of one run: a line for each step, then what it took."""
+def table_of_run(result: TrainResult) -> Group:
+    """Return the table of one run: a line for each step, then a summary."""
     table = Table("step", "loss", "tokens", "data ms", "forward ms")
     for step in result.steps:
         table.add_row(
@@ -25,21 +22,21 @@ def one_run(result: TrainResult) -> Group:
     return Group(table, _summary([result]))
 
 
-def equal_losses(on: TrainResult, off: TrainResult, tolerance: float) -> int:
+def count_equal_losses(on: TrainResult, off: TrainResult, tolerance: float) -> int:
     """Return how many losses of two runs differ by no more than `tolerance`."""
     return sum(
         abs(one - other) <= tolerance for one, other in zip(on.losses, off.losses, strict=True)
     )
 
 
-def two_runs(on: TrainResult, off: TrainResult, tolerance: float = 0.0) -> Group:
+def table_of_two_runs(on: TrainResult, off: TrainResult, tolerance: float = 0.0) -> Group:
     """Return both runs side by side, and how many losses are equal within `tolerance`."""
     table = Table("step", "tokens", "loss on", "loss off", "equal?")
     for one, other in zip(on.steps, off.steps, strict=True):
         difference = abs(one.loss - other.loss)
         mark = "[green]yes[/]" if difference <= tolerance else f"[red]no, by {difference:.3g}[/]"
         table.add_row(str(one.step), str(one.tokens), f"{one.loss:.6f}", f"{other.loss:.6f}", mark)
-    equal = equal_losses(on, off, tolerance)
+    equal = count_equal_losses(on, off, tolerance)
     exactness = f"within {tolerance:g}" if tolerance else "to the last bit"
     verdict = f"{equal} of {len(on.steps)} losses are equal {exactness}"
     colour = "green" if equal == len(on.steps) else "red"
@@ -47,12 +44,13 @@ def two_runs(on: TrainResult, off: TrainResult, tolerance: float = 0.0) -> Group
 
 
 def source_of_positions(result: TrainResult) -> str:
-    """Say where the positions of a run came from, as it was counted and not as it was meant."""
+    """Describe where the position ids of a run were computed, by what was counted in the run."""
     calls = result.rope_index_calls
     if calls is None:
         inside = "model.forward, not counted: the model has no get_rope_index"
     else:
         inside = f"model.forward, {calls} calls of get_rope_index"
+    # From the batches, not the config: a collator that is never called attaches nothing.
     pids = sorted({step.worker for step in result.steps if step.attached})
     if not pids:
         return inside
@@ -64,7 +62,7 @@ def source_of_positions(result: TrainResult) -> str:
 def _summary(results: list[TrainResult]) -> Table:
     table = Table("", *(f"rope {'on' if result.rope_enabled else 'off'}" for result in results))
     table.add_row("positions from", *map(source_of_positions, results))
-    table.add_row("host waits in a step", *(str(result.waits) for result in results))
+    table.add_row("host syncs in a step", *(str(result.syncs) for result in results))
     table.add_row("data, median ms", *(_ms(result.data_median) for result in results))
     table.add_row("forward, median ms", *(_ms(result.forward_median) for result in results))
     table.add_row("parameters", *(f"{result.parameters:,}" for result in results))

@@ -1,4 +1,4 @@
-"""What the demo trains on: photographs that packages carry, and a tokenizer made from a text here.
+"""The demo's data: photographs that packages ship, and a tokenizer trained on the text here.
 
-An edge of the package: it needs the `train` extra. All of it runs in the main process.
+Needs the `train` extra. All of it runs in the main process.
 """

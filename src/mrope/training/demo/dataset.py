@@ -1,7 +1,7 @@
-"""The demo's rows: conversations about photographs that scikit-image and scikit-learn carry.
+"""The demo's rows: conversations about photographs that scikit-image and scikit-learn ship.
 
-No row is downloaded: each photograph named here lies inside a wheel. Rows differ in what a batch
-must cope with: one image, several, a clip, an image and a clip, text alone.
+Nothing is downloaded: each photograph named here is a file of an installed package. Rows are of the
+five kinds that a batch can mix: one image, several, a clip, an image and a clip, text alone.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ CAPTIONS = {
     "flower.jpg": "An orange flower with many petals stands before dark leaves.",
 }
 _DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
-# Sides in pixels. Small, since the demo has to be quick on two cores.
+# Limits of an image's longer side in pixels: small, so that the demo is quick on two cores.
 _SMALLEST, _LARGEST = 64, 144
 
 
 class _Turn(NamedTuple):
-    """One exchange, and what is shown in it."""
+    """A question and its answer, with the images and clips that the question shows."""
 
     question: str
     answer: str
@@ -40,17 +40,18 @@ class _Turn(NamedTuple):
 
 
 def photographs(rows: int, seed: int = 0) -> datasets.Dataset:
-    """Return the demo's rows; the same for the same arguments.
+    """Make the demo's rows; equal arguments give equal rows.
 
     Args:
-        rows: how many. Any five in a row hold one of each kind.
+        rows: number of rows. Any five adjacent ones are of the five kinds.
         seed: of the crops, the captions' order and the clips' lengths.
 
     Returns:
         A dataset in memory with the columns `messages` (roles, and items of text, image or video in
         order), `images` (PIL images), `videos` (lists of frames) and `fps` (frames per second of
-        the row's clips; null where there are none).
+        the row's clips; null without clips).
     """
+    # Seeded by seed and index, so that a row does not depend on how many are made.
     made = [_row(index, random.Random(f"{seed} {index}")) for index in range(rows)]
     return datasets.Dataset.from_list(made, features=_features())
 
@@ -125,12 +126,12 @@ _KINDS: tuple[Callable[[random.Random], _Turn], ...] = (
 
 
 def _fps(rng: random.Random) -> float:
-    # Three frames a second put two thirds of a second between two layers of a clip: a fraction.
+    # At 3 frames a second, a pair of frames lasts 2/3 s: a case that float32 cannot hold exactly.
     return rng.choice([2.0, 3.0, 4.0])
 
 
 def _crop(name: str, rng: random.Random) -> Image.Image:
-    """Return a random part of a photograph, scaled to a random small size of its shape."""
+    """Return a random part of a photograph, scaled down with its aspect ratio kept."""
     photo = _photograph(name)
     share = rng.uniform(0.5, 1.0)
     width, height = int(photo.width * share), int(photo.height * share)
@@ -141,22 +142,23 @@ def _crop(name: str, rng: random.Random) -> Image.Image:
 
 
 def _pan(name: str, direction: str, rng: random.Random) -> list[Image.Image]:
-    """Return the frames of a clip: a window that moves over a photograph, 3 to 8 frames."""
+    """Return the 3 to 8 frames of a clip: a window that moves across a photograph."""
     photo = _photograph(name)
     frames = rng.randint(3, 8)
     width, height = photo.width // 2, photo.height // 2
     across, down = _DIRECTIONS[direction]
     made = []
     for number in range(frames):
-        # From -1 to 1 along the way, so that the window goes from one border to the other.
-        way = 2 * number / (frames - 1) - 1
-        left = (photo.width - width) / 2 * (1 + across * way)
-        top = (photo.height - height) / 2 * (1 + down * way)
+        # From -1 to 1, so that the window moves from one border of the photograph to the other.
+        progress = 2 * number / (frames - 1) - 1
+        left = (photo.width - width) / 2 * (1 + across * progress)
+        top = (photo.height - height) / 2 * (1 + down * progress)
         frame = photo.crop((int(left), int(top), int(left) + width, int(top) + height))
         made.append(frame.resize((96, 96 * height // width)))
     return made
 
 
+# Decoding takes longer than cropping, and every photograph is used many times.
 @cache
 def _photograph(name: str) -> Image.Image:
     if name.endswith(".jpg"):

@@ -1,8 +1,8 @@
-"""From conversations to columns: what a Qwen processor does, without torchvision.
+"""Turn conversations into columns, as a Qwen processor does, without torchvision.
 
-transformers' own processors of these families cannot be built where torchvision is missing, since
-they hold a video processor that needs it. The image processor has a PIL twin; it is used here for
-images and, frame by frame, for clips. The expansion of placeholders is written out below.
+transformers' own processors of these families cannot be built without torchvision, since they hold
+a video processor that needs it. Its PIL image processor is used here for images and, frame by
+frame, for clips. Placeholders are expanded here.
 
 Shape suffixes: F frames, N temporal positions (pairs of frames), P patches of a frame, C channels,
 X pixels of a patch in one channel.
@@ -40,11 +40,11 @@ class Processing:
     """Turn one row of `messages`, `images`, `videos` and `fps` into the columns of a batch.
 
     Attributes:
-        spec: the model's numbers.
-        tokenizer: has the Qwen special tokens under the ids of the spec, and a chat template.
+        spec: of the model.
+        tokenizer: with Qwen's special tokens under the ids of the spec, and a chat template.
         image_processor: cuts images into the model's patches.
-        fps: frames per second of the clips of a row that does not say it.
-        folder: where relative paths of pictures start.
+        fps: frames per second of clips in rows without `fps`.
+        folder: what relative paths of pictures are relative to.
     """
 
     spec: MRopeSpec
@@ -54,10 +54,11 @@ class Processing:
     folder: Path = Path()
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        """Return the row's columns; those of a modality that it does not have are empty.
+        """Return the row's columns; those of a modality that it lacks are empty.
 
         Raises:
-            MRopeError: placeholders and pictures do not fit together, or a picture cannot be read.
+            MRopeError: the row's messages and pictures differ in number, or a picture cannot be
+                read.
         """
         try:
             return self._columns(row)
@@ -65,7 +66,7 @@ class Processing:
             raise MRopeError(f"row {index} of the dataset: {error}") from error
 
     def features(self) -> datasets.Features:
-        """Return the types of the columns, as `Dataset.map` takes them."""
+        """Return the types of the columns, for `Dataset.map`."""
         processor = self.image_processor
         width = _CHANNELS * processor.temporal_patch_size * processor.patch_size**2
         tokens = datasets.List(datasets.Value("int64"))
@@ -87,12 +88,14 @@ class Processing:
         fps = row.get("fps") or self.fps
         pixel_values, image_grid_thw = self._patches(images)
         pixel_values_videos, video_grid_thw = self._clip_patches(clips)
+        # Placeholders are expanded in the text, so that the tokenizer sees the whole of it once.
         text = self.tokenizer.apply_chat_template(_messages(row), tokenize=False)
         text = _expand(text, IMAGE, [self._tokens(grid) * IMAGE for grid in image_grid_thw])
         text = _expand(text, START + VIDEO + END, [self._clip(g, fps) for g in video_grid_thw])
         columns = self._token_columns(text)
         columns |= {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
         columns |= {"pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw}
+        # Other families' forwards do not know the key.
         if self.spec.family_row.timed:
             seconds = self.image_processor.temporal_patch_size / fps
             columns["second_per_grid_ts"] = [seconds] * len(clips)
@@ -104,7 +107,7 @@ class Processing:
         return {
             "input_ids": ids,
             "attention_mask": np.ones_like(ids),
-            "labels": np.where(types == 0, ids, -100),
+            "labels": np.where(types == 0, ids, -100),  # -100: ignored by the loss
             "mm_token_type_ids": types,
         }
 
@@ -124,19 +127,20 @@ class Processing:
     def _one_clip(self, frames: Sequence[Image.Image]) -> tuple[Pixels, Grids]:
         """Return the patches of one clip and its grid, (1, 3).
 
-        A patch of a clip holds `temporal_patch_size` frames. The image processor fills all of its
-        temporal places with one picture; so each frame is processed as a picture, and then the
-        first place is taken from the first frame of a group, the second from the second. A last
-        group that is not full repeats the last frame.
+        A patch of a clip holds `temporal_patch_size` frames, one per temporal slot. The image
+        processor fills all slots with the same picture. So every frame is processed as a picture,
+        and slot k of a group is then taken from the group's frame k. An incomplete last group
+        repeats the last frame.
         """
         depth = self.image_processor.temporal_patch_size
         padded = [*frames, *[frames[-1]] * (-len(frames) % depth)]
         pixels, grids = self._patches(padded)
         groups, height, width = len(padded) // depth, *grids[0, 1:]
         pixels_NFPCFX = pixels.reshape(groups, depth, height * width, _CHANNELS, depth, -1)
-        place = np.arange(depth)
-        # The two picked axes come first: (frame, group, P, C, X); the place goes behind C.
-        clip_FNPCX = pixels_NFPCFX[:, place, :, :, place]
+        slot = np.arange(depth)
+        # numpy puts the axis of two separated index arrays first: (F, N, P, C, X). It goes back
+        # behind C, where the model expects the slots of a patch.
+        clip_FNPCX = pixels_NFPCFX[:, slot, :, :, slot]
         clip = np.moveaxis(clip_FNPCX, 0, 3).reshape(groups * height * width, -1)
         return clip, np.array([[groups, height, width]], np.int64)
 
@@ -144,12 +148,12 @@ class Processing:
         return int(grid.prod()) // self.spec.spatial_merge_size**2
 
     def _clip(self, grid: npt.NDArray[np.int64], fps: float) -> str:
-        """Return what stands for a clip: one span, or a span for each pair of frames, timed."""
+        """Return the text of a clip: one span, or a span with its time for each group of frames."""
         if not self.spec.family_row.frames_apart:
             return START + VIDEO * self._tokens(grid) + END
         span = START + VIDEO * self._tokens(grid[1:]) + END
         depth = self.image_processor.temporal_patch_size
-        # The time of a group is the mean of its first and its last frame's.
+        # The time of a group is the mean of the times of its first and last frame.
         times = [(depth * number + (depth - 1) / 2) / fps for number in range(grid[0])]
         return "".join(f"<{time:.1f} seconds>{span}" for time in times)
 
@@ -164,21 +168,22 @@ def build_processing(
     fps: float = 2.0,
     pictures: Path = Path(),
 ) -> Processing:
-    """Return the processing that fits a model.
+    """Build the processing of a model's rows.
 
     Args:
-        spec: the model's numbers.
-        model_config: the live config; its vision tower's patch sizes are used.
-        folder: folder with a tokenizer and, where it has one, a `preprocessor_config.json`. None:
-            the demo's tokenizer and the image processor's defaults.
-        min_pixels, max_pixels: as in the config's `data` section.
-        fps: likewise.
-        pictures: where relative paths of pictures start.
+        spec: of the model.
+        model_config: its live config, for the patch sizes of the vision tower.
+        folder: folder with a tokenizer and optionally a `preprocessor_config.json`. None: the
+            demo's tokenizer and the image processor's defaults.
+        min_pixels, max_pixels, fps: as in the config's `data` section.
+        pictures: folder that relative paths of pictures are relative to.
 
     Raises:
-        MRopeError: the tokenizer and the model's config do not fit together.
+        MRopeError: the tokenizer is not that of the model.
     """
     vision = model_config.vision_config
+    # From the model's config: a preprocessor_config.json of another model would cut patches that
+    # the tower cannot take.
     sizes: dict[str, Any] = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
@@ -194,7 +199,7 @@ def build_processing(
         "longest_edge": max_pixels or processor.size["longest_edge"],
     }
     tokenizer = _tokenizer(source)
-    _check(tokenizer, spec, model_config.get_text_config().vocab_size)
+    _check_tokenizer(tokenizer, spec, model_config.get_text_config().vocab_size)
     return Processing(spec, tokenizer, processor, fps, pictures)
 
 
@@ -206,7 +211,8 @@ def _tokenizer(folder: Path | None) -> Any:
     return tokenizer
 
 
-def _check(tokenizer: Any, spec: MRopeSpec, vocab_size: int) -> None:
+def _check_tokenizer(tokenizer: Any, spec: MRopeSpec, vocab_size: int) -> None:
+    """Raise if the ids of special tokens or the vocabulary are not those of the model."""
     wanted = {
         IMAGE: spec.image_token_id,
         VIDEO: spec.video_token_id,
@@ -217,7 +223,7 @@ def _check(tokenizer: Any, spec: MRopeSpec, vocab_size: int) -> None:
         if found != id_:
             raise MRopeError(
                 f"the tokenizer has {token} as {found}, but the model's config says {id_}: "
-                "they are not of one model"
+                "they belong to different models"
             )
     if len(tokenizer) > vocab_size:
         raise MRopeError(
@@ -226,7 +232,7 @@ def _check(tokenizer: Any, spec: MRopeSpec, vocab_size: int) -> None:
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the row's messages without the nulls that a table's columns put into its items."""
+    """Return the row's messages without nulls: in a table every item has the keys of all items."""
     return [
         {**message, "content": [_without_nulls(item) for item in message["content"]]}
         if not isinstance(message["content"], str)
@@ -240,6 +246,11 @@ def _without_nulls(item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _expand(text: str, placeholder: str, expanded: Sequence[str]) -> str:
+    """Replace each placeholder in a text by its own expansion.
+
+    Raises:
+        MRopeError: placeholders and expansions differ in number.
+    """
     parts = re.split(re.escape(placeholder), text)
     if len(parts) - 1 != len(expanded):
         kind = "images" if placeholder == IMAGE else "videos"
@@ -257,7 +268,7 @@ def _frames(value: Any, folder: Path) -> list[Image.Image]:
         )
     frames = [_picture(frame, folder) for frame in value]
     if len({frame.size for frame in frames}) != 1:
-        raise MRopeError("the frames of a video must be there and of one size")
+        raise MRopeError("a video must have frames, all of one size")
     return frames
 
 

@@ -1,4 +1,4 @@
-"""A small tokenizer with Qwen's special tokens, trained on the text that lies beside this file."""
+"""Train a small tokenizer with Qwen's special tokens, on the text in this folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# The order gives the ids, which the configs under configs/ name.
+# Their order determines their ids, which the configs under configs/ repeat.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -40,13 +40,13 @@ CHAT_TEMPLATE = r"""
 
 
 def corpus() -> list[str]:
-    """Return the paragraphs of the text that the package ships."""
+    """Return the paragraphs of the demo's text."""
     text = files("mrope.training.demo").joinpath("corpus.txt").read_text(encoding="utf-8")
     return text.strip().split("\n\n")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE of `VOCABULARY` entries; the special tokens have the ids 0 to 6."""
+    """Train a byte-level BPE of `VOCABULARY` entries, with the special tokens under ids 0 to 6."""
     import transformers
 
     tokenizer = Tokenizer(models.BPE())
