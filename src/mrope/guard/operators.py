@@ -43,7 +43,7 @@ class Operators(TorchDispatchMode):
     def _place(self, func: Any, inputs: list[torch.Tensor], result: Any) -> None:
         name = func.overloadpacket.__name__
         if name == "copy_":
-            return  # its target stays where it is
+            return  # its target does not move
         if name == "lift_fresh":
             # A tensor of Python numbers. As an index of a device tensor it is moved there, except
             # for a single number.

@@ -63,7 +63,7 @@ def present_frames() -> Iterator[tuple[str, int, str]]:
 def innermost(frames: Frames) -> tuple[str, int, str]:
     """Return file, line and function of the innermost frame outside torch.
 
-    A shared helper of transformers, such as a mask builder, says little without its caller: the
+    A shared helper of transformers, such as a mask builder, means little without its caller: the
     function then also names the innermost frame in a modelling file.
     """
     visible = [frame for frame in frames if not frame[0].startswith(_HIDDEN)]

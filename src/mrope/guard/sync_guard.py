@@ -64,11 +64,13 @@ class SyncGuard:
             raise MRopeError(
                 "this SyncGuard watches a block already; make another for a block in it"
             )
+        # A guard may be used for one block after another; each counts anew.
         self._found.clear()
         with contextlib.ExitStack() as stack:
             if cuda_debug.is_used():
                 stack.enter_context(cuda_debug.reporting(self.found, self.mode))
             else:
+                # A nested guard shares the watch of the outer one, so that both agree on places.
                 calls = outer_calls() or stack.enter_context(watching())
                 raises = self.mode == "error"
                 stack.enter_context(calls.reporting(self.found, raises=raises, host=self._declared))

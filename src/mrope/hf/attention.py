@@ -1,6 +1,6 @@
 """Attention of attached models: towers attend within segments, text layers under a mask.
 
-Whatever depends on the attention implementation is decided here: `host_segments` and
+Everything that depends on the attention implementation is decided here: `host_segments` and
 `attend_within` for towers, `causal_mask` and `packed_mask` for text models.
 
 A segment is what a tower attends within: an image, a frame of a clip, a window of Qwen2.5-VL, a

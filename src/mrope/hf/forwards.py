@@ -149,7 +149,7 @@ def token_embeddings(self: Any, inputs: Tensors) -> torch.Tensor:
     """Remove ids or embeddings from `inputs`, and return embeddings, (B, S, hidden).
 
     Raises:
-        ValueError: `inputs` has both or neither, as transformers' own forward says it.
+        ValueError: `inputs` has both or neither; transformers' own forward raises the same.
     """
     embeds = inputs.pop("inputs_embeds", None)
     input_ids = inputs.pop("input_ids", None)

@@ -1,6 +1,7 @@
-"""The installed transformers' `get_rope_index`, called on an object with a config alone.
+"""Call the installed transformers' own `get_rope_index`, without building a model.
 
-What `mrope` must equal: the parity tests and `mrope bench positions` call it, nothing in a worker.
+`mrope.rope_index` must equal it. Parity tests, `mrope check` and `mrope bench positions` call it;
+nothing in a worker does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import transformers
 from mrope.spec.references import resolve_reference
 from mrope.spec.spec import MRopeSpec
 
-# Methods that transformers' functions call on the model.
+# Methods of the model that its `get_rope_index` calls, in one release or another.
 _CALLED = (
     "get_vision_position_ids",
     "get_llm_pos_ids_for_vision",
@@ -31,15 +32,15 @@ _CALLED = (
 
 
 def installed_reference() -> str:
-    """Return the name of the reference that the installed transformers is."""
+    """Return the name of the reference that the installed transformers follows."""
     return resolve_reference("auto", transformers.__version__)
 
 
 def reference_class(family: str) -> Any:
-    """Return transformers' own model class whose function numbers `family`.
+    """Return transformers' own model class whose `get_rope_index` is the rule of `family`.
 
-    aero_realtime, and where a release does not know it yet qwen3_5, are numbered by Qwen3-VL's
-    class: lmms-engine calls that function for both.
+    For aero_realtime, and for qwen3_5 in releases without it, that is the class of Qwen3-VL:
+    lmms-engine calls its function for both.
     """
     name = family.removesuffix("_thinker")
     if importlib.util.find_spec(f"transformers.models.{name}") is None:
@@ -56,14 +57,18 @@ def reference_class(family: str) -> Any:
 def reference_rope_index(
     spec: MRopeSpec, arguments: Mapping[str, Any]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return what the installed transformers computes.
+    """Compute position ids and rope deltas by the installed transformers.
 
     Args:
-        spec: the model's numbers; its reference is not looked at.
-        arguments: of `mrope.rope_index` by name, `mm_token_type_ids` among them: from 5.3 on
-            transformers needs it. Arrays go in as tensors, lists as they are.
+        spec: of the model; its reference is ignored.
+        arguments: of `mrope.rope_index` by name. `mm_token_type_ids` must be among them:
+            transformers requires it from 5.3 on. Arrays are converted to tensors.
+
+    Returns:
+        `position_ids` int64 (3, B, S) and `rope_deltas` int64 (B, 1).
     """
     model = reference_class(spec.family)
+    # Building a model would allocate its weights; the function only reads `self.config`.
     holder = _holder(spec)
     for name in _CALLED:
         function = inspect.getattr_static(model, name, None)
@@ -72,16 +77,17 @@ def reference_rope_index(
         elif function is not None:
             setattr(holder, name, types.MethodType(function, holder))
     tensors = {name: _tensor(value) for name, value in arguments.items()}
+    # Release 4.57 has no such parameter, and neither has the function of some custom rules.
     typed = spec.family_row.custom_index is None or "mm_token_type_ids" in spec.family_row.inputs
     if installed_reference() == "transformers-4.57" or not typed:
         tensors.pop("mm_token_type_ids", None)
     if "audio_seqlens" in spec.family_row.inputs:
-        # The thinkers' own name of the same numbers.
+        # The thinkers' own name for it.
         tensors["second_per_grids"] = tensors.pop("second_per_grid_ts", None)
     elif spec.tokens_per_second is None:
         tensors.pop("second_per_grid_ts", None)
     if spec.family_row.custom_index is not None:
-        # Counts for each row are ours, but for GLM-Image.
+        # `rope_index` takes counts per row, which transformers' functions lack except GLM-Image's.
         taken = inspect.signature(model.get_rope_index).parameters
         tensors = {name: value for name, value in tensors.items() if name in taken}
     position_ids, rope_deltas = model.get_rope_index(holder, **tensors)
@@ -89,7 +95,7 @@ def reference_rope_index(
 
 
 def _holder(spec: MRopeSpec) -> types.SimpleNamespace:
-    """Return what stands in for the model: its config, with a spec's numbers wherever they are."""
+    """Return an object with a model's config, which has a spec's values under all their names."""
     numbers = types.SimpleNamespace(
         spatial_merge_size=spec.spatial_merge_size,
         tokens_per_second=spec.tokens_per_second,
