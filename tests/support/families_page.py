@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mrope.hf.attach import ALL_READERS
+from mrope.hf.attach import FORWARDS
 from mrope.spec.families import FAMILIES, Family
 from mrope.spec.references import REFERENCES
-from mrope.towers.vision import VisionSpec
+from mrope.towers import VisionSpec
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "families.md"
@@ -95,7 +95,7 @@ def waits(name: str) -> str:
     if not rows:
         return "not counted"
     (row,) = rows
-    assert (row["attached"] is not None) == (name in ALL_READERS)
+    assert (row["attached"] is not None) == (name in FORWARDS)
     counts = (row["plain"], row["+ vision tensors"], row["attached"])
     return ", ".join("not attached" if count is None else str(count) for count in counts)
 
