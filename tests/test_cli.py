@@ -15,7 +15,7 @@ from rich.console import Console
 import mrope
 from mrope import MRopeError
 from mrope.bench.harness import make_console, make_table
-from mrope.check.explain import number, plot, show
+from mrope.check.explain import compute_positions, print_positions, save_plot
 from mrope.cli import main
 
 SAMPLE = ["text:3", "image:4x6", "text:2", "video:2x4x4"]
@@ -70,7 +70,7 @@ def test_explain_prints_every_token_of_a_short_sample(command: Command) -> None:
 
 
 def test_explain_gives_a_whole_clip_one_marker_where_frames_stand_together() -> None:
-    numbered = number(["video:3x4x4"], "qwen2_vl", "transformers-5.23")
+    numbered = compute_positions(["video:3x4x4"], "qwen2_vl", "transformers-5.23")
     assert numbered.kinds == ["start", *["video"] * 12]
     assert numbered.position_ids[0].tolist() == [0, *[1] * 4, *[2] * 4, *[3] * 4]
 
@@ -87,7 +87,7 @@ def test_explain_gives_a_whole_clip_one_marker_where_frames_stand_together() -> 
 def test_explain_follows_the_reference_and_the_seconds(
     reference: str, seconds: float | None, time: list[int], text: int
 ) -> None:
-    numbered = number(["video:3x4x4", "text:1"], "qwen2_5_vl", reference, seconds)
+    numbered = compute_positions(["video:3x4x4", "text:1"], "qwen2_5_vl", reference, seconds)
     assert numbered.position_ids[0, 1:13:4].tolist() == time
     assert numbered.position_ids[:, -1].tolist() == [text] * 3
 
@@ -105,7 +105,9 @@ def test_explain_shortens_long_spans_unless_asked_for_all(command: Command) -> N
 
 
 def test_explain_colours_the_kinds(capsys: pytest.CaptureFixture[str]) -> None:
-    show(number(SAMPLE, "qwen3_vl"), Console(force_terminal=True, color_system="standard"))
+    print_positions(
+        compute_positions(SAMPLE, "qwen3_vl"), Console(force_terminal=True, color_system="standard")
+    )
     out = capsys.readouterr().out
     assert re.search(r"\x1b\[36m[^\x1b]*image", out)
     assert re.search(r"\x1b\[35m[^\x1b]*video", out)
@@ -124,7 +126,7 @@ def test_explain_saves_a_picture(command: Command, tmp_path: Path) -> None:
 
 def test_a_picture_of_an_unknown_format_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(MRopeError, match="cannot write the plot .*rows.nope"):
-        plot(number(["text:1"], "qwen3_vl"), tmp_path / "rows.nope")
+        save_plot(compute_positions(["text:1"], "qwen3_vl"), tmp_path / "rows.nope")
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,7 @@ def test_bench_step_and_syncs_tell_configs_from_overrides(
         seen.append(arguments)
 
     monkeypatch.setattr("mrope.bench.step.bench_step", record)
-    monkeypatch.setattr("mrope.check.syncs.run", record)
+    monkeypatch.setattr("mrope.check.syncs.print_step_syncs", record)
     words = ("a.yaml", "train.seed=1", "b.yaml")
     assert command("bench", "step", *words, "--device", "cpu", "--steps", "4") == 0
     assert command("syncs", "a.yaml", "train.seed=1") == 0

@@ -23,7 +23,7 @@ from mrope import __version__
 from mrope.errors import MRopeError
 
 if TYPE_CHECKING:
-    from mrope.check.explain import Numbered
+    from mrope.check.explain import SamplePositions
 
 # Optional packages by import name, and the extra that installs each; named in the error message.
 _EXTRAS = {
@@ -206,12 +206,12 @@ def check(
 ) -> None:
     """Check every row of a dataset before training; exit with 1 if any row is bad."""
     _require_dataset(model, dataset, config)
-    from mrope.check.commands import run
+    from mrope.check.commands import check_dataset
     from mrope.check.source import check_config
     from mrope.check.summary import INTERRUPTED
 
     cfg = check_config(config, model, dataset, reference=reference, rows=limit)
-    summary = run(cfg, workers, json_file, report_file)
+    summary = check_dataset(cfg, workers, json_file, report_file)
     if summary.stopped == INTERRUPTED:
         raise typer.Exit(130)
     if summary.stopped is not None:
@@ -255,32 +255,32 @@ def explain(
 
     For a bad row, print the first wrong token and exit with 1.
     """
-    from mrope.check.explain import number, plot, show
+    from mrope.check.explain import compute_positions, print_positions, save_plot
 
-    numbered: Numbered | None
+    numbered: SamplePositions | None
     if row is None:
         if not spans or family is None or model or dataset or config:
             raise typer.BadParameter("give SPANs and --family, or --row and a dataset")
-        numbered = number(spans, family, reference or "auto", seconds)
+        numbered = compute_positions(spans, family, reference or "auto", seconds)
     else:
         if spans or family is not None or seconds is not None:
             raise typer.BadParameter("--row takes no SPAN, no --family and no --seconds")
-        numbered = _numbered_row(row, model, dataset, config, reference)
+        numbered = _explain_row(row, model, dataset, config, reference)
     if numbered is None:
         raise typer.Exit(1)
-    show(numbered, Console(), everything)
+    print_positions(numbered, Console(), everything)
     if plot_file is not None:
-        plot(numbered, plot_file)
+        save_plot(numbered, plot_file)
 
 
-def _numbered_row(
+def _explain_row(
     row: int, model: str | None, dataset: str | None, config: Path | None, reference: str | None
-) -> Numbered | None:
+) -> SamplePositions | None:
     _require_dataset(model, dataset, config)
-    from mrope.check.commands import number_row
+    from mrope.check.commands import explain_row
     from mrope.check.source import check_config
 
-    return number_row(check_config(config, model, dataset, reference=reference), row)
+    return explain_row(check_config(config, model, dataset, reference=reference), row)
 
 
 @bench_app.command()
@@ -383,9 +383,9 @@ def syncs(
     configs, overrides = _split(words or [])
     if len(configs) + (model is not None) != 1:
         raise typer.BadParameter("give one CONFIG, or --model")
-    from mrope.check.syncs import run
+    from mrope.check.syncs import print_step_syncs
 
-    run(configs[0] if configs else None, overrides, model)
+    print_step_syncs(configs[0] if configs else None, overrides, model)
 
 
 def _require_dataset(model: str | None, dataset: str | None, config: Path | None) -> None:

@@ -19,21 +19,18 @@ import torch
 from rich.console import Console
 
 from mrope import MRopeSpec
-from mrope.check.report import Check, listed, show, verdict
+from mrope.check.report import Check, describe_verdict, list_other_rows, print_report
 from mrope.check.row_layout import Misfit
-from mrope.check.rows import CheckedRows, Examples, RowCheck, comparison
-from mrope.check.source import check_config, load_rows
-from mrope.check.summary import EXAMPLES, Findings, walk
-from mrope.spec.spec import example_config
+from mrope.check.rows import CheckedRows, Examples, RowCheck, describe_comparison
+from mrope.check.source import check_config, open_rows
+from mrope.check.summary import EXAMPLES, Findings, check_rows
+from mrope.spec import example_config
 from mrope.training.sections import ConfigError
 from support.checked import CUT, GOOD, SPEC, STRAY, Folder, Row, grown, sprinkled
 from support.malformed import IMAGE, MALFORMED, SMALL, Malformed, image, video
+from support.specs import example_spec
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
-
-
-def spec_of(family: str, reference: str = "transformers-5.23") -> MRopeSpec:
-    return MRopeSpec.from_config(example_config(family), reference)
 
 
 def look(row: Mapping[str, Any], spec: MRopeSpec = SPEC, *, compare: bool = False) -> RowCheck:
@@ -231,9 +228,9 @@ def test_every_malformed_sample_is_expected_somewhere() -> None:
 @pytest.mark.parametrize("name", MISFITS)
 def test_each_malformed_sample_is_found_in_its_place(name: str) -> None:
     (case,) = [case for case in MALFORMED if case.name == name]
-    spec = spec_of(case.family, case.reference)
+    spec = example_spec(case.family, case.reference)
     rows = [GOOD, GOOD, *rows_of(case), GOOD]
-    summary = walk(CheckedRows(rows, spec))
+    summary = check_rows(CheckedRows(rows, spec))
     assert (summary.rows, summary.stopped) == (len(rows), None)
     bad_rows = {one.row: one for found in summary.causes.values() for one in found.examples}
     assert min(bad_rows) == 2 and max(bad_rows) < len(rows) - 1
@@ -250,7 +247,7 @@ BROKEN: list[tuple[Row, str, str]] = [
     ({"input_ids": []}, "no input_ids: the column is missing, null or empty", "no input_ids"),
     (
         {**GOOD, "image_grid_thw": [SMALL, [1, 4]]},
-        "image_grid_thw is ragged, or holds something else than numbers",
+        "image_grid_thw is ragged, or holds something other than numbers",
         "image_grid_thw is ragged",
     ),
     (
@@ -283,7 +280,7 @@ def test_broken_columns_are_bad_rows_too(
 ) -> None:
     """Through a file, so that nulls and lists are what the table makes of them."""
     cfg = check_config(None, str(folder.model), str(folder.dataset([GOOD, row, GOOD])))
-    summary = walk(load_rows(cfg))
+    summary = check_rows(open_rows(cfg))
     ((found_cause, found),) = summary.causes.items()
     assert list(found.rows) == [1]
     assert str(found.examples[0].message).startswith(message)
@@ -298,7 +295,7 @@ def test_a_row_that_raises_anything_does_not_stop_the_walk() -> None:
                 raise OSError("image file is truncated")
             return super().__getitem__(index)
 
-    summary = walk(CheckedRows(Torn([GOOD] * 3), SPEC))
+    summary = check_rows(CheckedRows(Torn([GOOD] * 3), SPEC))
     assert (summary.rows, summary.bad) == (3, 1)
     ((cause, found),) = summary.causes.items()
     assert cause == "the row cannot be read: OSError"
@@ -360,7 +357,7 @@ def test_another_number_than_the_reference_s_is_a_bad_row(
     assert look(GOOD, compare=True).compared
     monkeypatch.setattr(reference, "reference_rope_index", other)
     found = look(GOOD, compare=True)
-    assert found.cause == "numbered unlike transformers"
+    assert found.cause == "position ids differ from transformers"
     assert not found.compared
     messages = (
         "valid token 3 has position [2, 2, 3], but transformers-5.23's own function gives [3, 2, 3]",
@@ -386,8 +383,7 @@ def test_rows_that_only_the_reference_fails_on_are_good_and_named(folder: Folder
             "5.23.0",
             "transformers-4.57",
             "qwen3_vl",
-            "not compared: rows are numbered as transformers-4.57 does, but transformers 5.23.0 is "
-            "installed",
+            "not compared: rows follow transformers-4.57, but transformers 5.23.0 is installed",
         ),
         (
             "5.3.0",
@@ -405,7 +401,7 @@ def test_what_rows_are_compared_with_is_said(
     sentence: str,
 ) -> None:
     monkeypatch.setattr("mrope.check.rows.installed_transformers", lambda: installed)
-    compared, said = comparison(spec_of(family, reference))
+    compared, said = describe_comparison(example_spec(family, reference))
     assert not compared
     assert said.startswith(sentence)
 
@@ -414,7 +410,7 @@ def test_rows_of_another_reference_are_checked_all_the_same(folder: Folder) -> N
     words = ("--workers", "0", "--reference", "transformers-4.57")
     assert folder.check([GOOD, CUT], *words) == 1
     assert folder.said("rows") == "2, 1 bad"
-    assert folder.said("reference").startswith("not compared: rows are numbered as")
+    assert folder.said("reference").startswith("not compared: rows follow")
     assert "│ compared" not in folder.out
 
 
@@ -424,9 +420,9 @@ def test_rows_of_another_reference_are_checked_all_the_same(folder: Folder) -> N
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_workers_find_what_one_process_finds(method: str) -> None:
     rows = CheckedRows(sprinkled(150), SPEC)
-    alone = walk(rows)
+    alone = check_rows(rows)
     assert alone.bad == sum(row is CUT or row is STRAY for row in sprinkled(150)) > 20
-    parallel = walk(rows, 2, method)
+    parallel = check_rows(rows, 2, method)
     assert parallel == alone
     numbers = sorted(row for found in parallel.causes.values() for row in found.rows)
     assert numbers == [n for n in range(150) if n % 7 == 3 or n % 11 == 5]
@@ -459,7 +455,7 @@ def test_ctrl_c_shows_what_was_found_so_far(
 ) -> None:
     examples = Ending(10_000, at=200, number=signal.SIGINT, parent=workers > 0)
     rows = CheckedRows(examples, SPEC)
-    monkeypatch.setattr("mrope.check.commands.load_rows", lambda cfg, compare: rows)
+    monkeypatch.setattr("mrope.check.commands.open_rows", lambda cfg, compare: rows)
     assert folder.check([GOOD], "--workers", str(workers)) == 130
     done = re.fullmatch(r"([\d,]+) of 10,000, (\d+) bad", folder.said("rows"))
     assert done is not None
@@ -475,7 +471,7 @@ def test_a_dead_worker_ends_the_walk_with_what_was_found(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = CheckedRows(Ending(400, at=200, number=signal.SIGKILL, parent=False), SPEC)
-    monkeypatch.setattr("mrope.check.commands.load_rows", lambda cfg, compare: rows)
+    monkeypatch.setattr("mrope.check.commands.open_rows", lambda cfg, compare: rows)
     assert folder.check([GOOD], "--workers", "1") == 2
     done = re.fullmatch(r"(\d+) of 400, \d+ bad", folder.said("rows"))
     assert done is not None
@@ -540,7 +536,7 @@ def test_tensors_arrays_and_lists_are_the_same_row() -> None:
         {**GOOD, "pixel_values": "not looked at", "labels": GOOD["input_ids"]},
     ]
     rows: Examples = forms
-    summary = walk(CheckedRows(rows, SPEC, compare=True))
+    summary = check_rows(CheckedRows(rows, SPEC, compare=True))
     assert (summary.bad, summary.compared) == (0, len(forms))
     assert summary.tokens == len(forms) * len(GOOD["input_ids"])
 
@@ -550,14 +546,14 @@ def test_only_the_first_rows_of_a_cause_are_kept_whole() -> None:
     for row in range(EXAMPLES + 1):
         found.add(RowCheck(row))
     assert (len(found.examples), len(found.rows)) == (EXAMPLES, EXAMPLES + 1)
-    assert listed(found) == f"row {EXAMPLES}"
+    assert list_other_rows(found) == f"row {EXAMPLES}"
 
 
 def test_a_dataset_without_a_good_row_has_no_lengths(capsys: pytest.CaptureFixture[str]) -> None:
-    summary = walk(CheckedRows([CUT], SPEC))
+    summary = check_rows(CheckedRows([CUT], SPEC))
     assert summary.quantiles() == {}
-    assert verdict(summary) == "1 of 1 row is bad"
-    show(Check("rows", SPEC, False, "not compared", summary, 0.0), Console())
+    assert describe_verdict(summary) == "1 of 1 row is bad"
+    print_report(Check("rows", SPEC, False, "not compared", summary, 0.0), Console())
     out = capsys.readouterr().out
     assert "longest" not in out and "lengths" not in out
 

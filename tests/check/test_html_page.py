@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from mrope.check.html_page import draw, histogram, write_page
+from mrope.check.html_page import draw_histogram, draw_row, write_page
 from mrope.check.report import Check
 from mrope.check.row_layout import Misfit, RowLayout, TokenRun, lay_out
 from mrope.check.rows import RowCheck
@@ -38,7 +38,7 @@ def test_a_row_is_cut_into_runs_without_its_padding() -> None:
 
 def test_pictures_are_to_scale() -> None:
     runs = (TokenRun("text", 0, 60), TokenRun("image", 60, 20))
-    picture = draw(RowLayout(runs, Misfit(60, 20, 60)))
+    picture = draw_row(RowLayout(runs, Misfit(60, 20, 60)))
     scale = picture.width / 120  # what is needed goes on after the row
     spans = {box.kind: (box.x / scale, box.width / scale) for box in picture.boxes}
     assert spans == {"text": (0, 60), "image": (60, 20), "misfit": (60, 20), "needed": (60, 60)}
@@ -47,7 +47,7 @@ def test_pictures_are_to_scale() -> None:
     assert picture.pointer.text == "tokens 60 to 79; its grid needs 60"
     labels = {box.kind: box.label for box in picture.boxes}
     assert labels == {"text": "text 60", "image": "image 20", "misfit": "", "needed": "needs 60"}
-    plain = draw(RowLayout(runs))
+    plain = draw_row(RowLayout(runs))
     assert (plain.pointer, [box.x for box in plain.boxes]) == (None, [0, 720])
     assert plain.boxes[-1].x + plain.boxes[-1].width == plain.width
 
@@ -61,14 +61,14 @@ def test_pictures_are_to_scale() -> None:
     ],
 )
 def test_what_does_not_fit_is_pointed_at(misfit: Misfit, text: str, kinds: list[str]) -> None:
-    picture = draw(RowLayout((TokenRun("text", 0, 80),), misfit))
+    picture = draw_row(RowLayout((TokenRun("text", 0, 80),), misfit))
     assert picture.pointer is not None
     assert picture.pointer.text == text
     assert [box.kind for box in picture.boxes] == kinds
 
 
 def test_a_token_of_a_long_row_can_be_seen() -> None:
-    picture = draw(RowLayout((TokenRun("text", 0, 10**6),), Misfit(10**6 - 1, 1, 0)))
+    picture = draw_row(RowLayout((TokenRun("text", 0, 10**6),), Misfit(10**6 - 1, 1, 0)))
     box = picture.boxes[-1]
     assert box.width >= 1
     assert box.x + box.width <= picture.width
@@ -77,15 +77,15 @@ def test_a_token_of_a_long_row_can_be_seen() -> None:
 
 def test_the_histogram_has_every_row_once() -> None:
     lengths = [5, 5, 6, 200, 1000, 1000, 1000]
-    picture = histogram(lengths)
+    picture = draw_histogram(lengths)
     rows = [int(str(box.title).rpartition(": ")[2].split()[0]) for box in picture.boxes]
     assert sum(rows) == len(lengths)
     assert picture.caption == "tallest bar: 3 rows"
     assert max(box.height for box in picture.boxes) == picture.height
     assert picture.boxes[-1].height == picture.height  # the three longest
-    few = histogram([5, 5, 6])
+    few = draw_histogram([5, 5, 6])
     assert [box.title for box in few.boxes] == ["5 to 5 tokens: 2 rows", "6 to 6 tokens: 1 row"]
-    assert histogram([]).boxes == []
+    assert draw_histogram([]).boxes == []
 
 
 # The page.

@@ -10,12 +10,12 @@ import pytest
 pytest.importorskip("transformers")
 
 from mrope import MRopeError, load_config
-from mrope.check.syncs import run, step_sites
+from mrope.check.syncs import count_step_syncs, print_step_syncs
 from support.models import CONFIGS, MODEL_FAMILIES, model_config
 
 
 def test_a_step_of_the_demo_waits_before_and_not_after() -> None:
-    before, after = step_sites(load_config(CONFIGS / "demo.yaml", ["data.rows=4"]))
+    before, after = count_step_syncs(load_config(CONFIGS / "demo.yaml", ["data.rows=4"]))
     assert sum(site.count for site in before) > 50
     assert after == []
     assert any(site.function.startswith("get_rope_index") for site in before)
@@ -26,7 +26,7 @@ def test_a_model_alone_is_enough(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(model_config(family)), encoding="utf-8")
-    run(None, [], str(tmp_path))
+    print_step_syncs(None, [], str(tmp_path))
     (total,) = (line for line in capsys.readouterr().out.splitlines() if "in all" in line)
     plain, attached = (int(cell) for cell in total.split("│")[3:5])
     assert attached == 0 < plain
@@ -34,4 +34,4 @@ def test_a_model_alone_is_enough(
 
 def test_either_a_config_or_a_model() -> None:
     with pytest.raises(MRopeError, match="give a CONFIG or --model, and not both"):
-        run(None, [], None)
+        print_step_syncs(None, [], None)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from mrope import MRopeSpec
-from mrope.spec.spec import example_config
 from support.batches import random_batch
+from support.specs import example_spec
 
 BATCHES = 300
 FOLDER = Path(__file__).parent / "data"
@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent / "data"
 
 def golden_batches(family: str, reference: str) -> Iterator[tuple[MRopeSpec, dict[str, Any]]]:
     """Yield the seeded batches of one family and reference, the same on every machine."""
-    spec = MRopeSpec.from_config(example_config(family), reference)
+    spec = example_spec(family, reference)
     rng = random.Random(f"{family} {reference}")
     for _ in range(BATCHES):
         yield spec, random_batch(rng, spec)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mrope import MRopeSpec, rope_index
-from mrope.spec import example_config
 from support.batches import ROWS, random_batch
+from support.specs import example_spec
 
 peer = pytest.importorskip("mrope.hf.get_rope_index", exc_type=ImportError)
 
@@ -49,7 +49,7 @@ def test_variants_equal_to_the_installed_release(family: str, reference: str) ->
 def spec_of(family: str, reference: str) -> MRopeSpec:
     if reference != peer.installed_reference():
         pytest.skip("another release is installed")
-    return MRopeSpec.from_config(example_config(family), reference)
+    return example_spec(family, reference)
 
 
 def assert_equal(actual: Any, expected: Any) -> None:

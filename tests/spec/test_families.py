@@ -13,12 +13,16 @@ from typing import Any
 import pytest
 
 from mrope import MRopeError, MRopeSpec
-from mrope.spec import families
-from mrope.spec.families import FAMILIES, NO_TOKEN
-from mrope.spec.references import REFERENCES, resolve_reference
-from mrope.spec.spec import example_config
-
-NEW = "transformers-5.23"
+from mrope.spec import (
+    FAMILIES,
+    NO_TOKEN,
+    REFERENCES,
+    example_config,
+    families,
+    resolve_reference,
+)
+from support.specs import NEWEST as NEW
+from support.specs import example_spec
 
 
 @pytest.mark.parametrize(
@@ -71,7 +75,7 @@ def test_aero_realtime_is_read_under_either_name_of_its_ids() -> None:
 
 
 def test_a_spec_pickles_and_cannot_be_changed() -> None:
-    spec = MRopeSpec.from_config(example_config("qwen2_vl"), NEW)
+    spec = example_spec("qwen2_vl")
     assert pickle.loads(pickle.dumps(spec)) == spec
     with pytest.raises(dataclasses.FrozenInstanceError):
         spec.family = "qwen3_vl"  # type: ignore[misc]
@@ -181,7 +185,7 @@ def test_an_unknown_reference_lists_the_known() -> None:
 
 
 def test_rules_of_their_own_read_numbers_of_their_own() -> None:
-    images = MRopeSpec.from_config(example_config("glm_image"), NEW)
+    images = example_spec("glm_image")
     assert (images.video_token_id, images.extra) == (NO_TOKEN, {"image_end_token_id": 103})
     config = example_config("hunyuan_vl")
     assert MRopeSpec.from_config(config, NEW).extra == {"axes": 4}

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from mrope import MRopeSpec
 from mrope.cli import main
-from mrope.spec.spec import example_config
+from mrope.spec import example_config
 from support.malformed import IMAGE, SMALL, START, VIDEO, image, video
+from support.specs import example_spec
 
-SPEC = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
+SPEC = example_spec()
 
 Row = dict[str, Any]
 GOOD: Row = {

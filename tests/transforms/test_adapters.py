@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from mrope import MRopeCollator, MRopeError, MRopeSpec, to_model_layout
+from mrope import MRopeCollator, MRopeError, to_model_layout
 from mrope.collate.layouts import to_batch_layout
 from mrope.collate.padding import PaddingCollator
-from mrope.spec.spec import example_config
 from mrope.towers import VisionSpec
-from mrope.transforms.adapters import to_ms_swift, to_veomni, to_verl
+from mrope.transforms import to_ms_swift, to_veomni, to_verl
+from support.specs import example_spec
 
-SPEC = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
+SPEC = example_spec()
 PLAIN = VisionSpec(spatial_merge_size=2)
 WINDOWS = VisionSpec(spatial_merge_size=2, window_side=1)
 TABLE = VisionSpec(spatial_merge_size=2, table_side=8)

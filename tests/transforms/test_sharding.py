@@ -15,11 +15,11 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrope import MRopeCollator, MRopeError, MRopeSpec, gather_sequence, shard_sequence
-from mrope.spec.spec import example_config
+from mrope import MRopeCollator, MRopeError, gather_sequence, shard_sequence
 from mrope.towers import VisionSpec
+from support.specs import example_spec
 
-SPEC = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
+SPEC = example_spec()
 VISION = VisionSpec(spatial_merge_size=2, table_side=16)
 START, IMAGE = 101, 102
 SCHEMES: Any = ("contiguous", "zigzag")

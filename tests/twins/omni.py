@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from mrope import MRopeSpec
-from mrope.spec.spec import example_config
 
 FAMILIES = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
 VISION_END, AUDIO_END, PAD = 98, 97, 0
@@ -22,11 +21,6 @@ TEXT = range(1, 50)
 SECONDS = (0.04, 2 / 15, 0.25, 1 / 3, 0.4, 0.5, 0.7, 0.8, 1.0, 1.5, 2.0, 2.7, 4.0, 9.0)
 
 Point = tuple[Any, Any, Any]
-
-
-def omni_spec(family: str) -> MRopeSpec:
-    """Return the spec of a family with made-up token ids: see `example_config`."""
-    return MRopeSpec.from_config(example_config(family), "transformers-5.23")
 
 
 def is_old(spec: MRopeSpec) -> bool:

@@ -1,5 +1,6 @@
-"""`mrope check`: look at every row of a dataset before training on it.
+"""Check every row of a dataset before training on it, explain single rows, and list host syncs.
 
-`rows` and `layout` run in workers; `walk` sums up; `data` opens datasets, `report` and `page` say
-what was found, and `run` is the command.
+`source` opens a dataset, `rows` and `row_layout` check one row in a worker, `summary` adds up the
+results, `report` and `html_page` write them, `commands` combines these. `explain` prints the
+position ids of one sample; `syncs` lists the host syncs of a training step.
 """

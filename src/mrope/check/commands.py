@@ -1,4 +1,4 @@
-"""The two commands that look at datasets: `mrope check`, and `mrope explain --row`."""
+"""Run `mrope check` and `mrope explain --row`, the two commands that read a dataset."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mrope.check.explain import Numbered, numbered_row, show_bad_row
-from mrope.check.report import Check, show, write_json
-from mrope.check.rows import comparison
-from mrope.check.source import load_rows
-from mrope.check.summary import Summary, walk
+from mrope.check.explain import SamplePositions, compute_row_positions, print_bad_row
+from mrope.check.report import Check, print_report, write_json
+from mrope.check.rows import describe_comparison
+from mrope.check.source import open_rows
+from mrope.check.summary import Summary, check_rows
 from mrope.errors import MRopeError
 
 if TYPE_CHECKING:
     from mrope.training.sections import Config
 
 
-def run(
+def check_dataset(
     cfg: Config,
     workers: int | None = None,
     json_file: Path | None = None,
     report_file: Path | None = None,
 ) -> Summary:
-    """Look at every row of a config's dataset, with a progress bar on standard error.
+    """Check every row of a config's dataset and print the report; progress goes to standard error.
 
     Args:
         cfg: a training config.
-        workers: processes that look at rows; None: the config's `num_workers`.
-        json_file, report_file: where to write what was found.
+        workers: worker processes; None: the config's `num_workers`.
+        json_file, report_file: where to write the results as JSON and as an HTML page.
 
     Raises:
         MRopeError: the dataset or the model's config is not usable, or a file cannot be written.
     """
-    compared, sentence = comparison(cfg.spec())
-    rows = load_rows(cfg, compare=compared)
+    compared, sentence = describe_comparison(cfg.spec())
+    rows = open_rows(cfg, compare=compared)
     count = cfg.dataloader.num_workers if workers is None else workers
     started = time.perf_counter()
     with _progress() as progress:
         task = progress.add_task("checking", total=len(rows), bad=0)
-        summary = walk(
+        summary = check_rows(
             rows,
             count,
             cfg.dataloader.start_method,
@@ -50,7 +50,7 @@ def run(
         )
     seconds = time.perf_counter() - started
     check = Check(cfg.data.source, rows.spec, compared, sentence, summary, seconds)
-    show(check, Console())
+    print_report(check, Console())
     if json_file is not None:
         write_json(check, json_file)
     if report_file is not None:
@@ -60,23 +60,23 @@ def run(
     return summary
 
 
-def number_row(cfg: Config, row: int) -> Numbered | None:
-    """Return a row of a config's dataset with its positions; show a bad one, and return None.
+def explain_row(cfg: Config, row: int) -> SamplePositions | None:
+    """Compute the position ids of one row of a config's dataset; print a bad row, and return None.
 
     Args:
         cfg: a training config.
-        row: counted from 0.
+        row: index of the row, from 0.
 
     Raises:
-        MRopeError: there is no such row; the dataset or the model's config is not usable.
+        MRopeError: the dataset has no such row; the dataset or the model's config is not usable.
     """
-    rows = load_rows(cfg, compare=comparison(cfg.spec())[0])
+    rows = open_rows(cfg, compare=describe_comparison(cfg.spec())[0])
     if row >= len(rows):
         raise MRopeError(f"there is no row {row}: {cfg.data.source} has {len(rows)} rows")
-    found, batch = rows.look(row)
+    found, batch = rows.check_row(row)
     if found.cause is None:
-        return numbered_row(rows.spec, batch)
-    show_bad_row(found, rows.spec, Console())
+        return compute_row_positions(rows.spec, batch)
+    print_bad_row(found, rows.spec, Console())
     return None
 
 

@@ -1,4 +1,4 @@
-"""What the numbers look like: a sample given in words, numbered, as a table or as a picture."""
+"""Show the position ids of one sample, given as words or as a dataset row, in a table or a plot."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from mrope.positions.rope_index import rope_index
 from mrope.spec.spec import MRopeSpec, example_config
 
 COLOURS = {"text": "white", "start": "yellow", "image": "cyan", "video": "magenta"}
-"""Kinds of tokens, and the colour of each in the table."""
+"""Colour of each kind of token in the table."""
 
 _INK = {"text": "0.35", "start": "goldenrod", "image": "teal", "video": "darkmagenta"}
-# Numbers in the size of a word.
+# How many sizes a word of each kind has.
 _SIZES = {"text": 1, "image": 2, "video": 3}
 _TEXT_ID = 7
 _MOST_TOKENS = 2**20
-# A word with more tokens than this is shown by its first and last ones.
+# Words longer than _LONG tokens print only their first and last tokens.
 _LONG, _FIRST, _LAST = 12, 6, 4
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of a batch, made from words.
+    """Token ids and grids of one row, made from words.
 
     Attributes:
         input_ids: token ids, with a vision start marker before each span.
@@ -47,11 +47,11 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Numbered:
-    """A sample with its positions.
+class SamplePositions:
+    """Position ids of a sample, with the kind of each token.
 
     Attributes:
-        spec: the model's numbers and the reference that was followed.
+        spec: the model's values and the reference.
         kinds: a key of `COLOURS` for each of the S tokens.
         lengths: tokens of each word, in order; their sum is S.
         position_ids: int64 (3, S): time, height, width.
@@ -65,10 +65,10 @@ class Numbered:
     rope_delta: int
 
 
-def number(
+def compute_positions(
     words: Sequence[str], family: str, reference: str = "auto", seconds: float | None = None
-) -> Numbered:
-    """Number a sample that is given in words.
+) -> SamplePositions:
+    """Compute the position ids of a sample that is given in words.
 
     Args:
         words: spans in order: `text:N` tokens, `image:HxW` or `video:TxHxW` patches. With the merge
@@ -79,10 +79,11 @@ def number(
 
     Raises:
         MRopeError: a word that cannot be read, a grid that the merge size does not divide, an
-            unknown family or reference, seconds for a family that does not read them.
+            unknown family or reference, seconds for a family that ignores them.
 
     Example:
-        >>> number(["text:2", "image:4x4"], "qwen3_vl", "transformers-5.23").position_ids.tolist()
+        >>> sample = compute_positions(["text:2", "image:4x4"], "qwen3_vl", "transformers-5.23")
+        >>> sample.position_ids.tolist()
         [[0, 1, 2, 3, 3, 3, 3], [0, 1, 2, 3, 3, 4, 4], [0, 1, 2, 3, 4, 3, 4]]
     """
     spec = MRopeSpec.from_config(example_config(family), reference)
@@ -103,15 +104,15 @@ def number(
         spec.video_token_id: "video",
     }
     kinds = [names.get(token, "text") for token in sample.input_ids]
-    return Numbered(spec, kinds, sample.lengths, position_ids[:, 0], int(rope_deltas[0, 0]))
+    return SamplePositions(spec, kinds, sample.lengths, position_ids[:, 0], int(rope_deltas[0, 0]))
 
 
-def numbered_row(spec: MRopeSpec, batch: Mapping[str, Any]) -> Numbered:
-    """Return a batch of one row as `show` takes it; padding is left out.
+def compute_row_positions(spec: MRopeSpec, batch: Mapping[str, Any]) -> SamplePositions:
+    """Read the position ids of a collated batch of one row, without its padding.
 
     Args:
-        spec: the model's numbers.
-        batch: what `MRopeCollator` returned.
+        spec: the model's values.
+        batch: result of `MRopeCollator`, with one row.
     """
     runs = lay_out(spec, batch).runs
     kinds = [run.kind for run in runs for _ in range(run.tokens)]
@@ -122,16 +123,16 @@ def numbered_row(spec: MRopeSpec, batch: Mapping[str, Any]) -> Numbered:
     if valid is not None:
         position_ids = position_ids[:, valid[0] != 0]
     delta = int(batch["rope_deltas"][0, 0])
-    return Numbered(spec, kinds, [run.tokens for run in runs], position_ids.numpy(), delta)
+    return SamplePositions(spec, kinds, [run.tokens for run in runs], position_ids.numpy(), delta)
 
 
 def to_sample(words: Sequence[str], spec: MRopeSpec) -> Sample:
     """Make the tokens and grids of a sample from words.
 
-    In families whose frames stand apart, each frame of a video has a marker of its own.
+    In families with `frames_apart`, a vision start marker precedes each frame of a video.
 
     Raises:
-        MRopeError: a word that cannot be read, or more tokens than a table can show.
+        MRopeError: a word that cannot be read, or more than 2 ** 20 tokens.
     """
     sample = Sample([], {"image": [], "video": []}, [])
     placeholders = {"image": spec.image_token_id, "video": spec.video_token_id}
@@ -171,13 +172,13 @@ def _append(
     sample.lengths.append(length)
 
 
-def show(numbered: Numbered, console: Console, everything: bool = False) -> None:
-    """Print one line for each token, and the delta below.
+def print_positions(numbered: SamplePositions, console: Console, everything: bool = False) -> None:
+    """Print a table with one line per token, and the rope delta below it.
 
     Args:
-        numbered: what `number` returned.
+        numbered: result of `compute_positions`.
         console: where to print.
-        everything: show all tokens of long words too.
+        everything: print all tokens of long words too.
     """
     spec = numbered.spec
     table = Table(title=f"{spec.family}, {spec.reference}")
@@ -200,8 +201,8 @@ def show(numbered: Numbered, console: Console, everything: bool = False) -> None
     )
 
 
-def show_bad_row(found: RowCheck, spec: MRopeSpec, console: Console) -> None:
-    """Print the runs of a bad row, which of them does not fit, and what is wrong."""
+def print_bad_row(found: RowCheck, spec: MRopeSpec, console: Console) -> None:
+    """Print the runs of a bad row, mark the one that does not fit its grid, and print the error."""
     if found.layout is not None:
         console.print(_runs(found.layout, f"{spec.family}, {spec.reference}, row {found.row}"))
     console.print(
@@ -228,7 +229,7 @@ def _runs(layout: RowLayout, title: str) -> Table:
 
 
 def describe_misfit(misfit: Misfit) -> str:
-    """Return in a few words what does not fit."""
+    """Describe a misfit in a few words: tokens found, where, and how many its grid needs."""
     which = f"{misfit.found} from {misfit.start}"
     if misfit.needed is None:
         return f"wrong: {which}"
@@ -236,7 +237,7 @@ def describe_misfit(misfit: Misfit) -> str:
 
 
 def _shown_tokens(lengths: Sequence[int], everything: bool) -> Iterator[tuple[int | range, bool]]:
-    """Yield the tokens to show, a range in place of tokens left out, and whether a word ends."""
+    """Yield each token to print, or the range of omitted ones, and whether a word ends there."""
     start = 0
     for length in lengths:
         stop = start + length
@@ -249,17 +250,17 @@ def _shown_tokens(lengths: Sequence[int], everything: bool) -> Iterator[tuple[in
         start = stop
 
 
-def plot(numbered: Numbered, file: Path) -> None:
-    """Save time, height and width over the tokens as a picture.
+def save_plot(numbered: SamplePositions, file: Path) -> None:
+    """Plot time, height and width over the tokens, and save the figure.
 
     Args:
-        numbered: what `number` returned.
-        file: its ending names the format, `.png` for one.
+        numbered: result of `compute_positions`.
+        file: its suffix selects the format, such as `.png`.
 
     Raises:
         MRopeError: the file cannot be written.
     """
-    # A figure of its own: pyplot would choose a backend for the whole process.
+    # Not through pyplot, which would select a backend for the whole process.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6), layout="constrained")

@@ -1,7 +1,7 @@
-"""The page of `mrope check --report`: numbers, a histogram of lengths, pictures of bad rows.
+"""Write the page of `mrope check --report`: counts, a histogram of lengths, drawings of bad rows.
 
-One file without a script, which asks for no other. Numbers are computed here, and the template only
-writes them down.
+The page is one file without scripts or external resources. All sizes are computed here; the
+template only prints them.
 """
 
 from __future__ import annotations
@@ -13,27 +13,35 @@ from pathlib import Path
 import numpy as np
 
 from mrope import __version__
-from mrope.check.report import Check, count_rows, listed, numbers, said, verdict, write_text
+from mrope.check.report import (
+    Check,
+    count_rows,
+    describe_verdict,
+    list_counts,
+    list_other_rows,
+    strip_cause,
+    write_text,
+)
 from mrope.check.row_layout import Misfit, RowLayout
 
-# Units of the pictures; the browser scales them.
+# In SVG units, which the browser scales to the page's width.
 _WIDTH, _BAR_HEIGHT, _HISTOGRAM_HEIGHT = 960.0, 30.0, 160.0
-# Room above a row for the words on what does not fit, and between the row and what is needed.
+# Space above a row for the pointer's text, and between the row and the box of needed tokens.
 _HEADROOM, _GAP = 24.0, 4.0
 _MOST_BINS = 40
-# A box narrower than this cannot be seen; one narrower than a letter each cannot carry a word.
+# Narrower boxes are invisible; a label is dropped if a box has less than _LETTER per character.
 _THINNEST, _LETTER = 1.0, 9.0
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle of a picture, in its units.
+    """A rectangle of a picture, in the picture's units.
 
     Attributes:
-        x, y, width, height: where it stands.
-        kind: what the page's style knows it by.
-        label: what is written in it; may be empty.
-        title: what the browser says when it is pointed at.
+        x, y, width, height: position and size.
+        kind: CSS class.
+        label: text inside; may be empty.
+        title: tooltip.
     """
 
     x: float
@@ -47,12 +55,12 @@ class Box:
 
 @dataclass(frozen=True)
 class Pointer:
-    """The words over the part of a row that does not fit, and where a line leads down to it.
+    """Text above the part of a row that does not fit, and the line down to that part.
 
     Attributes:
-        x: of the line.
-        text: the words.
-        anchor: which end of them is at the line, as SVG names it.
+        x: position of the line.
+        text: the text.
+        anchor: SVG `text-anchor`: which end of the text is at the line.
     """
 
     x: float
@@ -62,7 +70,7 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Picture:
-    """Boxes within a width and a height, a pointer at what does not fit, and words below."""
+    """Boxes within a width and a height, an optional pointer, and a caption."""
 
     width: float
     height: float
@@ -72,7 +80,7 @@ class Picture:
 
 
 def write_page(check: Check, file: Path) -> None:
-    """Write the page.
+    """Write the page of a finished check.
 
     Raises:
         MRopeError: the file cannot be written.
@@ -89,23 +97,23 @@ def write_page(check: Check, file: Path) -> None:
     page = environment.get_template("page.html").render(
         check=check,
         version=__version__,
-        numbers=list(numbers(check)),
-        verdict=verdict(check.summary),
-        histogram=histogram(check.summary.lengths),
-        draw=draw,
+        counts=list(list_counts(check)),
+        verdict=describe_verdict(check.summary),
+        histogram=draw_histogram(check.summary.lengths),
+        draw=draw_row,
         count_rows=count_rows,
-        listed=listed,
-        said=said,
+        list_other_rows=list_other_rows,
+        strip_cause=strip_cause,
     )
     write_text(file, page)
 
 
-def histogram(lengths: Sequence[int]) -> Picture:
-    """Return a picture with a bar for each range of lengths; of no lengths, without a bar."""
+def draw_histogram(lengths: Sequence[int]) -> Picture:
+    """Draw a histogram of token counts; without lengths it has no bars."""
     boxes: list[Box] = []
     low, high = min(lengths, default=0), max(lengths, default=0)
     bins = min(_MOST_BINS, high - low + 1)
-    # Lengths are whole numbers: with borders between them, every bar has lengths of its own.
+    # Integer borders and values shifted by 0.5: no length falls on a border between two bars.
     borders = np.unique(np.linspace(low, high + 1, bins + 1).astype(np.int64))
     counts = np.histogram(np.asarray(lengths) + 0.5, borders)[0].tolist()
     step = _WIDTH / len(counts)
@@ -120,8 +128,8 @@ def histogram(lengths: Sequence[int]) -> Picture:
     return Picture(_WIDTH, _HISTOGRAM_HEIGHT, boxes, caption=caption)
 
 
-def draw(layout: RowLayout) -> Picture:
-    """Return a picture of a row to scale; below what does not fit, how long its grid would be."""
+def draw_row(layout: RowLayout) -> Picture:
+    """Draw a row to scale; below a misfit, draw the tokens that its grid needs."""
     misfit = layout.misfit
     end = layout.tokens if misfit is None else misfit.start + (misfit.needed or 0)
     scale = _WIDTH / max(layout.tokens, end, 1)
@@ -158,7 +166,7 @@ def _span(start: int, tokens: int) -> str:
 
 
 def _pointer(scale: float, misfit: Misfit) -> Pointer:
-    # At the middle of what was found; where nothing was, at the middle of what is missing.
+    # Above the middle of the tokens found, or of the missing ones if none were found.
     x = scale * (misfit.start + (misfit.found or misfit.needed or 0) / 2)
     anchor = "start" if x < _WIDTH / 3 else "end" if x > 2 * _WIDTH / 3 else "middle"
     found = _span(misfit.start, misfit.found) if misfit.found else f"nothing at {misfit.start:,}"

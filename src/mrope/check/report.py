@@ -1,4 +1,4 @@
-"""What `mrope check` says: a table on the terminal, and a JSON file. The page: `page`."""
+"""Report a finished check as a table on the terminal and as a JSON file."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _COUNTS = ("of", "rows", "bad", "compared", "tokens", "images", "videos", "frame
 
 @dataclass(frozen=True)
 class Check:
-    """A finished check, with what it was of.
+    """A finished check of one dataset.
 
     Attributes:
-        source: the dataset, as it was named.
-        spec: the model's numbers.
+        source: the dataset as named in the config.
+        spec: the model's values.
         compared: whether rows were compared with transformers.
-        comparison: with which, or why not.
-        summary: what was found.
-        seconds: how long it took.
+        comparison: sentence with the release compared with, or why none was.
+        summary: the results.
+        seconds: duration.
     """
 
     source: str
@@ -44,26 +44,28 @@ class Check:
     seconds: float
 
 
-def show(check: Check, console: Console) -> None:
-    """Print the numbers, the bad rows by cause, and the verdict."""
+def print_report(check: Check, console: Console) -> None:
+    """Print the counts, the bad rows by cause, and the verdict."""
     summary = check.summary
     table = Table(title=f"{check.spec.family}, {check.spec.reference}", show_header=False)
-    for name, value in numbers(check):
+    for name, value in list_counts(check):
         table.add_row(name, escape(value))
     console.print(table)
     for cause, found in summary.causes.items():
         heading = Text(f"{count_rows(len(found.rows))}: {cause}", style="bold red")
         console.print(heading, soft_wrap=True)
         for example in found.examples:
-            line = Text(f"  row {example.row}: {said(example)}")
+            line = Text(f"  row {example.row}: {strip_cause(example)}")
             console.print(line, soft_wrap=True)
         if len(found.rows) > len(found.examples):
-            console.print(Text(f"  and {listed(found)}"), soft_wrap=True)
-    console.print(Text(verdict(summary), style=f"bold {'red' if summary.bad else 'green'}"))
+            console.print(Text(f"  and {list_other_rows(found)}"), soft_wrap=True)
+    console.print(
+        Text(describe_verdict(summary), style=f"bold {'red' if summary.bad else 'green'}")
+    )
 
 
-def numbers(check: Check) -> Iterator[tuple[str, str]]:
-    """Yield what was counted, each with its name."""
+def list_counts(check: Check) -> Iterator[tuple[str, str]]:
+    """Yield name and text of every line of the table."""
     summary = check.summary
     yield "dataset", check.source
     of = "" if summary.rows == summary.of else f" of {summary.of:,}"
@@ -80,15 +82,15 @@ def numbers(check: Check) -> Iterator[tuple[str, str]]:
         yield "not compared", f"{count_rows(len(found.rows))} where that function raises {error}"
 
 
-def verdict(summary: Summary) -> str:
-    """Return the last line."""
+def describe_verdict(summary: Summary) -> str:
+    """Describe in one line how many rows are bad, and why the check stopped early if it did."""
     bad = f"{summary.bad:,} of {count_rows(summary.rows)} {'is' if summary.bad == 1 else 'are'} bad"
-    said = bad if summary.bad else f"{count_rows(summary.rows)}, none bad"
-    return said if summary.stopped is None else f"{said}; stopped early: {summary.stopped}"
+    verdict = bad if summary.bad else f"{count_rows(summary.rows)}, none bad"
+    return verdict if summary.stopped is None else f"{verdict}; stopped early: {summary.stopped}"
 
 
 def write_json(check: Check, file: Path) -> None:
-    """Write everything that was found; each bad row is listed by its number.
+    """Write all results as JSON, with the index of every bad row.
 
     Raises:
         MRopeError: the file cannot be written.
@@ -112,13 +114,13 @@ def write_json(check: Check, file: Path) -> None:
     write_text(file, json.dumps(table, indent=1) + "\n")
 
 
-def said(example: RowCheck) -> str:
-    """Return what is wrong with a row, without the cause that stands above it."""
+def strip_cause(example: RowCheck) -> str:
+    """Return the message of a row without the cause, which the heading states."""
     return str(example.message).removesuffix(f" Likely cause: {example.cause}.")
 
 
-def listed(found: Findings) -> str:
-    """Return the numbers of rows beyond the examples, the first of them at least."""
+def list_other_rows(found: Findings) -> str:
+    """List the indices of rows beyond the examples, at most the first `_ROWS_LISTED`."""
     more = found.rows[len(found.examples) :]
     shown = ", ".join(map(str, more[:_ROWS_LISTED]))
     rest = f" and {len(more) - _ROWS_LISTED:,} more" if len(more) > _ROWS_LISTED else ""
@@ -126,15 +128,15 @@ def listed(found: Findings) -> str:
 
 
 def count_rows(count: int) -> str:
-    """Return a number of rows in words."""
+    """Format a count of rows, such as "1 row" or "2,000 rows"."""
     return f"{count:,} row{'' if count == 1 else 's'}"
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file.
+    """Write a text file in UTF-8.
 
     Raises:
-        MRopeError: it cannot be written.
+        MRopeError: the file cannot be written.
     """
     try:
         file.write_text(text, encoding="utf-8")

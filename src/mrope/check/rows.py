@@ -1,6 +1,6 @@
-"""A row through the collator, and beside the reference's own function.
+"""Check one row: run it through the collator, and compare it with transformers' own function.
 
-Workers unpickle this module; nothing heavier than torch is imported at its top.
+Workers unpickle this module, so it imports nothing heavier than torch at module level.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mrope.towers import VisionSpec
 
 _TOKEN_COLUMNS = ("input_ids", "attention_mask", "labels", "mm_token_type_ids")
 _PIXELS = ("pixel_values", "pixel_values_videos")
-# Arguments of transformers' `get_rope_index`, by the names that a batch may have them under.
+# Key in a batch, and argument of `reference_rope_index`.
 _REFERENCE_TAKES = {
     "input_ids": "input_ids",
     "attention_mask": "attention_mask",
@@ -36,7 +36,7 @@ _REFERENCE_TAKES = {
 
 
 class Examples(Protocol):
-    """Rows by number, as a map-style dataset has them."""
+    """A map-style dataset of rows."""
 
     def __len__(self) -> int: ...
 
@@ -45,18 +45,19 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class RowCheck:
-    """What was found in one row.
+    """Result of checking one row.
 
     Attributes:
-        row: its number in the dataset.
-        tokens: valid tokens.
-        images, videos: how many grids of each.
-        frames: temporal positions of the videos, first sizes of their grids.
-        compared: whether the reference's own function numbered it too.
-        unanswered: what the reference's own function raised, where `mrope` raised nothing.
-        cause: None in a good row; else the same text in every row that is bad for the same reason.
-        message: what is wrong with this row.
-        layout: of a bad row, where its tokens can be read.
+        row: index in the dataset.
+        tokens: number of valid tokens.
+        images, videos: number of grids of each.
+        frames: temporal positions of the videos: the sum of the first sizes of their grids.
+        compared: whether the reference's own function gave equal position ids.
+        unanswered: type of exception that the reference's own function raised although the row is
+            good.
+        cause: None in a good row; otherwise the same text in all rows that are bad for one reason.
+        message: error of this row.
+        layout: runs of a bad row, if its tokens can be read.
     """
 
     row: int
@@ -72,14 +73,14 @@ class RowCheck:
 
 
 class CheckedRows(Dataset[RowCheck]):
-    """Rows of a dataset, each replaced by what is found in it. Looking at a row raises nothing.
+    """A dataset of results: item i is the `RowCheck` of row i. Bad rows do not raise.
 
     Args:
-        examples: the rows: `input_ids` (S,), and what else the collator reads, as tensors, arrays
-            or lists.
-        spec: the model's numbers.
-        vision: the tower's, to make its tensors of every row too.
-        compare: number each row with the installed transformers' own function too.
+        examples: the rows: `input_ids` (S,) and other inputs of the collator, as tensors, arrays or
+            lists.
+        spec: the model's values.
+        vision: values of the vision tower, to compute its tensors for every row too.
+        compare: compare each row with the installed transformers' own function.
     """
 
     def __init__(
@@ -99,10 +100,10 @@ class CheckedRows(Dataset[RowCheck]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> RowCheck:
-        return self.look(index)[0]
+        return self.check_row(index)[0]
 
-    def look(self, index: int) -> tuple[RowCheck, dict[str, Any]]:
-        """Return what is found in a row, and the row as a batch, with positions if it is good."""
+    def check_row(self, index: int) -> tuple[RowCheck, dict[str, Any]]:
+        """Check a row; return the result and the row as a batch, collated if the row is good."""
         batch: dict[str, Any] = {}
         try:
             example = _as_tensors(self.examples[index])
@@ -110,7 +111,7 @@ class CheckedRows(Dataset[RowCheck]):
             batch = self.collate([example])
             check = _counted(index, batch)
             return (self._compared(check, batch) if self.compare else check), batch
-        # Rows are of users' making, and pictures of anybody's: no list of errors would be whole.
+        # Rows and images come from users: no list of exception types would be complete.
         except Exception as error:  # noqa: BLE001
             return self._bad(index, batch, error), batch
 
@@ -125,7 +126,7 @@ class CheckedRows(Dataset[RowCheck]):
             types = torch.from_numpy(token_types(self.spec, batch["input_ids"].numpy()))
         try:
             theirs = reference_rope_index(self.spec, arguments | {"mm_token_type_ids": types})
-        # Releases fail with whatever their loops run into: StopIteration, IndexError, ...
+        # transformers raises whatever its loops run into: StopIteration, IndexError, ...
         except Exception as error:  # noqa: BLE001
             return replace(check, unanswered=type(error).__name__)
         _require_equal(self.spec, batch, theirs)
@@ -134,7 +135,7 @@ class CheckedRows(Dataset[RowCheck]):
     def _bad(self, index: int, batch: Mapping[str, Any], error: Exception) -> RowCheck:
         try:
             layout = lay_out(self.spec, batch, error)
-        # What is wrong with the row may be what keeps it from being drawn.
+        # The error of the row may also be why it cannot be cut into runs.
         except (MRopeError, ValueError, TypeError, LookupError, AttributeError):
             return RowCheck(index, cause=_cause(error), message=_message(error, index))
         if isinstance(error, DifferenceError):
@@ -143,10 +144,10 @@ class CheckedRows(Dataset[RowCheck]):
 
 
 class DifferenceError(MRopeError):
-    """`mrope` and the installed transformers number a row differently.
+    """`mrope` and the installed transformers compute different position ids for a row.
 
     Attributes:
-        token: the first valid token with another position.
+        token: index of the first valid token that differs.
     """
 
     def __init__(self, message: str, token: int) -> None:
@@ -154,8 +155,8 @@ class DifferenceError(MRopeError):
         self.token = token
 
 
-def comparison(spec: MRopeSpec) -> tuple[bool, str]:
-    """Return whether the installed transformers is what the spec follows, and a sentence on it."""
+def describe_comparison(spec: MRopeSpec) -> tuple[bool, str]:
+    """Return whether rows can be compared with the installed transformers, and a sentence on it."""
     installed = installed_transformers()
     if installed is None:
         return False, "not compared: transformers is not installed"
@@ -165,20 +166,22 @@ def comparison(spec: MRopeSpec) -> tuple[bool, str]:
         return False, f"not compared: {error}"
     if era != spec.reference:
         return False, (
-            f"not compared: rows are numbered as {spec.reference} does, but transformers "
-            f"{installed} is installed"
+            f"not compared: rows follow {spec.reference}, but transformers {installed} is installed"
         )
     try:
         from mrope.hf.get_rope_index import reference_class
 
         reference_class(spec.family)
     except (ImportError, StopIteration):
-        return False, f"not compared: transformers {installed} does not number {spec.family}"
+        return (
+            False,
+            f"not compared: transformers {installed} has no get_rope_index for {spec.family}",
+        )
     return True, f"compared with the own function of transformers {installed}"
 
 
 def _as_tensors(example: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the columns that a row uses; a table has a null or an empty list in the others."""
+    """Convert the columns that a row uses; a table holds null or an empty list in the others."""
     tensors = {
         name: _tensor(name, value)
         for name, value in example.items()
@@ -197,14 +200,14 @@ def _tensor(name: str, value: Any) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         if len(value) == 0:
             return torch.empty(0)
-        raise MRopeError(f"{name} is ragged, or holds something else than numbers") from error
+        raise MRopeError(f"{name} is ragged, or holds something other than numbers") from error
 
 
 def _as_batch(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Return the one example as a batch, dtypes and sizes as they are: nothing is cast or padded.
+    """Return one example as a batch without casting or padding.
 
     Raises:
-        MRopeError: it has no tokens, or not as many labels.
+        MRopeError: the example has no tokens, or another number of labels.
     """
     (example,) = examples
     if "input_ids" not in example:
@@ -231,7 +234,7 @@ def _counted(index: int, batch: Mapping[str, Any]) -> RowCheck:
 
 
 def _require_equal(spec: MRopeSpec, batch: Mapping[str, Any], theirs: tuple[Any, Any]) -> None:
-    """Raise where the batch's positions or deltas are not the reference's."""
+    """Raise `DifferenceError` if position ids or deltas differ from the reference's."""
     valid = np.ones(batch["input_ids"].shape, np.bool_)
     if "attention_mask" in batch:
         valid = batch["attention_mask"].numpy().astype(np.bool_)
@@ -254,18 +257,18 @@ def _require_equal(spec: MRopeSpec, batch: Mapping[str, Any], theirs: tuple[Any,
 
 
 def _cause(error: Exception) -> str:
-    """Return what rows that are bad for the same reason have in common."""
+    """Return a text that rows with the same kind of error share."""
     if isinstance(error, SpanMismatchError) and error.cause is not None:
         return error.cause
     if isinstance(error, DifferenceError):
-        return "numbered unlike transformers"
+        return "position ids differ from transformers"
     if not isinstance(error, MRopeError):
         return f"the row cannot be read: {type(error).__name__}"
-    # Numbers and names are the row's own: [1, 3, 2] and 'a.png' become [N, N, N] and '...'.
+    # Drop what differs between rows: [1, 3, 2] and 'a.png' become [N, N, N] and '...'.
     return re.sub(r"-?\d+(\.\d+)?", "N", re.sub(r"'[^']*'", "'...'", str(error)))
 
 
 def _message(error: Exception, index: int) -> str:
-    """Return an error's message without the number of the row, which is that of a batch of one."""
+    """Return an error's message without "row 0", the row's index in its batch of one."""
     text = str(error).removeprefix(f"row {index} of the dataset: ").removeprefix("row 0, ")
     return text if isinstance(error, MRopeError) else f"{type(error).__name__}: {text}"

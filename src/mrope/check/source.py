@@ -1,7 +1,7 @@
-"""From a config to the rows that `mrope check` and `mrope explain` look at, one at a time.
+"""Open the dataset of a config, to check its rows one at a time.
 
-Unlike in training nothing is prepared ahead: a row that cannot be processed must not keep the
-others from being looked at. Workers unpickle this module.
+Unlike training, rows are processed on access, so that one bad row does not stop the others from
+being checked. Workers unpickle this module.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from mrope.training.demo.processing import Processing
     from mrope.training.sections import Config
 
-# Rows that are made, not kept anywhere: no path.
+# A dataset that is generated: not a path.
 _DEMO = "demo"
 
 
 @dataclass(frozen=True)
 class MessageRows:
-    """Rows of `messages`, each processed when it is asked for."""
+    """Rows of `messages`, each processed on access."""
 
     table: datasets.Dataset
     process: Processing
@@ -48,17 +48,17 @@ def check_config(
     reference: str | None = None,
     rows: int | None = None,
 ) -> Config:
-    """Return a training config with what the command line says in place of its own.
+    """Build a training config from the options of the command line.
 
     Args:
-        config: a training config; None: `model` and `dataset` are all there is.
-        model: what `model.config` is, a path seen from here.
-        dataset: what `data.source` is, a path seen from here or "demo".
-        reference: what `rope.reference` is.
-        rows: what `data.rows` is, how many of the first rows to use.
+        config: a training config, whose values the other options override; None: use only those.
+        model: `model.config`, relative to the working directory.
+        dataset: `data.source`, relative to the working directory, or "demo".
+        reference: `rope.reference`.
+        rows: `data.rows`, how many of the first rows to use.
 
     Raises:
-        ConfigError: one of them is not usable.
+        ConfigError: a value is invalid.
     """
     from mrope.training.config import as_config, load_config
 
@@ -69,12 +69,12 @@ def check_config(
         "data.rows": rows,
     }
     if config is not None:
-        # Relative paths in overrides start at the config's folder.
+        # Overrides resolve relative paths against the config's folder, not the working directory.
         if model is not None:
             given["model.config"] = str(Path(model).absolute())
         if dataset is not None and dataset != _DEMO:
             given["data.source"] = str(Path(dataset).absolute())
-        # An override is read as YAML; JSON is YAML, and keeps a path with odd characters whole.
+        # Overrides are parsed as YAML, of which JSON is a subset: quoting keeps odd paths intact.
         words = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
         return load_config(config, words)
     table: dict[str, dict[str, Any]] = {}
@@ -85,11 +85,11 @@ def check_config(
     return as_config(table, Path(), "the command line")
 
 
-def load_rows(cfg: Config, *, compare: bool = False) -> CheckedRows:
-    """Return the rows of a config's dataset, to be looked at.
+def open_rows(cfg: Config, *, compare: bool = False) -> CheckedRows:
+    """Open the dataset of a config as `CheckedRows`.
 
     Args:
-        cfg: a training config; its packing and layout make no difference to a single row.
+        cfg: a training config; packing and layout do not affect the check of a single row.
         compare: see `CheckedRows`.
 
     Raises:
@@ -100,14 +100,16 @@ def load_rows(cfg: Config, *, compare: bool = False) -> CheckedRows:
 
 def _examples(cfg: Config) -> Examples:
     if cfg.data.shape is not None:
-        raise MRopeError(f"data.source: {cfg.data.source} rows are made up; there is none to check")
+        raise MRopeError(
+            f"data.source: {cfg.data.source} rows are made up; there are none to check"
+        )
     spec = cfg.spec()
     table = open_table(cfg)
     if "input_ids" not in table.column_names:
         from mrope.training.model import load_model_config
 
         return MessageRows(table, row_processing(cfg, spec, load_model_config(cfg)))
-    # Pixels are most of a row's bytes, and no position depends on them.
+    # Pixels are most of a row's bytes, and position ids do not depend on them.
     wanted = [name for name in model_columns(spec) if not name.startswith("pixel_values")]
     columns = table.select_columns([name for name in wanted if name in table.column_names])
     rows: Examples = columns.with_format("numpy")

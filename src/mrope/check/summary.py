@@ -1,4 +1,4 @@
-"""Every row of a dataset, in as many processes as are wanted, and the sum of what was found."""
+"""Check every row of a dataset in worker processes, and sum up the results."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from torch.utils.data import DataLoader
 from mrope.check.rows import CheckedRows, RowCheck
 
 EXAMPLES = 5
-"""Rows of each cause that are kept with their message and layout; of the others, the number."""
+"""Rows of each cause whose message and layout are kept; of further rows only the index is."""
 
 INTERRUPTED = "interrupted"
-"""`Summary.stopped` after Ctrl-C."""
+"""Value of `Summary.stopped` after Ctrl-C."""
 
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 
-# Rows that travel together from a worker: few enough that an interrupted walk loses little.
+# Rows per message from a worker: few, because an interrupted check loses unfinished messages.
 _TOGETHER = 16
 
 
 @dataclass
 class Findings:
-    """Rows with something in common.
+    """Rows that share a cause.
 
     Attributes:
-        rows: their numbers, ascending.
-        examples: the first `EXAMPLES` of them.
+        rows: their indices, ascending.
+        examples: results of the first `EXAMPLES` of them.
     """
 
     rows: array[int] = field(default_factory=lambda: array("q"))
     examples: list[RowCheck] = field(default_factory=list)
 
     def add(self, check: RowCheck) -> None:
-        """Take up one more row."""
+        """Add the result of one row."""
         self.rows.append(check.row)
         if len(self.examples) < EXAMPLES:
             self.examples.append(check)
@@ -44,19 +44,19 @@ class Findings:
 
 @dataclass
 class Summary:
-    """What was found in a dataset; counts other than `rows` and `bad` are of its good rows.
+    """Results of a dataset; counts other than `of`, `rows` and `bad` cover good rows only.
 
     Attributes:
         of: rows of the dataset.
-        rows: how many were looked at.
-        bad: how many of these are bad.
+        rows: rows checked.
+        bad: bad rows among these.
         tokens, images, videos, frames: sums over good rows.
         lengths: tokens of each good row.
-        longest: the good row with the most tokens, the first of several; None without a good row.
-        compared: good rows that the reference's own function numbered alike.
-        causes: the bad rows by cause, in the order in which causes were met.
-        unanswered: good rows that the reference's own function cannot number, by what it raised.
-        stopped: why the walk ended early; None where it did not.
+        longest: first good row with the most tokens; None without a good row.
+        compared: good rows whose position ids equal those of the reference's own function.
+        causes: bad rows by cause, in the order of their first row.
+        unanswered: good rows for which the reference's own function raises, by type of exception.
+        stopped: why the check ended early; None if it did not.
     """
 
     of: int
@@ -74,7 +74,7 @@ class Summary:
     stopped: str | None = None
 
     def add(self, check: RowCheck) -> None:
-        """Take up one row; rows come in order."""
+        """Add the result of one row; rows have to come in ascending order."""
         self.rows += 1
         if check.cause is not None:
             self.bad += 1
@@ -92,7 +92,7 @@ class Summary:
             self.unanswered.setdefault(check.unanswered, Findings()).add(check)
 
     def quantiles(self) -> dict[str, int]:
-        """Return tokens of the row at each of `QUANTILES`; of no row, nothing."""
+        """Compute the tokens per row at each of `QUANTILES`; empty without good rows."""
         if not self.lengths:
             return {}
         values = np.quantile(self.lengths, QUANTILES, method="inverted_cdf").tolist()
@@ -100,23 +100,23 @@ class Summary:
         return dict(zip(names, map(int, values), strict=True))
 
 
-def walk(
+def check_rows(
     rows: CheckedRows,
     workers: int = 0,
     start_method: str = "spawn",
     advance: Callable[[Summary], object] = lambda _: None,
 ) -> Summary:
-    """Look at every row, in order.
+    """Check every row, in order.
 
     Args:
         rows: the rows.
-        workers: processes that look at them; 0: this one.
-        start_method: how these are started.
-        advance: called with what was found so far, each time there is more.
+        workers: worker processes; 0: check in this process.
+        start_method: multiprocessing start method of the workers.
+        advance: called with the summary so far, after each message from a worker.
 
     Returns:
-        What was found; what was found so far where Ctrl-C or the death of a worker ended the walk,
-        with `stopped` saying so.
+        The summary. After Ctrl-C or the death of a worker it covers the rows checked so far, and
+        `stopped` states the reason.
     """
     summary = Summary(of=len(rows))
     loader = DataLoader(
@@ -133,6 +133,6 @@ def walk(
             advance(summary)
     except KeyboardInterrupt:
         summary.stopped = INTERRUPTED
-    except RuntimeError as error:  # rows raise nothing: a worker died
+    except RuntimeError as error:  # checking a row never raises, so a worker died
         summary.stopped = str(error)
     return summary

@@ -1,4 +1,4 @@
-"""`mrope syncs`: where a training step makes the host wait, before and after, side by side."""
+"""Run `mrope syncs`: list the host syncs of a training step, plain and attached, side by side."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mrope.errors import MRopeError
-from mrope.guard.sync_guard import Site
+from mrope.guard import Site
 from mrope.hf import attach, detach
 from mrope.training.config import build_collator, load_config
 from mrope.training.dataloader import RowDataset
@@ -21,27 +21,27 @@ from mrope.training.sections import Config
 from mrope.training.step import guarded_step, to_device
 
 
-def run(config: Path | None, overrides: list[str], model: str | None) -> None:
-    """Print every waiting site of one training step, plain and attached, with how often it waits.
+def print_step_syncs(config: Path | None, overrides: list[str], model: str | None) -> None:
+    """Print every sync site of one training step, plain and attached, with its number of syncs.
 
     Args:
-        config: training config, whose model and data are used.
-        overrides: as `load_config` takes them.
-        model: instead of a config, a model's `config.json` or folder: random weights in its shape,
-            on made-up rows. Large models are cut to a few layers by overriding the config.
+        config: training config with the model and the data.
+        overrides: see `load_config`.
+        model: instead of a config, a model's `config.json` or folder: random weights of that
+            shape, on synthetic rows. Override a config's layer counts if the model is too large.
 
     Raises:
-        MRopeError: neither or both of config and model are given, or the model is not known.
+        MRopeError: neither or both of config and model are given, or the model is unknown.
     """
     if (config is None) == (model is None):
         raise MRopeError("give a CONFIG or --model, and not both")
-    cfg = load_config(config, overrides) if config is not None else _made_up(str(model))
-    before, after = step_sites(cfg)
+    cfg = load_config(config, overrides) if config is not None else _synthetic_config(str(model))
+    before, after = count_step_syncs(cfg)
     Console().print(_table(before, after))
 
 
-def step_sites(cfg: Config) -> tuple[list[Site], list[Site]]:
-    """Return the waiting sites of one step, forward and backward: plain, and attached."""
+def count_step_syncs(cfg: Config) -> tuple[list[Site], list[Site]]:
+    """Count the sync sites of one step, forward and backward: plain, and attached."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(cfg.train.seed)
     rows = load_run_rows(cfg)
@@ -65,8 +65,8 @@ def _first_batch(cfg: Config, rows: RowDataset) -> dict[str, Any]:
     return batch
 
 
-def _made_up(model: str) -> Config:
-    """Return a config of made-up rows for a model: two rows of two images and a clip each."""
+def _synthetic_config(model: str) -> Config:
+    """Return a config of two synthetic rows for a model, each with two images and a clip."""
     shape = {"width": 160, "images": 2, "image": [8, 8], "videos": 1, "frames": 2, "frame": [8, 8]}
     return Config.model_validate(
         {
@@ -78,8 +78,8 @@ def _made_up(model: str) -> Config:
 
 
 def _table(before: list[Site], after: list[Site]) -> Table:
-    """Return both counts for each site, most frequent first."""
-    table = Table("where", "what", "plain", "attached", title="waits of one training step")
+    """Return a table of both counts for each site, most syncs first."""
+    table = Table("where", "what", "plain", "attached", title="host syncs of one training step")
     counts: dict[tuple[str, str], list[int]] = {}
     for column, sites in enumerate((before, after)):
         for site in sites:

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from mrope import MRopeError, MRopeSpec, rope_index
 from mrope.towers import AudioSpec, audio_tensors, audio_tokens, padded_features
+from support.specs import example_spec
 from twins.omni import (
     AUDIO_END,
     FAMILIES,
-    omni_spec,
     processor_batch,
     random_maker,
     slow_omni_index,
@@ -39,7 +39,7 @@ def assert_equal(actual: tuple[Any, Any], expected: tuple[Any, Any], what: str =
 @settings(max_examples=BATCHES, deadline=None)
 @given(rng=st.randoms(use_true_random=False))
 def test_equal_to_the_twin(family: str, rng: random.Random) -> None:
-    spec = omni_spec(family)
+    spec = example_spec(family)
     batch = processor_batch(rng, spec)
     assert_equal(rope_index(spec, **batch), slow_omni_index(spec, batch))
 
@@ -47,7 +47,7 @@ def test_equal_to_the_twin(family: str, rng: random.Random) -> None:
 @families
 def test_equal_to_the_installed_release(family: str) -> None:
     reference = live_reference()
-    spec, rng = omni_spec(family), random.Random(5)
+    spec, rng = example_spec(family), random.Random(5)
     for number in range(BATCHES):
         batch = processor_batch(rng, spec, masked=True)
         assert_equal(rope_index(spec, **batch), reference(spec, batch), f"batch {number}")
@@ -62,7 +62,7 @@ def live_reference() -> Any:
 def test_what_is_not_refused_is_numbered_like_the_reference(family: str) -> None:
     """No stray token, lost grid or cut row passes with other numbers, or ends in another error."""
     reference = live_reference()
-    spec, rng = omni_spec(family), random.Random(6)
+    spec, rng = example_spec(family), random.Random(6)
     refused = 0
     for number in range(BATCHES):
         batch = spoil(rng, spec, processor_batch(rng, spec, masked=True))
@@ -115,7 +115,7 @@ def spoil(rng: random.Random, spec: MRopeSpec, batch: dict[str, Any]) -> dict[st
 
 @families
 def test_counts_of_a_row_are_checked(family: str) -> None:
-    spec, rng = omni_spec(family), random.Random(7)
+    spec, rng = example_spec(family), random.Random(7)
     for kind, name in enumerate(("images_per_sample", "videos_per_sample", "audios_per_sample")):
         maker = random_maker(rng, spec)
         while len(maker.rows) < 2 or not maker.counts[0][kind]:
@@ -134,7 +134,7 @@ def test_counts_of_a_row_are_checked(family: str) -> None:
 def test_endless_clips(family: str, seconds: float) -> None:
     inputs: dict[str, Any] = {"video_grid_thw": [[2, 2, 2]], "second_per_grid_ts": [seconds]}
     with pytest.raises(MRopeError, match=r"second_per_grid_ts\[0\] = .*: 2 frames would end at"):
-        rope_index(omni_spec(family), [[101, 103, 103, 98]], **inputs)
+        rope_index(example_spec(family), [[101, 103, 103, 98]], **inputs)
 
 
 TOWERS = {
