@@ -61,7 +61,7 @@ def test_relative_links_lead_to_files(page: str) -> None:
 
 
 def test_the_table_of_families_is_as_the_table_and_the_results_say() -> None:
-    families_page = pytest.importorskip("families_page", exc_type=ImportError)
+    families_page = pytest.importorskip("support.families_page", exc_type=ImportError)
     page = families_page.PAGE.read_text(encoding="utf-8")
     assert families_page.rendered(page) == page, "run tests/support/families_page.py"
 

@@ -1,4 +1,4 @@
-"""Array types, and the checks of array arguments that every module shares."""
+"""Array types, and conversion of array arguments with errors that name the argument."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 def as_array(name: str, values: npt.ArrayLike, hint: str) -> npt.NDArray[Any]:
-    """Return `values` as an array; lists of unequal length are an error."""
+    """Convert `values` to an array.
+
+    Args:
+        name: argument's name in errors.
+        values: array or nested lists.
+        hint: what the argument holds, for errors.
+
+    Raises:
+        MRopeError: nested lists of unequal length.
+    """
     if type(values) is np.ndarray:
         return values
     try:
@@ -24,13 +33,17 @@ def as_array(name: str, values: npt.ArrayLike, hint: str) -> npt.NDArray[Any]:
 
 
 def as_integers(name: str, values: npt.ArrayLike, hint: str) -> IntArray:
-    """Return `values` as an array of integers; anything else, floats too, is an error."""
+    """Convert `values` to an array of integers; arguments as in `as_array`.
+
+    Raises:
+        MRopeError: ragged lists, floats or other types, or integers beyond int64.
+    """
     array = as_array(name, values, hint)
     kind = array.dtype.kind
     if kind == "i":
         return array
     if kind == "u":
-        # uint64 and int64 together would become floats.
+        # numpy promotes uint64 with int64 to float64.
         if array.itemsize == 8 and (array > np.iinfo(np.int64).max).any():
             raise MRopeError(f"{name} holds integers beyond int64: {hint}")
         return array.astype(np.int64) if array.itemsize == 8 else array
@@ -43,7 +56,11 @@ _NO_GRID = np.empty((0, 3), np.int64)
 
 
 def as_grid(name: str, grid_thw: npt.ArrayLike | None) -> npt.NDArray[np.int64]:
-    """Return grids as int64 (N, 3), no rows for None; sizes are not looked at."""
+    """Convert grids to int64 (N, 3), with N = 0 for None; sizes are not checked.
+
+    Raises:
+        MRopeError: not integers, or another shape.
+    """
     if grid_thw is None:
         return _NO_GRID
     array = as_integers(name, grid_thw, "frames, height and width in patches")

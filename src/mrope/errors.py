@@ -1,25 +1,25 @@
-"""The errors that this package raises: one base class and its few children."""
+"""Errors that this package raises for bad input."""
 
 from __future__ import annotations
 
 
 class MRopeError(ValueError):
-    """Bad input to `mrope`: the message says what is wrong, where, and what it usually means."""
+    """Bad input; the message states what is wrong, where, and the usual cause."""
 
 
 class SpanMismatchError(MRopeError):
-    """Placeholder tokens and grids do not fit together.
+    """Placeholder tokens and grids do not match.
 
-    A DataLoader worker hands an exception to the main process by its message alone, so the message
-    holds every fact; the attributes are there for code that catches the error where it is raised.
+    DataLoader workers pass only an exception's message to the main process, so the message contains
+    every attribute; the attributes serve code that catches the error where it is raised.
 
     Attributes:
-        row: row of the batch, or None where the batch does not tell which row it is.
-        span: ordinal of the image or video, counted from 0 within its row for each modality.
+        row: row of the batch; None if unknown.
+        span: ordinal of the image or video, from 0 within its row for each modality.
         modality: "image" or "video".
         found: placeholder tokens found for the span.
-        needed: tokens that the grid of the span needs; 0 where there is no grid.
-        cause: what this usually means.
+        needed: tokens that the span's grid needs; 0 without a grid.
+        cause: usual cause.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from mrope.towers import VisionSpec
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "families.md"
 MARKS = "<!-- families -->", "<!-- /families -->"
-HEAD = ("`model_type`", "rule", "equal to transformers", "inputs", "vision keys", "waits")
+HEAD = ("`model_type`", "rule", "equal to transformers", "inputs", "vision keys", "syncs")
 
 
 def rendered(page: str) -> str:

@@ -1,8 +1,8 @@
-"""Batches in the form that other trainers expect: a pure function for each of them.
+"""Convert batches to the names and shapes that other trainers expect, one pure function each.
 
-Every adapter takes a batch of `MRopeCollator` in model layout and returns a new dict with the same
-values under other names or in other shapes; the batch it is given stays as it is. Docstrings name
-the release in which the peer's own code was read; docs/adapters.md says what was run.
+Every adapter takes a batch of `MRopeCollator` in model layout and returns a new dict; its argument
+is not changed. Docstrings name the release whose source was read; docs/adapters.md states what was
+run.
 
 Shape suffixes: B rows and S width of a padded batch, T tokens of a flattened one.
 """
@@ -22,7 +22,7 @@ from mrope.spec.spec import MRopeSpec
 from mrope.towers import VisionSpec, vision_tensors
 
 _BORDERS = "cu_seq_lens_q"
-# What VeOmni's towers read of `vision_tensors`, and under which name.
+# Keys of `vision_tensors` that VeOmni's towers read, and their names there.
 _VEOMNI_NAMES = {
     "cu_seqlens": "cu_seqlens",
     "max_seqlen": "max_seqlen",
@@ -33,18 +33,18 @@ _VEOMNI_NAMES = {
 
 
 def to_ms_swift(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the batch with `position_ids` (3, B, S) and the text row in `text_position_ids`.
+    """Split `position_ids` into `position_ids` (3, B, S) and `text_position_ids` for ms-swift.
 
-    ms-swift keeps the text row apart: its trainers take `text_position_ids` out of the batch in
-    front of the model, and count borders in it where the loss or the accuracy goes by example.
+    ms-swift's trainers pop `text_position_ids` before the model is called, and find the borders of
+    examples in it for losses and accuracies per example.
 
     Flattened batches: `text_position_ids` int64 (1, T) restarts at every example, `position_ids`
-    becomes (3, 1, T). Borders are in the batch already, under the names that ms-swift uses; its own
-    `max_length_q` is a tensor, here it stays an int. Without the text row sdpa and eager attention
-    look over the borders, so that only flash attention will do; ms-swift refuses anything else when
+    becomes (3, 1, T). The borders are already there under the names that ms-swift uses;
+    `max_length_q` stays an int, where ms-swift's own is a tensor. Requires flash attention: without
+    the text row, sdpa and eager attention attend across examples. ms-swift refuses these two when
     `padding_free` or `packing` is set.
 
-    Padded batches: `text_position_ids` int64 (B, S) is the column, padding included.
+    Padded batches: `text_position_ids` int64 (B, S) is the column index, padding included.
 
     Source: ms-swift 4.6.0, swift/template/templates/qwen.py, `Qwen2VLTemplate._data_collator`;
     swift/trainers/seq2seq_trainer.py, `Seq2SeqTrainer.compute_loss`; swift/arguments/sft_args.py,
@@ -63,11 +63,11 @@ def to_ms_swift(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_verl(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a padded batch with `position_ids` int64 (B, 4, S), the text row first.
+    """Convert `position_ids` of a padded batch to int64 (B, 4, S), text row first, for verl.
 
-    The text row counts the valid tokens of its row from 0 and holds 1 on padding. verl cuts padding
-    off by `attention_mask` before a model sees anything, and hands it (4, 1, T) or (4, B, S). Since
-    the result is in batch layout it carries `batch_first`, which verl does not read.
+    The text row counts the valid tokens of its row from 0 and holds 1 at padding. verl removes
+    padding by `attention_mask` and passes (4, 1, T) or (4, B, S) to the model. The result is in
+    batch layout and has the key `batch_first`, which verl ignores.
 
     Source: verl 0.9.1, verl/experimental/agent_loop/agent_loop.py, `_compute_position_ids`;
     verl/workers/utils/padding.py, `left_right_2_no_padding`; verl/workers/engine/fsdp/
@@ -80,16 +80,16 @@ def to_verl(batch: Mapping[str, Any]) -> dict[str, Any]:
     positions_3BS = _positions(batch, "to_verl")
     if _BORDERS in batch:
         raise MRopeError(
-            "to_verl takes padded batches, but this one is flattened (cu_seq_lens_q): verl drops "
-            "the padding itself; leave out MRopeCollator(packing='flatten')"
+            "to_verl takes padded batches, but this one is flattened (cu_seq_lens_q): verl removes "
+            "padding itself; leave out MRopeCollator(packing='flatten')"
         )
     if batch.get("attention_mask") is None:
-        raise MRopeError("to_verl needs attention_mask (B, S): verl tells padding by it alone")
+        raise MRopeError("to_verl needs attention_mask (B, S): verl finds padding only by it")
     mask_BS = torch.as_tensor(batch["attention_mask"])
     if bool((mask_BS > 1).any()):
         raise MRopeError(
             f"attention_mask counts up to {int(mask_BS.max())}: several examples in a row, which "
-            "verl would take for one; give verl a row for each example"
+            "verl would treat as one; use one row per example"
         )
     valid_BS = mask_BS != 0
     text_BS = (valid_BS.cumsum(1) - 1).masked_fill(~valid_BS, 1)
@@ -97,27 +97,27 @@ def to_verl(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_veomni(batch: Mapping[str, Any], spec: MRopeSpec, vision: VisionSpec) -> dict[str, Any]:
-    """Return a flattened batch with `multimodal_metadata`, `image_mask` and `video_mask`.
+    """Add `multimodal_metadata`, `image_mask` and `video_mask` to a flattened batch, for VeOmni.
 
-    `multimodal_metadata` is what VeOmni's vision towers would otherwise read back from the device.
-    It holds for the images, and likewise for the videos, of a batch that has any:
+    `multimodal_metadata` spares VeOmni's vision towers syncs with the device. For images, and
+    likewise for videos, it holds:
 
     - `image_grid_thw_list`: the grids as lists of three ints.
     - `vit_image_cu_seqlens` int32 (frames + 1,), `vit_image_max_seqlen` int: the frames' borders.
     - `vit_image_window_index` int64 (M,), `vit_image_cu_window_seqlens` int32 (windows + 1,),
       `vit_image_win_max_seqlen` int: with `vision.window_side`.
 
-    A batch without pixels has no such key. `image_mask` and `video_mask`, bool (1, T), say which
-    tokens are placeholders; VeOmni's Qwen2-VL and Qwen2.5-VL do not work without. `position_ids`
-    stay (4, 1, T): VeOmni's own are (1, 3, T), with which sdpa and eager attention look over the
-    borders; its models take both.
+    A batch without pixels has no `multimodal_metadata`. `image_mask` and `video_mask`, bool (1, T),
+    mark placeholders; VeOmni's Qwen2-VL and Qwen2.5-VL require them. `position_ids` stay (4, 1, T):
+    VeOmni's models also take their own (1, 3, T), but with these sdpa and eager attention attend
+    across examples.
 
-    Everything is computed from grids and tokens: a collator for VeOmni needs no `vision`.
+    All of it follows from grids and tokens, so the collator needs no `vision`.
 
     Args:
         batch: a flattened batch, `MRopeCollator(packing="flatten")`.
         spec: the model's token ids.
-        vision: the vision tower's numbers.
+        vision: the vision tower's values.
 
     Source: VeOmni 0.1.12, veomni/models/transformers/<family>/generated/*_gpu.py: written by
     `collate_multimodal_metadata`, read by the model's `forward`; veomni/data/data_transform.py,
@@ -131,7 +131,7 @@ def to_veomni(batch: Mapping[str, Any], spec: MRopeSpec, vision: VisionSpec) -> 
     if _BORDERS not in batch:
         raise MRopeError(
             "to_veomni takes flattened batches, but this one has no cu_seq_lens_q: VeOmni's models "
-            "take one row without padding; give MRopeCollator(packing='flatten')"
+            "take one row without padding; use MRopeCollator(packing='flatten')"
         )
     metadata: dict[str, Any] = {}
     for modality in ("image", "video"):
@@ -144,8 +144,8 @@ def to_veomni(batch: Mapping[str, Any], spec: MRopeSpec, vision: VisionSpec) -> 
 
 
 def _tower_metadata(modality: str, grid_thw: Any, vision: VisionSpec) -> dict[str, Any]:
-    """Return the entries of `multimodal_metadata` for one modality; none where it has no grids."""
-    # The table is left out, since VeOmni's towers interpolate in their forward.
+    """Compute the entries of `multimodal_metadata` for one modality; empty without grids."""
+    # Without the table: VeOmni's towers interpolate it in their forward.
     tensors = vision_tensors(replace(vision, table_side=None), grid_thw)
     if not tensors:
         return {}
@@ -158,7 +158,7 @@ def _tower_metadata(modality: str, grid_thw: Any, vision: VisionSpec) -> dict[st
 
 
 def _positions(batch: Mapping[str, Any], adapter: str) -> torch.Tensor:
-    """Return `position_ids`, 4 rows where the batch is flattened and 3 where it is padded."""
+    """Return `position_ids`: (4, 1, T) of a flattened batch, (3, B, S) of a padded one."""
     if BATCH_FIRST in batch:
         raise MRopeError(
             f"{adapter} takes model layout, but the batch is in batch layout ({BATCH_FIRST}); give "
@@ -171,5 +171,5 @@ def _positions(batch: Mapping[str, Any], adapter: str) -> torch.Tensor:
     found = tuple(positions.shape) if isinstance(positions, torch.Tensor) else "none"
     raise MRopeError(
         f"{adapter} needs the position_ids {width} of MRopeCollator, found {found}; usual cause: "
-        "the batch is of another collator, or went through an adapter before"
+        "the batch is of another collator, or was adapted already"
     )

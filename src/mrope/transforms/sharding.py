@@ -1,8 +1,8 @@
-"""Sequence and context parallelism: a whole batch is made first, then each rank takes its part.
+"""Shard collated batches over the ranks of a sequence or context parallel group.
 
-Positions, borders and vision tensors need the whole sequence; a rank that computed them for its
-part alone would number it from 0. So the collator runs on all of it, in the worker, and
-`shard_sequence` cuts what it made.
+Position ids, borders and vision tensors depend on the whole sequence: computed on a rank's part
+alone, they would start at 0. So the collator runs on the whole sequence in the worker, and
+`shard_sequence` cuts the result.
 
 Shape suffixes: S tokens of a whole row, L tokens of a rank's part, padding included, D segments of
 a flattened row; a padded batch counts as one segment.
@@ -25,7 +25,7 @@ IntArray = npt.NDArray[np.int64]
 Scheme = Literal["contiguous", "zigzag"]
 
 _FILL = {"labels": -100, "shift_labels": -100}
-# Host numbers by which the reading model of `mrope.hf` attends; they are of the whole sequence.
+# Read on the host by attached models of `mrope.hf`; valid for the whole sequence only.
 _NOT_OF_A_PART = (
     "has_padding",
     "segment_sizes",
@@ -37,14 +37,14 @@ _NOT_OF_A_PART = (
 
 
 class _Plan(NamedTuple):
-    """Where a rank's tokens come from, and in which segments of the padded row they are.
+    """Source and segment of each token of a rank's part.
 
     Attributes:
-        source_L: the token's place in the row as it was; at padding the last token before it in
-            its segment, -1 where there is none.
-        beyond_L: 0 at tokens; at padding how many places behind that last token.
-        segment_L: the segment of the padded row.
-        borders_D: of the padded segments, their number + 1.
+        source_L: index in the unpadded row; at padding that of the last token before it in its
+            segment, or -1 if there is none.
+        beyond_L: 0 at tokens; at padding the distance from that last token.
+        segment_L: index of the segment in the padded row.
+        borders_D: borders of the padded segments, (D + 1,).
     """
 
     source_L: IntArray
@@ -61,39 +61,37 @@ def shard_sequence(
     *,
     pad_token_id: int = 0,
 ) -> dict[str, Any]:
-    """Return a rank's part of a batch of `MRopeCollator`, padded or flattened.
+    """Cut a rank's part out of a batch of `MRopeCollator`, padded or flattened.
 
-    - "contiguous": rank r has the r-th of `world_size` equal parts. For attention that sees the
-      whole sequence (Ulysses, or keys gathered from all ranks): `cu_seq_lens_*` and `max_length_*`
-      stay those of the whole row.
-    - "zigzag": the row is cut in 2 * `world_size` parts, and rank r has part r and the r-th from
-      the end, so that causal attention is as much work for every rank (ring attention). In a
-      flattened row each example is padded at its end and cut for itself; `cu_seq_lens_*` and
-      `max_length_*` are those of the rank's part, a `world_size`-th of the padded ones.
+    - "contiguous": rank r takes the r-th of `world_size` equal parts. For attention over the whole
+      sequence (Ulysses, or keys gathered from all ranks): `cu_seq_lens_*` and `max_length_*` stay
+      those of the whole row.
+    - "zigzag": the row is cut into 2 * `world_size` parts, and rank r takes part r and the r-th
+      from the end, which balances causal attention (ring attention). In a flattened row each
+      example is padded and cut separately; `cu_seq_lens_*` and `max_length_*` are those of the
+      rank's part, the padded ones divided by `world_size`.
 
     Args:
         batch: in model layout, with `input_ids` (B, S) and `position_ids` (3|4, B, S).
-        rank, world_size: of the group that shares a sequence.
+        rank, world_size: rank and size of the group that shares a sequence.
         scheme: see above.
-        pad_token_id: id at padding.
+        pad_token_id: token id at padding.
 
     Returns:
-        A new dict. `position_ids` is cut on axis 2 and every other tensor with an entry for each
-        token on axis 1; pixels, grids, vision tensors and `rope_deltas` stay whole. Padding has
-        labels of -100 and a mask of 0; in a flattened row it is a segment of its own ("contiguous")
-        or the end of each example, where it comes after every token that could see it ("zigzag").
-        Besides:
+        A new dict. `position_ids` is cut on axis 2, every other tensor with one entry per token on
+        axis 1; pixels, grids, vision tensors and `rope_deltas` stay whole. Padding has labels of
+        -100 and a mask of 0. In a flattened row it is a segment of its own ("contiguous"), or the
+        end of each example, where causal attention never reaches it ("zigzag"). Additional keys:
 
-        - `shift_labels` where there are `labels`: what each token is to predict. A model shifts the
-          labels that it is given, and would lose one at each cut; transformers' losses take these
-          instead.
-        - `image_scatter_index`: places among the rank's B * L tokens; `image_feature_index`: which
-          feature rows go there. The same for `video_`. What else the reading model of `mrope.hf`
-          decides by is left out: it attends within one process, and so refuses the part.
+        - `shift_labels`, if there are `labels`: the label of the next token. Models shift `labels`
+          themselves and would lose one at each cut; transformers' losses take these instead.
+        - `image_scatter_index`: indices among the rank's B * L tokens; `image_feature_index`: the
+          feature rows that go there. The same for `video_`. Other inputs of attached models are
+          dropped, since these attend within one process: an attached model refuses the part.
 
     Raises:
-        MRopeError: a rank that is none, an unknown scheme, a batch without token ids or positions,
-            or one in batch layout.
+        MRopeError: a rank outside the group, an unknown scheme, a batch without token ids or
+            positions, or one in batch layout.
 
     Example:
         >>> ids = torch.arange(8)[None]
@@ -128,15 +126,15 @@ def shard_sequence(
 def gather_sequence(
     parts: Sequence[Mapping[str, Any]], scheme: Scheme = "contiguous"
 ) -> dict[str, torch.Tensor]:
-    """Put the ranks' parts back together.
+    """Concatenate the parts of all ranks in the order of the whole sequence.
 
     Args:
-        parts: of the ranks in their order, as `shard_sequence` returned them.
-        scheme: by which they were cut.
+        parts: results of `shard_sequence`, in the order of ranks.
+        scheme: the scheme they were cut with.
 
     Returns:
-        The columns of tokens (B, S, ...) and `position_ids` (3|4, B, S) of the whole; S counts the
-        padding that made it divisible.
+        Token columns (B, S, ...) and `position_ids` (3|4, B, S) of the whole sequence; S includes
+        the padding that made it divisible.
     """
     shape = tuple(parts[0]["input_ids"].shape[:2])
     names = [name for name, value in parts[0].items() if is_column(name, value, shape)]
@@ -162,25 +160,25 @@ def _check(batch: Mapping[str, Any], rank: int, world_size: int, scheme: str) ->
     lacking = [name for name in ("input_ids", "position_ids") if batch.get(name) is None]
     if lacking:
         raise MRopeError(
-            f"cannot shard a batch without {lacking[0]}: positions are those of the whole "
-            "sequence, so let a MRopeCollator make it first"
+            f"cannot shard a batch without {lacking[0]}: positions depend on the whole "
+            "sequence, so apply a MRopeCollator first"
         )
     if BATCH_FIRST in batch:
         raise MRopeError("shard_sequence takes model layout; call to_model_layout(batch) first")
 
 
 def _next_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Return what each token predicts: (B, S), the next token's label; -100 at the end."""
+    """Return the label of each next token, (B, S); -100 at the end."""
     return torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
 
 
 def _plan(
     whole: Mapping[str, Any], width: int, rank: int, world_size: int, scheme: Scheme
 ) -> _Plan:
-    """Pad a row so that it can be cut evenly, and say which tokens are the rank's.
+    """Pad a row to a divisible length, and compute which tokens belong to the rank.
 
-    Two ranks, zigzag, a flattened row of 3 and 4 tokens: each segment is padded to 4 tokens, and
-    cut in 4. Rank 0 has the first and the last of each:
+    Two ranks, zigzag, a flattened row of 3 and 4 tokens: each segment is padded to 4 tokens and cut
+    into 4. Rank 0 takes the first and the last of each:
 
         padded row  source 0 1 2 2 3 4 5 6    beyond 0 0 0 1 0 0 0 0    borders 0 4 8
         rank 0      places 0 3 4 7            source 0 2 3 6            beyond 0 1 0 0
@@ -208,7 +206,7 @@ def _plan(
 
 
 def _lengths(whole: Mapping[str, Any], width: int) -> IntArray:
-    """Return the tokens of each segment of a flattened row; of a padded batch, its width."""
+    """Return the tokens of each segment, (D,); a padded batch is one segment of its width."""
     borders = whole.get("cu_seq_lens_q")
     border_D = np.array([0, width]) if borders is None else borders.numpy().astype(np.int64)
     length_D: IntArray = np.diff(border_D)
@@ -216,14 +214,17 @@ def _lengths(whole: Mapping[str, Any], width: int) -> IntArray:
 
 
 def _without_tail(whole: Mapping[str, Any], segments: int) -> bool:
-    """Whether a flattened row ends with an example: a tail has no delta of its own."""
+    """Return whether a flattened row ends with an example, not with a tail of padding.
+
+    A tail is a segment without a rope delta.
+    """
     return "cu_seq_lens_q" in whole and segments == len(whole["rope_deltas"])
 
 
 def _zigzag(borders_D: IntArray, rank: int, world_size: int) -> IntArray:
-    """Return a rank's places in a row whose segments are each cut in 2 * world_size."""
+    """Compute a rank's token indices in a row whose segments are each cut into 2 * world_size."""
     chunk_D = np.diff(borders_D) // (2 * world_size)
-    # Two chunks of each segment, one after another: (D, 2) starts, each of chunk_D tokens.
+    # Each segment gives two chunks: (D, 2) starts, with chunk_D tokens each.
     start_D2 = borders_D[:-1, None] + chunk_D[:, None] * [rank, 2 * world_size - 1 - rank]
     starts, lengths = start_D2.ravel(), chunk_D.repeat(2)
     ends = lengths.cumsum()
@@ -232,14 +233,14 @@ def _zigzag(borders_D: IntArray, rank: int, world_size: int) -> IntArray:
 
 
 def _cut(column: torch.Tensor, plan: _Plan, fill: int) -> torch.Tensor:
-    """Return (B, L, ...) of a column (B, S, ...), `fill` at padding."""
+    """Select (B, L, ...) from a column (B, S, ...), with `fill` at padding."""
     part = column.index_select(1, torch.from_numpy(plan.source_L).clamp(min=0))
     part[:, torch.from_numpy(plan.beyond_L > 0)] = fill
     return part
 
 
 def _cut_positions(position_ids: torch.Tensor, plan: _Plan, flattened: bool) -> torch.Tensor:
-    """Return (3|4, B, L). Padding of a padded batch has 0; that of a segment counts on from it."""
+    """Select positions (3|4, B, L); padding has 0, or in a flattened row counts on."""
     source_L, beyond_L = torch.from_numpy(plan.source_L), torch.from_numpy(plan.beyond_L)
     part = position_ids.index_select(2, source_L.clamp(min=0))
     if not flattened:
@@ -250,7 +251,7 @@ def _cut_positions(position_ids: torch.Tensor, plan: _Plan, flattened: bool) -> 
 
 
 def _borders(plan: _Plan, ranks: int) -> dict[str, Any]:
-    """Return borders of the padded segments, or of a rank's share of each; and `seq_idx` (1, L)."""
+    """Compute the borders of a part's segments, divided by `ranks`, and `seq_idx` (1, L)."""
     borders_D = plan.borders_D // ranks
     borders = torch.from_numpy(borders_D.astype(np.int32))
     longest = int(np.diff(borders_D).max())
@@ -266,10 +267,10 @@ def _borders(plan: _Plan, ranks: int) -> dict[str, Any]:
 def _places(
     modality: str, scatter_index: torch.Tensor, plan: _Plan, width: int
 ) -> dict[str, torch.Tensor]:
-    """Return which feature rows are for the rank's tokens, and where among those they go.
+    """Select the feature rows of the rank's tokens, and compute their indices among these tokens.
 
-    Rows of 4 tokens, rank 1 of 2, features at the flat places 1 2 6 7: places 2 and 6, 7 are its
-    own, features 1 2 3, and in its own rows of 2 tokens they are at 0, 2, 3.
+    Rows of 4 tokens, rank 1 of 2, features at the flat indices 1 2 6 7: the rank holds 2, 6 and 7,
+    which are features 1 2 3; among its own rows of 2 tokens these are at 0 2 3.
     """
     real = (plan.beyond_L == 0).nonzero()[0]
     local_S = np.full(width, -1)
