@@ -122,7 +122,7 @@ def check_rows(
     loader = DataLoader(
         rows,
         batch_size=_TOGETHER,
-        collate_fn=list,
+        collate_fn=list,  # rows stay separate results
         num_workers=workers,
         multiprocessing_context=start_method if workers else None,
     )

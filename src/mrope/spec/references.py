@@ -151,9 +151,10 @@ def resolve_reference(name: str = "auto", installed: str | None = None) -> str:
             f"transformers {version} is newer than any release that mrope was tested against; "
             f"reference='auto' uses {_ERAS[-1][2]!r}",
             UserWarning,
-            stacklevel=3,
+            stacklevel=3,  # the caller of `MRopeSpec.from_config`
         )
         return _ERAS[-1][2]
+    # Only releases between or before the eras are left.
     why = "releases 5.0 to 5.5 number clips wrongly" if release[0] == 5 else "it was not tested"
     raise MRopeError(
         f"reference='auto' has no rule for transformers {version}: {why}; "
@@ -179,6 +180,7 @@ def as_release(version: str) -> tuple[int, int]:
         >>> as_release("5.23.0.dev0")
         (5, 23)
     """
+    # Minor and patch suffixes such as "5.23.0.dev0" have no meaning here.
     parsed = re.match(r"(\d+)\.(\d+)", version)
     if parsed is None:
         raise MRopeError(f"cannot read transformers' version {version!r}; name a reference")

@@ -149,6 +149,7 @@ def _refuse_equal_tokens(spec: MRopeSpec) -> None:
     }
     names: dict[int, str] = {}
     for name, token in tokens.items():
+        # Equal ids would give every placeholder two kinds, and the first match would win silently.
         if token != NO_TOKEN and token in names:
             raise MRopeError(
                 f"{spec.family}: token id {token} stands for two tokens, {names[token]} and {name}"
@@ -160,6 +161,7 @@ def _describe_unknown_family(name: object) -> str:
     known = f"known: {', '.join(FAMILIES)}"
     if not isinstance(name, str):
         return f"the config has no model_type, so its family cannot be told; {known}"
+    # The usual mistake: `config.text_config` instead of the config.
     if re.search(r"_(text|vision)$", name):
         return f"model_type {name!r} is a part of a model; give the whole model's config; {known}"
     if name in ONE_DIMENSIONAL:

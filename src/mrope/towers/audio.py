@@ -167,6 +167,7 @@ def audio_tokens(spec: AudioSpec, frames_N: Int64Array) -> Int64Array:
         [24, 50]
     """
     tokens_N = _convolved(spec, frames_N)
+    # Averaging drops an odd last token.
     return tokens_N // 2 if spec.chunks_attended is None else tokens_N
 
 
@@ -197,6 +198,7 @@ def padded_features(
             f"{tuple(input_features.shape)}: (audios, mel bins, frames)"
         )
     size = 2 * spec.n_window
+    # Views of equal chunks; those that hold padding only are dropped below.
     whole = pad(input_features, (0, -width % size)).unfold(2, size, size).permute(0, 2, 1, 3)
     chunks_N = -(-frames_N // size)
     used = torch.from_numpy(np.arange(whole.shape[1]) < chunks_N[:, None])
@@ -219,6 +221,7 @@ def chunk_lengths(spec: AudioSpec, frames_N: Int64Array) -> Int64Array:
     size = 2 * spec.n_window
     chunks_N = -(-frames_N // size)
     chunk_C = np.full(chunks_N.sum(), size, np.int64)
+    # Only the last chunk of each audio can be shorter.
     chunk_C[chunks_N.cumsum() - 1] = frames_N - size * (chunks_N - 1)
     return chunk_C
 

@@ -73,6 +73,7 @@ def vision_tensors(
         "cu_seqlens": borders_F1,
         "max_seqlen": _longest(borders_F1),
     }
+    # A block of one patch is raster order.
     block = 1 if spec.raster else spec.spatial_merge_size
     if spec.positions:
         tensors["position_ids"] = patch_positions(grid_N3, block)
@@ -135,6 +136,7 @@ def window_order(grid_N3: Int64Array, merge: int, side: int) -> tuple[Int64Array
     """
     order_M, lengths_W = _join(_windows, grid_N3, merge, side)
     tokens_F = (grid_N3[:, 1] * grid_N3[:, 2]).repeat(grid_N3[:, 0]) // merge**2
+    # In place: `_join` concatenates, so this never writes into a cached piece.
     order_M += (tokens_F.cumsum() - tokens_F).repeat(tokens_F)
     return order_M, _borders(lengths_W)
 
@@ -172,6 +174,7 @@ def _as_grids(grid_thw: npt.ArrayLike | None, merge: int) -> Int64Array:
 def _join(build: Callable[..., Piece], grid_N3: Int64Array, *options: int) -> Piece:
     """Concatenate `build(h, w, *options)` over all frames of all grids, each size computed once."""
     frames, heights, widths = grid_N3.T.tolist()
+    # `tolist` gave Python ints, which hash faster than numpy scalars.
     sizes = list(zip(heights, widths, strict=True))
     pieces = {size: FRAME_CACHE.recall(build, *size, *options) for size in set(sizes)}
     of_frames = chain.from_iterable(map(repeat, map(pieces.__getitem__, sizes), frames))
@@ -204,9 +207,11 @@ def _windows(height: int, width: int, merge: int, side: int) -> Piece:
 
 
 def _taps(height: int, width: int, merge: int, side: int, corners: bool) -> Piece:
+    # Axes are cached on their own, since frames of different sizes share heights and widths.
     rows, row_weights, _, _ = FRAME_CACHE.recall(_axis_tables, height, merge, side, corners)
     _, _, columns, column_weights = FRAME_CACHE.recall(_axis_tables, width, merge, side, corners)
     shape = (height // merge, width // merge, merge, merge * 4)
+    # Through `out`, without temporaries of the size of the result.
     indices, weights = np.empty(shape, np.int64), np.empty(shape, np.float32)
     np.add(_down(rows, merge), _along(columns, merge), out=indices)
     np.multiply(_down(row_weights, merge), _along(column_weights, merge), out=weights)

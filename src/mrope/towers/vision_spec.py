@@ -127,11 +127,13 @@ def _read_table_side(vision: Mapping[str, Any], where: str, tower: Tower) -> int
     if tower.raster:
         image, patch = (read_int(vision, (key,), where, 1) for key in ("image_size", "patch_size"))
         return image // patch
+    # A square table: the config holds the number of its entries.
     return int(read_int(vision, ("num_position_embeddings",), where, 1) ** 0.5)
 
 
 def _find_tower(name: object) -> Tower:
     """Return the row of a tower by `model_type`, the model's or the tower's own."""
+    # A tower's own `model_type` may have a suffix, "_vision" or "_vision_encoder".
     plain = str(name).removesuffix("_encoder").removesuffix("_vision")
     families = {plain, f"{plain}_thinker"} & FAMILIES.keys()
     tower = FAMILIES[families.pop()].tower if families else ONE_DIMENSIONAL.get(plain)

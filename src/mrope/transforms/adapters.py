@@ -57,6 +57,7 @@ def to_ms_swift(batch: Mapping[str, Any]) -> dict[str, Any]:
     if _BORDERS in batch:
         text, spatial = positions[0], positions[1:]
     else:
+        # Padded batches have no text row; ms-swift uses the column index.
         _, rows, width = positions.shape
         text, spatial = torch.arange(width).repeat(rows, 1), positions
     return {**batch, "position_ids": spatial, "text_position_ids": text}

@@ -105,8 +105,10 @@ def shard_sequence(
     whole = dict(batch)
     shape, flattened = tuple(batch["input_ids"].shape[:2]), "cu_seq_lens_q" in batch
     if whole.get("labels") is not None:
+        # Before cutting: the last token of a part predicts the first token of the next.
         whole["shift_labels"] = _next_labels(whole["labels"])
     if not flattened and whole.get("attention_mask") is None:
+        # Parts get padding that the whole does not have, so a mask is needed now.
         whole["attention_mask"] = torch.ones(shape, dtype=torch.int64)
     plan = _plan(whole, shape[1], rank, world_size, scheme)
     fills = {**_FILL, "input_ids": pad_token_id}
@@ -189,6 +191,7 @@ def _plan(
     else:
         tail = -width % world_size
         if tail and _without_tail(whole, len(length_D)):
+            # An empty segment, which only padding fills, keeps examples free of padding.
             length_D = np.append(length_D, 0)
         padded_D = length_D.copy()
         padded_D[-1] += tail
@@ -246,6 +249,7 @@ def _cut_positions(position_ids: torch.Tensor, plan: _Plan, flattened: bool) -> 
     if not flattened:
         part[:, :, beyond_L > 0] = 0
         return part
+    # A tail has no token before it: -1 plus a distance of at least 1 starts it at 0.
     part[:, :, source_L < 0] = -1
     return part + beyond_L
 
