@@ -94,7 +94,7 @@ def test_the_judge_sees_a_dropped_neighbour(monkeypatch: pytest.MonkeyPatch) -> 
     def drops_the_first(rejects: Any, collate: Any, examples: Any) -> Any:
         return {**collate(examples[1:] or examples), "dropped": 0}
 
-    monkeypatch.setattr("mrope.collate.skip_bad.Rejects.collate", drops_the_first)
+    monkeypatch.setattr("mrope.collate.skip_bad.BadExampleFilter.collate", drops_the_first)
     with pytest.raises((WrongError, AssertionError)):
         judge(random.Random(1), QWEN3, UNDAMAGED)
 

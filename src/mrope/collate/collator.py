@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,8 +14,16 @@ from mrope.collate.model_tensors import image_and_video_tensors, sound_tensors
 from mrope.collate.options import resolve_option
 from mrope.collate.packing import Flatten, check_packing, flatten
 from mrope.collate.padding import PaddingCollator
+from mrope.collate.shapes import (
+    Shapes,
+    check_shapes,
+    fixed_vision_tensors,
+    flatten_to_rung,
+    pad_to_rung,
+)
 from mrope.collate.skip_bad import BadExampleFilter, SkipBad
 from mrope.errors import MRopeError
+from mrope.positions.located import Located
 from mrope.positions.rope_index import locate, position_tensors
 from mrope.spec.spec import MRopeSpec
 from mrope.towers import AudioSpec, VisionSpec, check_release
@@ -42,6 +50,8 @@ class MRopeCollator:
             function pads.
         layout: "model", `position_ids` (3|4, B, S), as models take them; "batch", (B, 3|4, S), for
             code that splits or joins batches on dim 0; see `mrope.collate.layouts`.
+        shapes: pad every tensor up to a rung of a short ladder, so that one compiled graph serves
+            batches of all sizes; for attached models. See `mrope.collate.shapes.Shapes`.
         on_error: `SkipBad(...)`, or "skip" for its defaults: examples that cannot be collated are
             dropped, and the others collated as if they alone had been given. "raise": their error
             is raised.
@@ -73,6 +83,7 @@ class MRopeCollator:
         audio: AudioSpec | None = None,
         packing: Literal["flatten"] | Flatten | None = None,
         layout: Layout = "model",
+        shapes: Shapes | None = None,
         on_error: Literal["raise", "skip"] | SkipBad = "raise",
         **short_forms: Any,
     ) -> None:
@@ -93,6 +104,9 @@ class MRopeCollator:
         self.packing = resolve_option("packing", Flatten, packing, "flatten", None, short_forms)
         if self.packing is not None:
             check_packing(spec, self.packing)
+        if shapes is not None:
+            check_shapes(spec, vision, shapes)
+        self.shapes = shapes
         self.layout = layout
         self.on_error = resolve_option("on_error", SkipBad, on_error, "skip", "raise", short_forms)
         if short_forms:
@@ -140,11 +154,13 @@ class MRopeCollator:
         inputs = read_inputs(self.spec, batch, examples, flattened)
         located = locate(self.spec, inputs)
         position_ids, rope_deltas = position_tensors(self.spec, located)
+        _refuse_second_source(batch, "position_ids")
         added: dict[str, Any] = {"position_ids": position_ids, "rope_deltas": rope_deltas}
-        if self.packing is not None:
-            _refuse_second_source(batch, "position_ids")
+        if self.shapes is not None:
+            added = self._fix_shapes(batch, located, added)
+        elif self.packing is not None:
             added |= flatten(batch, located, position_ids, self.packing)
-        if self.vision is not None:
+        if self.vision is not None and self.shapes is None:
             added |= image_and_video_tensors(self.vision, located, flattened)
         if self.audio is not None:
             added |= sound_tensors(self.spec, self.audio, located, batch)
@@ -154,6 +170,23 @@ class MRopeCollator:
         if self.layout == "batch":
             batch.update(to_batch_layout(batch))
         return CheckedBatch(batch) if type(batch) is dict else batch
+
+    def _fix_shapes(
+        self, batch: MutableMapping[str, Any], located: Located, added: dict[str, Any]
+    ) -> dict[str, Any]:
+        assert self.shapes is not None
+        assert self.vision is not None  # `check_shapes` looked at it
+        position_ids = added["position_ids"]
+        if self.packing is None:
+            added |= pad_to_rung(batch, located, position_ids, self.shapes)
+        else:
+            # One delta for each example: their number differs from batch to batch, and decoding,
+            # which would need them, takes no flattened rows.
+            added = flatten_to_rung(batch, located, position_ids, self.packing, self.shapes)
+        width = added["position_ids"].shape[-1]
+        fixed = fixed_vision_tensors(self.vision, located, batch, self.shapes, width)
+        batch.pop("pixel_values", None)
+        return added | fixed | {"has_padding": False}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner_collate!r}, {self.spec!r})"

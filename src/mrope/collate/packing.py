@@ -115,6 +115,7 @@ def flatten(
     located: Located,
     position_ids: npt.NDArray[np.int64],
     options: Flatten,
+    width: int | None = None,
 ) -> dict[str, Any]:
     """Bring the token columns of a padded batch into one row, in place, and return the borders.
 
@@ -124,6 +125,7 @@ def flatten(
     Args:
         located: the batch, with `seq_lengths` in its inputs.
         position_ids: (3, B, S).
+        width: tokens of the row, tail included; None: the next multiple that `options` asks for.
 
     Returns:
         - `position_ids` int64 (4, 1, T): the text row, which restarts at every example, then
@@ -149,11 +151,12 @@ def flatten(
         raise MRopeError("cannot flatten a batch without a valid token")
     valid_BS = located.stream.valid_BS
     index_T = None if valid_BS is None else np.flatnonzero(valid_BS)
-    tail = -int(length_D.sum()) % options.pad_to_multiple_of
+    tokens = int(length_D.sum())
+    tail = -tokens % options.pad_to_multiple_of if width is None else width - tokens
     batch.pop("attention_mask", None)
     batch.pop("seq_lengths", None)
     for name in [name for name, value in batch.items() if is_column(name, value, shape)]:
-        fill = {"input_ids": options.pad_token_id, "labels": _IGNORED}.get(name, 0)
+        fill = fill_of(name, options.pad_token_id)
         batch[name] = _one_row(torch.as_tensor(batch[name]), index_T, tail, fill)
     if batch.get("labels") is not None:
         # The model shifts labels by one: this is the target of the last token of the one before.
@@ -205,6 +208,11 @@ def is_column(name: str, value: Any, shape: tuple[int, ...]) -> bool:
     if found[:2] != shape:
         raise MRopeError(f"{name} has shape {found}, but input_ids {shape}")
     return True
+
+
+def fill_of(name: str, pad_token_id: int) -> int:
+    """Return what a token column holds at padding."""
+    return {"input_ids": pad_token_id, "labels": _IGNORED}.get(name, 0)
 
 
 def _one_row(

@@ -12,6 +12,9 @@ from mrope.spec.families import FAMILIES, ONE_DIMENSIONAL, Tower
 from mrope.spec.model_config import read_int, read_model, read_tower
 from mrope.spec.references import VISION_READ_SINCE, as_release, installed_transformers
 
+# Names of one value in the configs of different families.
+_CHANNELS = ("in_channels", "in_chans", "num_channels")
+
 
 @dataclass(frozen=True)
 class VisionSpec:
@@ -24,6 +27,7 @@ class VisionSpec:
         positions: the tower takes row and column of each patch.
         videos: the tower takes videos.
         raster: see `mrope.spec.families.Tower`.
+        patch_shape: shape of a patch in `pixel_values`; None: the config does not say.
     """
 
     spatial_merge_size: int
@@ -32,6 +36,7 @@ class VisionSpec:
     positions: bool = True
     videos: bool = True
     raster: bool = False
+    patch_shape: tuple[int, ...] | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> VisionSpec:
@@ -65,6 +70,7 @@ class VisionSpec:
             positions=tower.positions,
             videos=tower.videos,
             raster=tower.raster,
+            patch_shape=_read_patch_shape(vision, where, tower),
         )
 
     @property
@@ -117,6 +123,20 @@ def _read_window_side(vision: Mapping[str, Any], where: str, merge: int) -> int:
             f"{merge} x {patch} pixels"
         )
     return side
+
+
+def _read_patch_shape(
+    vision: Mapping[str, Any], where: str, tower: Tower
+) -> tuple[int, ...] | None:
+    """Return (channels * frames * side * side,), or (channels, side, side) for towers of images."""
+    if vision.get("patch_size") is None:
+        return None
+    side = read_int(vision, ("patch_size",), where, 1)
+    channels = next((vision[key] for key in _CHANNELS if vision.get(key) is not None), 3)
+    if not tower.videos:
+        return (int(channels), side, side)
+    frames = vision.get("temporal_patch_size") or 2
+    return (int(channels) * int(frames) * side * side,)
 
 
 def _read_table_side(vision: Mapping[str, Any], where: str, tower: Tower) -> int:

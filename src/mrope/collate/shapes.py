@@ -1,0 +1,369 @@
+"""Fixed shapes from a short ladder, so that one compiled graph serves batches of all sizes.
+
+Every tensor of the batch is padded up to the next rung: tokens, patches, and the borders of
+segments. Padding belongs to segments of its own, that no real token or patch attends to, and its
+features are gathered by no token, so that it reaches neither loss nor gradients. Images and clips
+share one call of the tower, and a batch of text alone has a rung of padding patches: each rank then
+runs its tower in every step, as FSDP and ZeRO-3 need.
+
+Shape suffixes: T tokens of a row or of the batch, P patches, M merged tokens of the tower, G
+borders of segments, F frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mrope.arrays import IntArray
+from mrope.collate.packing import Flatten, fill_of, flatten, is_column
+from mrope.errors import MRopeError
+from mrope.positions.located import Located
+from mrope.positions.stream import IMAGE, TEXT
+from mrope.spec.spec import MRopeSpec
+from mrope.towers.vision import block_index, vision_tensors
+from mrope.towers.vision_spec import VisionSpec
+
+_PIXELS = ("pixel_values", "pixel_values_videos")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A ladder of shapes: `MRopeCollator(shapes=Shapes(...))`; `Shapes.fit` proposes one.
+
+    Plain data: it pickles. A batch takes the first rung that holds it, of each kind; so there are
+    `len(tokens) * len(patches)` shapes at most, and as many graphs.
+
+    Args:
+        tokens: rungs of a flattened row's tokens, or of a padded batch's width; ascending.
+        patches: rungs of a batch's patches, images and clips together; ascending, multiples of the
+            patches that share a token.
+        longest: most patches of an image or frame. The attention kernel's grid grows with it.
+        patches_per_segment: a rung of P patches has borders for P / this images and frames.
+        tokens_per_example: a flattened row of T tokens has borders for T / this examples.
+        pad_token_id: token id at what a padded batch is widened by; a flattened row takes the one
+            of `Flatten`.
+
+    Raises:
+        ValueError: no rungs, rungs that do not ascend, or a number below 1.
+    """
+
+    tokens: Sequence[int]
+    patches: Sequence[int]
+    longest: int = 4096
+    patches_per_segment: int = 64
+    tokens_per_example: int = 256
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "patches"):
+            rungs = tuple(getattr(self, name))
+            whole = all(isinstance(rung, int) and not isinstance(rung, bool) for rung in rungs)
+            if not rungs or not whole or rungs[0] < 1 or list(rungs) != sorted(set(rungs)):
+                raise ValueError(f"shapes: {name} must be ascending integers, not {rungs}")
+            object.__setattr__(self, name, rungs)
+        for name in ("longest", "patches_per_segment", "tokens_per_example"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"shapes: {name} must be at least 1, not {getattr(self, name)}")
+
+    def borders(self, patches: int) -> int:
+        """Return how many images and frames a rung of patches has borders for."""
+        # Padding takes segments too, each no longer than `longest`.
+        return -(-patches // self.patches_per_segment) + -(-patches // self.longest)
+
+    def examples(self, tokens: int) -> int:
+        """Return how many examples a flattened row of a rung of tokens has borders for."""
+        return -(-tokens // self.tokens_per_example) + 1
+
+
+def check_shapes(spec: MRopeSpec, vision: VisionSpec | None, shapes: Shapes) -> None:
+    """Refuse a ladder that the model's batches cannot be padded to.
+
+    Raises:
+        ValueError: no vision spec, or a rung that does not consist of whole tokens.
+        MRopeError: a family that takes audio, or a tower whose patches have an unknown size.
+    """
+    if vision is None:
+        raise ValueError("shapes needs vision=VisionSpec(...): padding goes through the tower")
+    if spec.family_row.custom_index is not None:
+        raise MRopeError(f"shapes is not supported for {spec.family}: audio and crops vary in size")
+    if vision.patch_shape is None:
+        raise MRopeError(
+            f"shapes needs the size of a patch, to make patches for batches of text: the config "
+            f"of {spec.family} has no patch_size"
+        )
+    unit = vision.spatial_merge_size**2
+    for rung in shapes.patches:
+        if rung % unit:
+            raise ValueError(f"shapes: {rung} patches are not whole tokens of {unit} patches")
+
+
+def choose_rung(name: str, rungs: Sequence[int], needed: int, per_row: Sequence[int]) -> int:
+    """Return the first rung that holds `needed`.
+
+    Args:
+        name: "tokens" or "patches", for the message.
+        per_row: what each row of the batch needs, for the message.
+
+    Raises:
+        MRopeError: the batch is above the top rung.
+    """
+    for rung in rungs:
+        if needed <= rung:
+            return rung
+    heaviest = sorted(range(len(per_row)), key=lambda row: -per_row[row])[:3]
+    listed = ", ".join(f"row {row} with {per_row[row]}" for row in heaviest)
+    raise MRopeError(
+        f"the batch has {needed} {name}, above the top rung {rungs[-1]} of shapes.{name}; the "
+        f"largest: {listed}. Give a higher rung, or let the sampler make smaller batches "
+        f"(TokenBudgetSampler(max_{name}={rungs[-1]}))"
+    )
+
+
+def flatten_to_rung(
+    batch: MutableMapping[str, Any],
+    located: Located,
+    position_ids: npt.NDArray[np.int64],
+    options: Flatten,
+    shapes: Shapes,
+) -> dict[str, Any]:
+    """Do what `flatten` does, with a row and borders of fixed shapes.
+
+    Returns:
+        As `flatten`, but `cu_seq_lens_q` and `cu_seq_lens_k` have empty segments at the end,
+        `max_length_q` and `max_length_k` are the rung, and there is no list of lengths.
+
+    Raises:
+        MRopeError: above the top rung, or more examples than the rung has borders for.
+    """
+    lengths_B = np.bincount(located.stream.row_D, located.stream.length_D).astype(int).tolist()
+    rung = choose_rung("tokens", shapes.tokens, sum(lengths_B), lengths_B)
+    row = flatten(batch, located, position_ids, options, rung)
+    del row["segment_sizes"]
+    most = shapes.examples(rung)
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        examples = len(row[name]) - 1
+        if examples > most:
+            raise MRopeError(
+                f"the batch has {examples} examples, but its rung of shapes.tokens has borders for "
+                f"{most}; give Shapes a smaller tokens_per_example"
+            )
+        row[name] = np.append(row[name], np.full(most - examples, rung, np.int32))
+    return row | {"max_length_q": rung, "max_length_k": rung}
+
+
+def pad_to_rung(
+    batch: MutableMapping[str, Any],
+    located: Located,
+    position_ids: npt.NDArray[np.int64],
+    shapes: Shapes,
+) -> dict[str, Any]:
+    """Pad the token columns of a padded batch on the right to a rung, in place.
+
+    The attention mask goes: under a causal mask no token attends to padding on its right, and the
+    model's kernels need no mask then.
+
+    Returns:
+        `position_ids` (3, B, rung), 0 at what was added.
+
+    Raises:
+        MRopeError: above the top rung, or padding that is not on the right.
+    """
+    rows, width = located.inputs.shape
+    valid_BS = located.stream.valid_BS
+    lengths = [width] * rows if valid_BS is None else valid_BS.sum(axis=1).tolist()
+    rung = choose_rung("tokens", shapes.tokens, width, lengths)
+    if valid_BS is not None and (valid_BS[:, :-1] < valid_BS[:, 1:]).any():
+        row = int((valid_BS[:, :-1] < valid_BS[:, 1:]).any(axis=1).argmax())
+        raise MRopeError(
+            f"row {row}: shapes needs padding on the right, where a causal mask hides it; give the "
+            "inner collate function padding_side='right', or packing='flatten'"
+        )
+    batch.pop("attention_mask", None)
+    for name in [one for one, value in batch.items() if is_column(one, value, (rows, width))]:
+        column = torch.as_tensor(batch[name])
+        wide = column.new_full((rows, rung, *column.shape[2:]), fill_of(name, shapes.pad_token_id))
+        wide[:, :width] = column
+        batch[name] = wide
+    wide_ids = np.zeros((*position_ids.shape[:2], rung), position_ids.dtype)
+    wide_ids[:, :, :width] = position_ids
+    return {"position_ids": wide_ids}
+
+
+def fixed_vision_tensors(
+    vision: VisionSpec,
+    located: Located,
+    batch: MutableMapping[str, Any],
+    shapes: Shapes,
+    width: int,
+) -> dict[str, Any]:
+    """Return the tower's inputs for images and clips together, padded to a rung of patches.
+
+    Takes pixels and grids out of `batch`.
+
+    Args:
+        width: tokens of a row of the batch as the model gets it: a rung.
+
+    Returns:
+        - `pixel_values` (P, ...): patches of images, then of clips, then zeros.
+        - `vision_grid_thw` int64 (F, 3): a row for each frame; `vision_cu_seqlens` int32 (F + 1,),
+          `vision_max_seqlen` int, and the tower's other tensors, as `vision_tensors` has them, each
+          padded; `vision_block_index` int64 (P,) for towers in raster order.
+        - `vision_feature_index` int64 (rows * width,), the feature row that each token takes, and
+          `vision_feature_mask` bool (rows, width), which tokens take one. A token that takes none
+          has an index too, so that the gradients of unused rows, all zero, are spread out.
+
+    Raises:
+        MRopeError: above the top rung; an image or frame longer than `shapes.longest`; more images
+            and frames than the rung has borders for.
+    """
+    grid_N3 = np.concatenate((located.inputs.image_grid_thw, located.inputs.video_grid_thw))
+    patches = int(grid_N3.prod(axis=1).sum())
+    rung = choose_rung("patches", shapes.patches, patches, _patches_of_rows(located))
+    for name in ("image_grid_thw", "video_grid_thw"):
+        batch.pop(name, None)
+    fixed: dict[str, Any] = {"pixel_values": _pixels(batch, vision, patches, rung)}
+    fixed["vision_grid_thw"] = _frames(grid_N3, vision, shapes.borders(rung))
+    tensors: Mapping[str, Any] = vision_tensors(vision, grid_N3)
+    padded = _padded(vision, tensors, shapes, rung)
+    fixed |= {f"vision_{name}": value for name, value in padded.items()}
+    if vision.raster:
+        blocks = block_index(grid_N3, vision.spatial_merge_size) if patches else ()
+        fixed["vision_block_index"] = _count_on(np.asarray(blocks, np.int64), rung)
+    index_T, mask = _feature_index(located, width, rung // vision.spatial_merge_size**2)
+    return fixed | {"vision_feature_index": index_T, "vision_feature_mask": mask}
+
+
+def _patches_of_rows(located: Located) -> list[int]:
+    """Return the patches of each row: its placeholders, times those that share one."""
+    spans = located.spans
+    assert spans is not None  # `check_shapes` refused the other families
+    row_T = located.stream.row_D.repeat(located.stream.length_D)
+    tokens_B = np.bincount(row_T[located.kind_T != TEXT], minlength=located.inputs.shape[0])
+    patches: list[int] = (tokens_B * spans.grids.merge**2).tolist()
+    return patches
+
+
+def _pixels(
+    batch: MutableMapping[str, Any], vision: VisionSpec, patches: int, rung: int
+) -> torch.Tensor:
+    given = [torch.as_tensor(batch.pop(name)) for name in _PIXELS if batch.get(name) is not None]
+    found = sum(len(part) for part in given)
+    if found != patches:
+        raise MRopeError(f"the batch has {found} patches of pixels, but grids of {patches}")
+    assert vision.patch_shape is not None  # `check_shapes` refused it
+    dtype = given[0].dtype if given else torch.float32
+    shape = given[0].shape[1:] if given else vision.patch_shape
+    return torch.cat((*given, torch.zeros((rung - patches, *shape), dtype=dtype)))
+
+
+def _frames(grid_N3: IntArray, vision: VisionSpec, most: int) -> npt.NDArray[np.int64]:
+    """Return a grid (1, h, w) for each frame, and grids of one token for the padding."""
+    frames_F3 = grid_N3.repeat(grid_N3[:, 0], axis=0)
+    if len(frames_F3) > most:
+        raise MRopeError(
+            f"the batch has {len(frames_F3)} images and frames, but its rung of shapes.patches has "
+            f"borders for {most}; give Shapes a smaller patches_per_segment"
+        )
+    merge = vision.spatial_merge_size
+    rows_F3 = np.empty((most, 3), np.int64)
+    rows_F3[:] = (1, merge, merge)
+    rows_F3[: len(frames_F3), 1:] = frames_F3[:, 1:]
+    return rows_F3
+
+
+def _padded(
+    vision: VisionSpec, tensors: Mapping[str, Any], shapes: Shapes, rung: int
+) -> dict[str, Any]:
+    """Pad the tensors of `vision_tensors`, or make those of a batch without pixels."""
+    unit = vision.spatial_merge_size**2
+    longest = {"cu_seqlens": shapes.longest}
+    if vision.window_side is not None:
+        longest["cu_window_seqlens"] = vision.window_side**2 * unit
+    padded: dict[str, Any] = {}
+    for name in vision.keys:
+        value = tensors.get(name)
+        if name in longest:
+            # A window is smaller than its image, and an image has a few windows that are cut off.
+            most = shapes.borders(rung) * (1 if name == "cu_seqlens" else 4)
+            padded[name] = _pad_borders(name, value, longest[name], most, rung)
+        elif name in ("max_seqlen", "max_window_seqlen"):
+            padded[name] = longest[f"cu_{name.removeprefix('max_')}s"]
+        elif name == "window_index":
+            index = np.empty(0, np.int64) if value is None else value
+            padded[name] = _count_on(index, rung // unit)
+        else:
+            padded[name] = _pad_rows(name, value, rung)
+    return padded
+
+
+def _pad_borders(
+    name: str, borders: npt.NDArray[np.int32] | None, longest: int, most: int, rung: int
+) -> npt.NDArray[np.int32]:
+    """Cover the padding with segments of at most `longest`, and add empty ones up to `most`.
+
+    borders 0 8 12, longest 8, most 6, rung 32:  0 8 12 20 28 32 32
+    """
+    real = np.zeros(1, np.int32) if borders is None else borders
+    widest = int(np.diff(real).max(initial=0))
+    if widest > longest:
+        raise MRopeError(
+            f"an image or frame of {widest} patches is longer than shapes.longest={longest}"
+        )
+    covering = np.arange(int(real[-1]) + longest, rung + longest, longest).clip(max=rung)
+    covering = covering if real[-1] < rung else covering[:0]
+    used = len(real) - 1 + len(covering)
+    if used > most:
+        raise MRopeError(
+            f"the batch has {len(real) - 1} segments in {name}, but its rung of shapes.patches has "
+            f"borders for {most - len(covering)}; give Shapes a smaller patches_per_segment"
+        )
+    filled: npt.NDArray[np.int32] = np.full(most + 1, rung, np.int32)
+    filled[: len(real)] = real
+    filled[len(real) : used + 1] = covering
+    return filled
+
+
+def _pad_rows(name: str, value: npt.NDArray[Any] | None, rung: int) -> npt.NDArray[Any]:
+    width = {"position_ids": 2}.get(name, 4)
+    dtype = np.float32 if name == "interp_weights" else np.int64
+    rows = np.zeros((rung, width), dtype)
+    if value is not None:
+        rows[: len(value)] = value
+    return rows
+
+
+def _count_on(index: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
+    """Continue a permutation by the identity: 1 0 up to 4 gives 1 0 2 3."""
+    whole = np.arange(length)
+    whole[: len(index)] = index
+    return whole
+
+
+def _feature_index(
+    located: Located, width: int, features: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Return the feature row of each token, (rows * width,), and which tokens have one."""
+    flattened = located.inputs.seq_lengths is not None
+    rows = 1 if flattened else located.inputs.shape[0]
+    place_T = np.arange(len(located.kind_T))
+    if not flattened and located.stream.valid_BS is not None:
+        place_T = np.flatnonzero(located.stream.valid_BS)
+    if not flattened:
+        row_T, column_T = np.divmod(place_T, located.inputs.shape[1])
+        place_T = row_T * width + column_T
+    index = np.arange(rows * width) % features
+    mask = np.zeros(rows * width, np.bool_)
+    # Rows of features: all images of the batch in order, then all clips.
+    first = 0
+    for of_kind_T in (located.kind_T == IMAGE, located.kind_T > IMAGE):
+        place = place_T[of_kind_T]
+        index[place] = np.arange(first, first + len(place))
+        mask[place] = True
+        first += len(place)
+    return index, mask.reshape(rows, width)
