@@ -86,6 +86,21 @@ def test_logits_and_gradients_are_equal(
 
 
 @pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_the_base_model_returns_the_class_of_its_own_forward(family: str) -> None:
+    """With the towers' outputs where it has fields for them, as from transformers 5.24 on."""
+    plain_batch, batch = make_batches(family)
+    labels = ("labels", "second_per_grid_ts")
+    model = tiny_model(family).model
+    own = model(**{name: value for name, value in plain_batch.items() if name not in labels})
+    attach(model)
+    ours = model(**{name: value for name, value in batch.items() if name not in labels})
+    assert type(ours) is type(own)
+    assert ours.keys() == own.keys()
+    for name in {"image_outputs", "video_outputs"} & own.keys():
+        assert torch.equal(ours[name].pooler_output, torch.cat(own[name].pooler_output))
+
+
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
 def test_generation_gives_the_same_tokens(family: str) -> None:
     examples = [{k: v for k, v in e.items() if k != "labels"} for e in tiny_examples(family)]
     inner = PaddingCollator(padding_side="left")
@@ -104,8 +119,10 @@ def test_generation_gives_the_same_tokens(family: str) -> None:
     tokens = torch.cat([batch["input_ids"], first], dim=1)
     mask = torch.cat([batch["attention_mask"], torch.ones_like(first)], dim=1)
     options["max_new_tokens"] = 5
+    # transformers 5.24 renamed the cache, in inputs and outputs.
+    [name] = {"past_key_values", "cache"} & prefill.keys()
     continued = model.generate(
-        input_ids=tokens, attention_mask=mask, past_key_values=prefill.past_key_values, **options
+        input_ids=tokens, attention_mask=mask, **{name: prefill[name]}, **options
     )
     assert torch.equal(continued, expected)
 
@@ -174,7 +191,7 @@ def test_attach_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(MRopeError, match="sliding window layers"):
         attach(sliding)
     monkeypatch.setattr("mrope.spec.references.installed_transformers", lambda: "5.31.0")
-    with pytest.raises(MRopeError, match=r"tested with transformers 5.23, not 5.31.0"):
+    with pytest.raises(MRopeError, match=r"tested with transformers 5.23, 5.24, not 5.31.0"):
         attach(tiny_model("qwen3_vl"))
     attach(tiny_model("qwen3_vl"), strict=False)
 

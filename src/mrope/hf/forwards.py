@@ -14,7 +14,9 @@ What differs is where a decision is made:
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -56,10 +58,11 @@ def deepstack_forward(self: Any, **inputs: Any) -> Any:
     if not _is_precomputed(self, inputs):
         return type(self).forward(self, **inputs)
     embeds = token_embeddings(self, inputs)
-    indices, levels = [], []
+    indices, levels, encoded = [], [], {}
     for modality in _modalities(inputs):
         index, features = _encode(self, modality, inputs)
         embeds = scatter_features(embeds, index, features.pooler_output)
+        encoded[modality] = features
         indices.append(index)
         levels.append(features.deepstack_features)
     if indices:
@@ -69,7 +72,7 @@ def deepstack_forward(self: Any, **inputs: Any) -> Any:
         inputs["deepstack_visual_embeds"] = [
             torch.cat(level) for level in zip(*levels, strict=True)
         ]
-    return _run_text_model(self, embeds, inputs)
+    return _run_text_model(self, embeds, inputs, encoded)
 
 
 def _forward(self: Any, inputs: Tensors, encode: Encode) -> Any:
@@ -83,10 +86,11 @@ def _forward(self: Any, inputs: Tensors, encode: Encode) -> Any:
     if not _is_precomputed(self, inputs):
         return type(self).forward(self, **inputs)
     embeds = token_embeddings(self, inputs)
+    encoded = {}
     for modality in _modalities(inputs):
-        index, features = encode(self, modality, inputs)
-        embeds = scatter_features(embeds, index, features.pooler_output)
-    return _run_text_model(self, embeds, inputs)
+        index, encoded[modality] = encode(self, modality, inputs)
+        embeds = scatter_features(embeds, index, encoded[modality].pooler_output)
+    return _run_text_model(self, embeds, inputs, encoded)
 
 
 def add_deepstack(
@@ -128,9 +132,7 @@ def _is_precomputed(self: Any, inputs: Tensors) -> bool:
             raise MRopeError("the batch has vision tensors of a MRopeCollator, but no position_ids")
         return True
     # `generate` computes position ids and prefills with a cache: its batches come from no collator.
-    generating = (
-        inputs.get("past_key_values") is not None and inputs.get("position_ids") is not None
-    )
+    generating = _cache(inputs) is not None and inputs.get("position_ids") is not None
     if modalities and self.mrope_strict and not generating:
         wanted = "position_ids" if inputs.get("position_ids") is None else ", ".join(missing)
         raise MRopeError(
@@ -139,6 +141,12 @@ def _is_precomputed(self: Any, inputs: Tensors) -> bool:
             "attach(model, strict=False) to let the model compute for itself"
         )
     return False
+
+
+def _cache(inputs: Tensors) -> Any:
+    # transformers 5.24 renamed the argument, and takes the old name until 5.40.
+    cache = inputs.get("cache")
+    return inputs.get("past_key_values") if cache is None else cache
 
 
 def _modalities(inputs: Tensors) -> list[str]:
@@ -230,8 +238,14 @@ def scatter_features(
     return embeds.flatten(0, 1).index_copy(0, index, features).view_as(embeds)
 
 
-def _run_text_model(self: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
-    """Run the text model on embeddings (B, S, hidden), under a mask decided by host facts."""
+def _run_text_model(
+    self: Any, embeds: torch.Tensor, inputs: Tensors, encoded: Mapping[str, Any]
+) -> Any:
+    """Run the text model on embeddings (B, S, hidden), under a mask decided by host facts.
+
+    Args:
+        encoded: output of the tower for each modality of the batch.
+    """
     deltas = inputs.pop("rope_deltas", None)
     if deltas is not None:
         self.rope_deltas = deltas  # where transformers' generate looks for it
@@ -243,10 +257,34 @@ def _run_text_model(self: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
         # Whether a mask on the device holds a 0 is known on the device alone; asking is a sync.
         # The worker built the mask, so it sends the answer along.
         padding_mask = mask if inputs["has_padding"] else None
-        mask = causal_mask(config, embeds, padding_mask, inputs.get("past_key_values"))
+        mask = causal_mask(config, embeds, padding_mask, _cache(inputs))
     for name in ("has_padding", "mm_token_type_ids", "second_per_grid_ts", "mm_encoder_outputs"):
         inputs.pop(name, None)
-    return self.language_model(input_ids=None, inputs_embeds=embeds, attention_mask=mask, **inputs)
+    outputs = self.language_model(
+        input_ids=None, inputs_embeds=embeds, attention_mask=mask, **inputs
+    )
+    multimodal = _multimodal_output(type(self))
+    if multimodal is None:
+        return outputs
+    return multimodal(**outputs, **{f"{name}_outputs": tower for name, tower in encoded.items()})
+
+
+# Constant under torch.compile too, which cannot trace `inspect`.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@lru_cache
+def _multimodal_output(model_class: type) -> Any:
+    """Return the class of a base model's output if it has fields for the towers' outputs.
+
+    None where the model returns the text model's output as it is, as before transformers 5.24.
+    """
+    for ancestor in model_class.__mro__:
+        forward: Any = inspect.unwrap(vars(ancestor).get("forward", ancestor))
+        # By the names in its code: in 5.24 the annotation of some families is another class.
+        for name in forward.__code__.co_names if inspect.isfunction(forward) else ():
+            output = forward.__globals__.get(name)
+            if "image_outputs" in getattr(output, "__dataclass_fields__", {}):
+                return output
+    return None
 
 
 # Those of the Omni thinkers are in `mrope.hf.omni_forwards`.

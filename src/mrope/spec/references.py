@@ -86,7 +86,7 @@ REFERENCES: dict[str, Reference] = {
 _ERAS: tuple[tuple[tuple[int, int], tuple[int, int], str], ...] = (
     ((4, 57), (4, 57), "transformers-4.57"),
     ((5, 6), (5, 17), "transformers-5.17"),
-    ((5, 18), (5, 23), "transformers-5.23"),
+    ((5, 18), (5, 24), "transformers-5.23"),
 )
 
 VISION_READ_SINCE: dict[str, tuple[int, int]] = {
@@ -106,10 +106,10 @@ AUDIO_READ_SINCE = (5, 23)
 
 # Before 5.23 the borders in `cu_seq_lens_q` reach the vision tower too, and linear attention mixes
 # examples.
-PACKING_COMPARED = ("5.23",)
+PACKING_COMPARED = ("5.23", "5.24")
 """Releases in which every family with `Family.packs` was compared, example by example."""
 
-ATTACH_TESTED = ("5.23",)
+ATTACH_TESTED = ("5.23", "5.24")
 """Releases whose modelling code the forwards of `mrope.hf` were compared with."""
 
 
