@@ -180,7 +180,7 @@ def slow_omni_index(spec: MRopeSpec, batch: dict[str, Any]) -> tuple[Any, Any]:
         points = number_row(spec, number, ids[row, where].tolist(), sizes)
         for col, point in zip(where, points, strict=True):
             positions[:, row, col] = point
-        top = max(max(point) for point in points)
+        top = max((max(point) for point in points), default=number(-1))
         if not media and len(where) < ids.shape[1]:
             top = max(top, number(1))  # the reference looks at padding too
         deltas[row] = top + number(1) - number(len(where))
