@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mrope import MRopeSpec
-from mrope.bench.tiny_examples import tiny_examples as made_up
+from mrope.hf.tiny_examples import tiny_examples as made_up
 from mrope.spec.families import FAMILIES
 
 TINY = Path(__file__).parent / "tiny"

@@ -17,11 +17,11 @@ import torch
 from rich.table import Table
 
 from mrope.bench.harness import conditions, make_console, write_json
-from mrope.bench.tiny_examples import tiny_examples
 from mrope.collate.collator import MRopeCollator
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach
 from mrope.hf.attach import FORWARDS
+from mrope.hf.tiny_examples import tiny_examples
 from mrope.spec.families import Family
 from mrope.towers import VisionSpec
 from mrope.training.config import load_config, model_table

@@ -44,7 +44,7 @@ def _example(
     for kind in kinds:
         # Three temporal steps, so that first, inner and last frame differ.
         frames = 3 * int(spec.extra.get("temporal_merge_size", 1)) if kind == "video" else 1
-        grid = [frames, *(2 * rng.integers(1, 4, 2)).tolist()]
+        grid = [frames, *(spec.spatial_merge_size * rng.integers(1, 4, 2)).tolist()]
         grids[kind].append(grid)
         tokens += _span_tokens(spec, kind, grid, rng)
     tokens += _text(rng, int(rng.integers(1, 6)))
@@ -76,7 +76,7 @@ def _span_tokens(
     shared = int(spec.extra.get("temporal_merge_size", 1)) if kind == "video" else 1
     tokens: list[int] = []
     for _ in range(t if apart else 1):
-        size = h * w // 4 if apart else t // shared * h * w // 4
+        size = (1 if apart else t // shared) * h * w // spec.spatial_merge_size**2
         tokens += [spec.vision_start_token_id, *[placeholder] * size, *_text(rng, 2)]
     if kind == "video" and spec.family_row.frames_as_images:
         markers = spec.extra["video_start_token_id"], spec.extra["video_end_token_id"]

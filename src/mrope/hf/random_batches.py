@@ -1,0 +1,214 @@
+"""Make small random arguments for `rope_index`, for every family: text, images, clips and audio.
+
+Shape suffixes: B rows, S the longest row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mrope.positions.spans import token_types
+from mrope.spec.spec import MRopeSpec
+
+# Below 97, so that no id of `example_config` is among them.
+_TEXT = (1, 90)
+_VISION_END, _AUDIO_END = 98, 97
+_NO_MASK = 0.3
+_COUNTERS = {
+    "image_grid_thw": "images_per_sample",
+    "target_sizes": "images_per_sample",
+    "video_grid_thw": "videos_per_sample",
+    "target_sizes_videos": "videos_per_sample",
+    "audio_seqlens": "audios_per_sample",
+}
+
+
+@dataclass
+class _Draft:
+    """A batch under construction: rows of tokens, and the values of the media in their order."""
+
+    spec: MRopeSpec
+    rng: np.random.Generator
+    rows: list[list[int]] = field(default_factory=list)
+    values: dict[str, list[Any]] = field(default_factory=dict)
+    counts: dict[str, list[int]] = field(default_factory=dict)
+    audio_in_video: bool = False
+
+    def add(self, *tokens: int) -> None:
+        self.rows[-1] += tokens
+
+    def text(self, least: int, most: int) -> None:
+        self.add(*self.rng.integers(*_TEXT, int(self.rng.integers(least, most + 1))).tolist())
+
+    def note(self, name: str, value: Any) -> None:
+        self.values.setdefault(name, []).append(value)
+        if _COUNTERS.get(name) in self.counts:
+            self.counts[_COUNTERS[name]][-1] += 1
+
+    def grid(self, frames: tuple[int, ...]) -> tuple[int, int, int]:
+        """Return frames, and height and width in merged tokens."""
+        height, width = self.rng.integers(1, 6, 2).tolist()
+        return int(self.rng.choice(frames)), height, width
+
+    def patches(self, grid: tuple[int, int, int]) -> list[int]:
+        merge = self.spec.spatial_merge_size
+        return [grid[0], grid[1] * merge, grid[2] * merge]
+
+
+def random_arguments(spec: MRopeSpec, rng: np.random.Generator) -> dict[str, Any]:
+    """Return arguments of `mrope.rope_index` for one to three rows, padded on either side.
+
+    Text stands between any two spans: adjacent spans of one kind are ambiguous to transformers.
+
+    Returns:
+        `input_ids` int64 (B, S) and, for some batches, `attention_mask` int64 (B, S); grids and
+        whatever else the family's rule reads.
+    """
+    draft = _Draft(spec, rng, audio_in_video=bool(rng.random() < 0.5))
+    kinds = _KINDS.get(spec.family_row.custom_index, (_image, _clip))
+    counters = [name for name in spec.family_row.inputs if name.endswith("_per_sample")]
+    for _ in range(int(rng.integers(1, 4))):
+        draft.rows.append([])
+        for name in counters:
+            draft.counts.setdefault(name, []).append(0)
+        for _ in range(int(rng.integers(0, 4))):
+            draft.text(1, 4)
+            kinds[int(rng.integers(len(kinds)))](draft)
+        draft.text(1, 6)
+    return _merge(draft)
+
+
+def _merge(draft: _Draft) -> dict[str, Any]:
+    rng, width = draft.rng, max(map(len, draft.rows))
+    # The Omnis' own functions raise without a mask.
+    full = rng.random() < _NO_MASK and "audio_seqlens" not in draft.spec.family_row.inputs
+    if full:
+        for row in draft.rows:
+            row.extend(rng.integers(*_TEXT, width - len(row)).tolist())
+    left = rng.random() < 0.5
+    ids, mask = np.zeros((2, len(draft.rows), width), np.int64)
+    for index, row in enumerate(draft.rows):
+        where = slice(width - len(row), width) if left else slice(len(row))
+        ids[index, where], mask[index, where] = row, 1
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": None if full else mask}
+    names = {"image_grid_thw", "video_grid_thw", *draft.values, *draft.spec.family_row.inputs}
+    for name in sorted(names - {"mm_token_type_ids", "use_audio_in_video", "downsample_mode"}):
+        values = draft.values.get(name, draft.counts.get(name))
+        dtype = np.float32 if name == "second_per_grid_ts" else np.int64
+        arguments[name] = None if values is None else np.array(values, dtype)
+    if "use_audio_in_video" in draft.spec.family_row.inputs:
+        arguments["use_audio_in_video"] = draft.audio_in_video
+    if draft.spec.family_row.custom_index is None or "mm_token_type_ids" in names:
+        arguments["mm_token_type_ids"] = token_types(draft.spec, ids)
+    return arguments
+
+
+def _image(draft: _Draft) -> None:
+    spec, grid = draft.spec, draft.grid((1, 1, 1, 2))
+    draft.note("image_grid_thw", draft.patches(grid))
+    draft.add(spec.vision_start_token_id, *[spec.image_token_id] * int(np.prod(grid)), _VISION_END)
+
+
+def _clip(draft: _Draft) -> None:
+    spec, row = draft.spec, draft.spec.family_row
+    merged = int(spec.extra.get("temporal_merge_size", 1))
+    frames, height, width = draft.grid((1, 2, 3, 5))
+    draft.note("video_grid_thw", draft.patches((frames * merged, height, width)))
+    if spec.tokens_per_second is not None:
+        draft.note("second_per_grid_ts", draft.rng.choice([0.25, 1 / 3, 0.5, 1.0, 2.7]))
+    token = spec.image_token_id if row.frames_as_images else spec.video_token_id
+    spans = [height * width] * frames if row.frames_apart else [frames * height * width]
+    if row.frames_as_images:
+        draft.add(int(spec.extra["video_start_token_id"]))
+    for tokens in spans:
+        draft.add(spec.vision_start_token_id, *[token] * tokens, _VISION_END)
+    if row.frames_as_images:
+        draft.add(int(spec.extra["video_end_token_id"]))
+
+
+def _audio(draft: _Draft) -> None:
+    start, *audio, end = _audio_tokens(draft)
+    draft.add(start, *audio, end)
+
+
+def _audio_tokens(draft: _Draft) -> list[int]:
+    spec, mel = draft.spec, int(draft.rng.integers(4, 400))
+    draft.note("audio_seqlens", mel)
+    if "n_window" in spec.extra:
+        # Three convolutions, each of stride 2, over chunks of 2 * n_window frames.
+        chunks, rest = divmod(mel, 2 * int(spec.extra["n_window"]))
+        tokens = 13 * chunks - (-rest // 8)
+    else:
+        tokens = ((mel - 1) // 2 + 1 - 2) // 2 + 1
+    audio, start = int(spec.extra["audio_token_id"]), int(spec.extra["audio_start_token_id"])
+    return [start, *[audio] * tokens, _AUDIO_END]
+
+
+def _omni_clip(draft: _Draft) -> None:
+    spec, grid = draft.spec, draft.grid((1, 2, 3, 6))
+    draft.note("video_grid_thw", draft.patches(grid))
+    draft.note("second_per_grid_ts", draft.rng.choice([0.25, 0.5, 1.0, 2.7]))
+    video = [spec.video_token_id] * int(np.prod(grid))
+    if not draft.audio_in_video:
+        draft.add(spec.vision_start_token_id, *video, _VISION_END)
+        return
+    start, *audio, end = _audio_tokens(draft)
+    # The rule reads only the first placeholder, and orders the others by their times itself.
+    draft.add(spec.vision_start_token_id, start, *video, *audio, end, _VISION_END)
+
+
+def _glm_image(draft: _Draft) -> None:
+    spec, grid = draft.spec, draft.grid((1, 1, 3))
+    draft.note("image_grid_thw", list(grid))
+    end = int(spec.extra["image_end_token_id"])
+    draft.add(spec.vision_start_token_id, *[spec.image_token_id] * int(np.prod(grid)), end)
+
+
+def _hunyuan_image(draft: _Draft) -> None:
+    spec, (_, height, width) = draft.spec, draft.grid((1,))
+    draft.note("image_grid_thw", draft.patches((1, height, width)))
+    # A newline behind each line; the wrapper has a placeholder in front and one behind.
+    wrapper = 2 * int(draft.rng.integers(2))
+    draft.add(*[spec.image_token_id] * (height * (width + 1) + wrapper))
+
+
+def _minicpm_image(draft: _Draft) -> None:
+    _minicpm_frame(draft, draft.spec.image_token_id, "target_sizes")
+
+
+def _minicpm_clip(draft: _Draft) -> None:
+    _minicpm_frame(draft, draft.spec.video_token_id, "target_sizes_videos")
+
+
+def _minicpm_frame(draft: _Draft, token: int, sizes: str) -> None:
+    """Add a thumbnail, and up to two lines of slices."""
+    extra = {name: int(value) for name, value in draft.spec.extra.items()}
+    lines, columns = draft.rng.integers([0, 1], [3, 4]).tolist()
+    crop = _crop(draft, token, sizes)
+    draft.add(draft.spec.vision_start_token_id, *crop, extra["image_end_id"])
+    for line in range(lines):
+        if line:
+            draft.add(extra["newline_id"])
+        for _ in range(columns):
+            crop = _crop(draft, token, sizes)
+            draft.add(extra["slice_start_id"], *crop, extra["slice_end_id"])
+
+
+def _crop(draft: _Draft, token: int, sizes: str) -> list[int]:
+    grid = draft.grid((1,))
+    draft.note(sizes, draft.patches(grid)[1:])
+    return [token] * int(np.prod(grid))
+
+
+# What a batch of a rule of its own can hold, by `Family.custom_index`.
+_KINDS: dict[str | None, tuple[Callable[[_Draft], None], ...]] = {
+    "omni_2_5": (_image, _omni_clip, _audio),
+    "omni_3": (_image, _omni_clip, _audio),
+    "glm_image": (_glm_image,),
+    "hunyuan": (_hunyuan_image,),
+    "minicpm": (_minicpm_image, _minicpm_clip),
+}
