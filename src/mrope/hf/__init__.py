@@ -5,6 +5,6 @@ This wing calls transformers' modelling code; nothing that runs in a DataLoader 
 to process the demo's rows. No other wing does, except through these three.
 """
 
-from mrope.hf.attach import attach, detach
+from mrope.hf.attach import attach, detach, explain_attention
 
-__all__ = ["attach", "detach"]
+__all__ = ["attach", "detach", "explain_attention"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -15,10 +15,13 @@ from mrope.hf.attention import (
     OMNI_2_5_VISION,
     PADDLEOCR,
     mix_by_segment,
-    segmented_forward,
+    restore_text,
+    tower_forward,
+    use_varlen_in_text,
 )
 from mrope.hf.forwards import VISION_FORWARDS, add_deepstack
 from mrope.hf.omni_forwards import OMNI_FORWARDS
+from mrope.hf.varlen import find_kernel
 from mrope.spec import references
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -26,7 +29,10 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 FORWARDS = VISION_FORWARDS | OMNI_FORWARDS
 
 
-def attach(model: Model, strict: bool = True) -> Model:
+Attention = Literal["auto", "varlen", "segments"]
+
+
+def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> Model:
     """Replace a model's forward by one that computes nothing which a `MRopeCollator` computed.
 
     Only instances change: the `forward` of the base model (the module with `visual` and
@@ -41,6 +47,12 @@ def attach(model: Model, strict: bool = True) -> Model:
         strict: raise for a batch with pixels but without precomputed positions and vision tensors,
             and for a transformers release that was not tested. False: the model then computes
             them itself, and syncs.
+        attention: how towers, and text in flattened rows, attend. "varlen": one call of torch's
+            variable-length kernel a layer, whatever the sizes of images, in half precision on
+            CUDA; elsewhere as "segments": one call for each run of equal adjacent images. "auto":
+            "varlen" where torch has the kernel (2.10 and later), the model runs under sdpa and no
+            attention dropout is set. A model under flash_attention_2 keeps it. See
+            `explain_attention`.
 
     Returns:
         `model` itself.
@@ -65,14 +77,55 @@ def attach(model: Model, strict: bool = True) -> Model:
             "is decided on the device"
         )
     base.mrope_strict = strict
+    for part in _attending_parts(base):
+        part.mrope_attention, part.mrope_attention_reason = _choose_attention(part, attention)
+    if text.mrope_attention == "varlen":
+        use_varlen_in_text(text)
     # On the instance, not the class: other models of the class, such as a frozen reference model,
     # stay unchanged, and `type(base).forward` remains the original.
-    base.forward = types.MethodType(FORWARDS[base.config.model_type], base)
+    base.forward = partial(FORWARDS[base.config.model_type], base)
     for layer, forward in _layer_forwards(base):
-        layer.forward = types.MethodType(forward, layer)
+        layer.forward = partial(forward, layer)
     if hasattr(text, "_deepstack_process"):
-        text._deepstack_process = types.MethodType(add_deepstack, text)  # noqa: SLF001
+        text._deepstack_process = partial(add_deepstack, text)  # noqa: SLF001
     return model
+
+
+def explain_attention(model: torch.nn.Module) -> str:
+    """Say how an attached model's towers and text attend, and why.
+
+    Raises:
+        MRopeError: the model is not attached.
+    """
+    base = base_model(model)
+    if not hasattr(base, "mrope_strict"):
+        raise MRopeError(f"{type(base).__name__} is not attached")
+    return "\n".join(
+        f"{type(part).__name__}: {part.mrope_attention}, {part.mrope_attention_reason}"
+        for part in _attending_parts(base)
+    )
+
+
+def _attending_parts(base: Any) -> list[Any]:
+    """Return the towers and the text model of a base model."""
+    names = ("visual", "audio_tower", "language_model")
+    return [getattr(base, name) for name in names if hasattr(base, name)]
+
+
+def _choose_attention(part: Any, attention: Attention) -> tuple[str, str]:
+    """Return how a tower or text model attends, and the reason."""
+    implementation = part.config._attn_implementation or "sdpa"  # noqa: SLF001 - no public name
+    if "flash" in implementation:
+        return "flash", f"the model was built with {implementation}"
+    if attention != "auto":
+        return attention, "as attach was told"
+    if find_kernel() is None:
+        return "segments", "torch has no variable-length kernel before 2.10"
+    if implementation != "sdpa":
+        return "segments", f"the model was built with {implementation}"
+    if getattr(part.config, "attention_dropout", 0):
+        return "segments", "the variable-length kernel has no dropout"
+    return "varlen", "in half precision on CUDA; elsewhere as segments"
 
 
 def detach(model: Model) -> Model:
@@ -85,6 +138,9 @@ def detach(model: Model) -> Model:
     if not hasattr(base, "mrope_strict"):
         raise MRopeError(f"{type(base).__name__} is not attached")
     del base.mrope_strict, base.forward
+    for part in _attending_parts(base):
+        del part.mrope_attention, part.mrope_attention_reason
+    restore_text(base.language_model)
     for layer, _ in _layer_forwards(base):
         del layer.forward
     vars(base.language_model).pop("_deepstack_process", None)
@@ -95,13 +151,13 @@ def _layer_forwards(base: Any) -> Iterator[tuple[Any, Callable[..., Any]]]:
     """Yield the layers whose forward is replaced, each with its replacement."""
     if hasattr(base.visual, "vision_model"):
         for layer in base.visual.vision_model.encoder.layers:
-            yield layer.self_attn, segmented_forward(PADDLEOCR)
+            yield layer.self_attn, partial(tower_forward, PADDLEOCR)
     else:
         for block in base.visual.blocks:
             parts = FUSED if hasattr(block.attn, "qkv") else OMNI_2_5_VISION
-            yield block.attn, segmented_forward(parts)
+            yield block.attn, partial(tower_forward, parts)
     for layer in base.audio_tower.layers if hasattr(base, "audio_tower") else ():
-        yield layer.self_attn, segmented_forward(AUDIO)
+        yield layer.self_attn, partial(tower_forward, AUDIO)
     for layer in base.language_model.layers:
         if hasattr(layer, "linear_attn"):
             yield layer.linear_attn, mix_by_segment

@@ -1,25 +1,54 @@
 """Attention of attached models: towers attend within segments, text layers under a mask.
 
-Everything that depends on the attention implementation is decided here: `host_segments` and
-`attend_within` for towers, `causal_mask` and `packed_mask` for text models.
+Everything that depends on the attention implementation is decided here: `tower_borders` and
+`attend_within` for towers, `causal_mask`, `packed_mask` and `attend_text` for text models.
 
 A segment is what a tower attends within: an image, a frame of a clip, a window of Qwen2.5-VL, a
-window of audio. Segments are `(count, length)` pairs of host ints, in order.
+window of audio. There are three ways to keep segments apart:
+
+- one call of a variable-length kernel (`mrope.hf.varlen`), with borders on the device;
+- one call for each run of equal adjacent segments, whose lengths are host ints;
+- one call under a mask, for fixed shapes where there is no such kernel.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-Segments = tuple[tuple[int, int], ...]
+from mrope.errors import MRopeError
+from mrope.hf.varlen import attend_varlen, can_attend
+
+Pairs = tuple[tuple[int, int], ...]
+TEXT_ATTENTION = "mrope_varlen"
+"""Name under which `attend_text` is registered with transformers."""
+
+
+class Borders(NamedTuple):
+    """Where segments begin and end, in every form that one of the ways takes.
+
+    Attributes:
+        cu_seqlens: int32 (segments + 1,), on the device.
+        longest: length of the longest segment, or a bound of it; a host int.
+        pairs: (count, length) of adjacent equal segments; None with fixed shapes, whose lengths
+            would be constants of a compiled graph.
+        mask: (1, 1, N, N), with fixed shapes where no kernel takes borders; else None.
+        varlen: whether the variable-length kernel is used where it takes the dtype.
+    """
+
+    cu_seqlens: torch.Tensor
+    longest: int
+    pairs: Pairs | None
+    mask: torch.Tensor | None
+    varlen: bool
 
 
 @dataclass(frozen=True)
@@ -45,32 +74,35 @@ PADDLEOCR = TowerLayer(("q_proj", "k_proj", "v_proj"), "out_proj", returns_pair=
 AUDIO = TowerLayer(("q_proj", "k_proj", "v_proj"), "out_proj", rotary=False)
 
 
-def segmented_forward(parts: TowerLayer) -> Callable[..., Any]:
-    """Return a forward that attends within segments, to replace that of a tower's attention layer.
+def tower_forward(
+    parts: TowerLayer,
+    self: Any,
+    hidden_states: torch.Tensor,
+    cu_seqlens: Borders | torch.Tensor,
+    segments: Borders | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Attend within segments; replaces the forward of a tower's attention layer.
 
-    It takes the arguments of the layer's own forward, with `cu_seqlens` as `Segments` instead of
-    a tensor; `segments` overrides it, for towers that need the tensor for themselves. Given only a
-    tensor, as under flash attention, it calls the layer's own forward.
+    Bound with `functools.partial`, which pickles and copies as a method of the class would.
+
+    Args:
+        parts: how the layer is built.
+        self: the layer.
+        hidden_states: (N, hidden), or (1, N, hidden) in towers of a batch of one.
+        cu_seqlens: `Borders` in place of the tensor. Given only a tensor, as under flash attention,
+            the layer's own forward is called.
+        segments: overrides `cu_seqlens`, for towers that need the tensor for themselves.
     """
-
-    def forward(
-        self: Any,
-        hidden_states: torch.Tensor,
-        cu_seqlens: Segments | torch.Tensor,
-        segments: Segments | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        within = cu_seqlens if segments is None else segments
-        if isinstance(within, torch.Tensor):
-            return type(self).forward(self, hidden_states, cu_seqlens, **kwargs)
-        # Flash attention's argument; the other implementations would not know it.
-        kwargs.pop("max_seqlen", None)
-        rotary = kwargs.pop("position_embeddings") if parts.rotary else None
-        heads = _project(self, parts, hidden_states, rotary)
-        output = getattr(self, parts.output)(attend_within(self, *heads, within, **kwargs))
-        return (output, None) if parts.returns_pair else output
-
-    return forward
+    within = cu_seqlens if segments is None else segments
+    if isinstance(within, torch.Tensor):
+        return type(self).forward(self, hidden_states, cu_seqlens, **kwargs)
+    # Flash attention's argument; the other implementations would not know it.
+    kwargs.pop("max_seqlen", None)
+    rotary = kwargs.pop("position_embeddings") if parts.rotary else None
+    heads = _project(self, parts, hidden_states, rotary)
+    output = getattr(self, parts.output)(attend_within(self, *heads, within, **kwargs))
+    return (output, None) if parts.returns_pair else output
 
 
 def _project(
@@ -97,60 +129,147 @@ def attend_within(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    segments: Segments,
+    borders: Borders,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Attend within segments, with one call for adjacent segments of equal length.
-
-    transformers makes a call for each segment: 256 frames of equal size in 24 layers are 6,144
-    calls there, and 24 here.
+    """Attend within segments, in one call where that is possible.
 
     Args:
         layer: the attention layer, with `scaling`, `attention_dropout` and `config`.
         query, key, value: (N, heads, dimension).
-        segments: (count, length) pairs; their products sum to N.
+        borders: of the segments.
 
     Returns:
         (N, heads * dimension).
     """
+    if borders.varlen and can_attend(query):
+        cu_seqlens, longest = borders.cu_seqlens, borders.longest
+        return attend_varlen(query, key, value, cu_seqlens, longest, layer.scaling).flatten(1)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
         layer.config._attn_implementation,  # noqa: SLF001 - no public name
         _modelling(layer).eager_attention_forward,
     )
+    dropout = layer.attention_dropout if layer.training else 0.0
+    options = {"scaling": layer.scaling, "dropout": dropout, "is_causal": False, **kwargs}
+    if borders.pairs is None:
+        whole = (one.transpose(0, 1)[None] for one in (query, key, value))
+        mask = borders.mask
+        if mask is None:  # float32 on CUDA: the kernel does not take it
+            mask = _block_mask(borders.cu_seqlens, query, layer.config)
+        output: torch.Tensor = attend(layer, *whole, attention_mask=mask, **options)[0]
+        return output.reshape(len(query), -1)
+    return _attend_pairs(attend, layer, (query, key, value), borders.pairs, options)
+
+
+def _attend_pairs(
+    attend: Any, layer: Any, heads: tuple[torch.Tensor, ...], pairs: Pairs, options: dict[str, Any]
+) -> torch.Tensor:
+    """Attend with one call for adjacent segments of equal length.
+
+    transformers makes a call for each segment: 256 frames of equal size in 24 layers are 6,144
+    calls there, and 24 here.
+    """
     outputs = []
     # torch.split needs host ints. From a device tensor they would be read back in every layer.
-    sizes = [count * length for count, length in segments]
-    pieces = (torch.split(tensor, sizes) for tensor in (query, key, value))
-    for (count, length), *piece in zip(segments, *pieces, strict=True):
+    sizes = [count * length for count, length in pairs]
+    pieces = (torch.split(tensor, sizes) for tensor in heads)
+    for (count, length), *piece in zip(pairs, *pieces, strict=True):
         # Equal segments become a batch dimension, so that no mask is needed to keep them apart.
         batched = (one.unflatten(0, (count, length)).transpose(1, 2) for one in piece)
-        output, _ = attend(
-            layer,
-            *batched,
-            attention_mask=None,
-            scaling=layer.scaling,
-            dropout=layer.attention_dropout if layer.training else 0.0,
-            is_causal=False,
-            **kwargs,
-        )
+        output, _ = attend(layer, *batched, attention_mask=None, **options)
         outputs.append(output.reshape(count * length, -1))
     return torch.cat(outputs)
 
 
-def host_segments(config: Any, lengths: list[int] | None) -> Segments | None:
+def tower_borders(
+    tower: Any,
+    patches: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    longest: int,
+    lengths: list[int] | None,
+) -> Borders | None:
     """Return what a tower takes as `cu_seqlens`, or None where it must be the tensor.
 
     Args:
-        config: the tower's config.
-        lengths: of the segments, in order; None: the batch has none of this kind.
+        tower: with the attribute `mrope_attention` that `attach` sets.
+        patches: (N, ...), what the tower is run on; N is read with fixed shapes only.
+        cu_seqlens: borders of the segments, on the device.
+        longest: length of the longest segment.
+        lengths: of the segments, in order; None: the batch has fixed shapes.
 
     Returns:
-        Adjacent equal lengths as pairs: 4 4 2 gives (2, 4), (1, 2). None under flash attention,
-        whose kernel reads the borders on the device, and without lengths.
+        None under flash attention, whose kernel reads the borders on the device.
     """
-    if lengths is None or _is_flash(config):
+    if _is_flash(tower.config):
         return None
-    return tuple((len(list(equal)), length) for length, equal in groupby(lengths))
+    varlen = tower.mrope_attention == "varlen"
+    pairs = mask = None
+    if lengths is not None:
+        pairs = tuple((len(list(equal)), length) for length, equal in groupby(lengths))
+    elif not varlen or not patches.is_cuda:
+        mask = _block_mask(cu_seqlens, patches, tower.config)
+    return Borders(cu_seqlens, longest, pairs, mask, varlen)
+
+
+def _block_mask(cu_seqlens: torch.Tensor, places: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return which pairs of N places are in one segment: borders 0 2 3 give 110 110 001.
+
+    (1, 1, N, N), bool; under eager attention, which adds it to the scores, 0 and minus infinity.
+    """
+    place = torch.arange(places.shape[0], device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    segment = torch.bucketize(place, cu_seqlens[1:], right=True)
+    mask = (segment[:, None] == segment)[None, None]
+    if config._attn_implementation != "eager":  # noqa: SLF001 - no public name
+        return mask
+    return torch.zeros_like(mask, dtype=places.dtype).masked_fill(~mask, float("-inf"))
+
+
+def attend_text(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend within the examples of a flattened row, in one call; else as sdpa does.
+
+    A transformers attention function. It takes query (1, heads, T, dimension), and borders from
+    `cu_seq_lens_q` and `max_length_q`, which text layers pass on.
+    """
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    dropout = kwargs.get("dropout") or 0.0
+    if cu_seqlens is None or attention_mask is not None or dropout or not can_attend(query):
+        sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        output: tuple[torch.Tensor, None] = sdpa(
+            module, query, key, value, attention_mask, **kwargs
+        )
+        return output
+    query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))
+    longest, scale = kwargs["max_length_q"], kwargs["scaling"]
+    attended = attend_varlen(query, key, value, cu_seqlens, longest, scale, causal=True)
+    return attended[None], None
+
+
+def use_varlen_in_text(text: Any) -> None:
+    """Let the attention layers of a text model call `attend_text`.
+
+    Only the layers get another config: the text model itself makes masks by its own.
+    """
+    ALL_ATTENTION_FUNCTIONS.register(TEXT_ATTENTION, attend_text)
+    for layer in text.layers:
+        attention = getattr(layer, "self_attn", None)
+        if attention is not None:
+            attention.config = copy.copy(attention.config)
+            attention.config._attn_implementation = TEXT_ATTENTION  # noqa: SLF001
+
+
+def restore_text(text: Any) -> None:
+    """Undo `use_varlen_in_text`."""
+    for layer in text.layers:
+        attention = getattr(layer, "self_attn", None)
+        if attention is not None:
+            attention.config = text.config
 
 
 def mix_by_segment(
@@ -205,30 +324,40 @@ def causal_mask(
     return {"full_attention": full, "linear_attention": padding_mask.contiguous()}
 
 
-def packed_mask(config: Any, embeds: torch.Tensor, inputs: MutableMapping[str, Any]) -> Any:
+def packed_mask(text: Any, embeds: torch.Tensor, inputs: MutableMapping[str, Any]) -> Any:
     """Return the mask of one flattened row, and remove from `inputs` what would make it sync.
 
     Args:
-        config: the text model's config.
+        text: the text model, with the attribute `mrope_attention` that `attach` sets.
         embeds: (1, T, hidden).
         inputs: `seq_idx` (1, T) is taken out; `position_ids` loses its text row; `segment_sizes`
             stays only for models with linear layers.
 
     Returns:
-        A mask made on the device from `seq_idx`; None under flash attention, which takes
-        `cu_seq_lens_q`.
+        A mask (1, 1, T, T) made on the device from `seq_idx`; None where a kernel takes
+        `cu_seq_lens_q`, flash attention or the variable-length one.
+
+    Raises:
+        MRopeError: linear layers, and a batch of fixed shapes, which has no host lengths for them.
     """
+    config = text.config
     seq_idx = inputs.pop("seq_idx")
     # With the text row present, transformers searches it for jumps to find segments: a sync.
     inputs["position_ids"] = inputs["position_ids"][-3:]
     full = None
-    if not _is_flash(config):
+    varlen = text.mrope_attention == "varlen" and can_attend(embeds)
+    if not varlen and not _is_flash(config):
         full = create_causal_mask(
             config, embeds, None, None, and_mask_function=packed_sequence_mask_function(seq_idx)
         )
     if _has_linear_layers(config):
+        if inputs.get("segment_sizes") is None:
+            raise MRopeError(
+                "shapes with packing='flatten' is not supported for text models with linear "
+                "layers, whose segments are cut by host ints; pad the batches instead"
+            )
         return {"full_attention": full, "linear_attention": None}
-    inputs.pop("segment_sizes")
+    inputs.pop("segment_sizes", None)
     return full
 
 

@@ -17,20 +17,50 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.utils import can_return_tuple
 
 from mrope.collate.layouts import to_model_layout
 from mrope.errors import MRopeError
-from mrope.hf.attention import causal_mask, host_segments, packed_mask
+from mrope.hf.attention import causal_mask, packed_mask, tower_borders
 from mrope.spec.references import VISION_READ_SINCE
 
 Tensors = MutableMapping[str, Any]
-Encode = Callable[[Any, str, Tensors], tuple[torch.Tensor, Any]]
 
-_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+# Images and clips of a batch of fixed shapes are one modality, "vision": they share a tower call.
+_PIXELS = {
+    "image": "pixel_values",
+    "video": "pixel_values_videos",
+    "vision": "pixel_values",
+}
+
+
+class Gather(NamedTuple):
+    """Where features go, by token: a batch of fixed shapes has rows of features to leave out.
+
+    Attributes:
+        row: int64 (B * S,), the feature row of each token; any row where the token takes none.
+        mask: bool (B, S), which tokens take one.
+    """
+
+    row: torch.Tensor
+    mask: torch.Tensor
+
+    def rows_of(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the feature row of each token, (B, S, hidden)."""
+        return features.index_select(0, self.row).view(*self.mask.shape, features.shape[-1])
+
+
+Places = torch.Tensor | Gather
+Encode = Callable[[Any, str, Tensors], tuple[Places, Any]]
+
+# Keywords of a tower with borders: the borders, their longest segment, and the lengths on the host.
+_BORDERS = (
+    ("cu_seqlens", "max_seqlen", "split_sizes"),
+    ("cu_window_seqlens", "max_window_seqlen", "window_split_sizes"),
+)
 
 
 @can_return_tuple  # type: ignore[untyped-decorator]
@@ -58,7 +88,8 @@ def deepstack_forward(self: Any, **inputs: Any) -> Any:
     if not _is_precomputed(self, inputs):
         return type(self).forward(self, **inputs)
     embeds = token_embeddings(self, inputs)
-    indices, levels, encoded = [], [], {}
+    indices: list[Any] = []
+    levels, encoded = [], {}
     for modality in _modalities(inputs):
         index, features = _encode(self, modality, inputs)
         embeds = scatter_features(embeds, index, features.pooler_output)
@@ -68,7 +99,7 @@ def deepstack_forward(self: Any, **inputs: Any) -> Any:
     if indices:
         # The text model passes both on to `_deepstack_process` unread, so that an index can take
         # the place of the mask: `add_deepstack` replaces that method.
-        inputs["visual_pos_masks"] = torch.cat(indices)
+        inputs["visual_pos_masks"] = indices[0] if len(indices) == 1 else torch.cat(indices)
         inputs["deepstack_visual_embeds"] = [
             torch.cat(level) for level in zip(*levels, strict=True)
         ]
@@ -94,16 +125,19 @@ def _forward(self: Any, inputs: Tensors, encode: Encode) -> Any:
 
 
 def add_deepstack(
-    self: Any, hidden_states: torch.Tensor, index: torch.Tensor, features: torch.Tensor
+    self: Any, hidden_states: torch.Tensor, index: Places, features: torch.Tensor
 ) -> torch.Tensor:
     """Add feature rows to the tokens at flat indices; replaces `_deepstack_process`.
 
     Args:
         hidden_states: (B, S, hidden).
-        index: (N,) int64, into the B * S tokens. A boolean mask, which the model's own forward
-            gives, is passed to the model's own method.
+        index: (N,) int64, into the B * S tokens, or a `Gather`. A boolean mask, which the model's
+            own forward gives, is passed to the model's own method.
         features: (N, hidden).
     """
+    if isinstance(index, Gather):
+        added = index.rows_of(features.to(hidden_states.dtype))
+        return torch.where(index.mask[..., None], hidden_states + added, hidden_states)
     if index.dtype == torch.bool:
         own = type(self)._deepstack_process  # noqa: SLF001 - the method that this one replaces
         result: torch.Tensor = own(self, hidden_states, index, features)
@@ -121,10 +155,7 @@ def _is_precomputed(self: Any, inputs: Tensors) -> bool:
     """
     modalities = _modalities(inputs)
     missing = [
-        name
-        for modality in modalities
-        for name in (f"{modality}_scatter_index", f"{modality}_split_sizes")
-        if inputs.get(name) is None
+        name for modality in modalities for name in _needed(modality) if inputs.get(name) is None
     ]
     # The collator adds `has_padding` to every batch, also to one of text alone.
     if inputs.get("has_padding") is not None and not missing:
@@ -150,7 +181,16 @@ def _cache(inputs: Tensors) -> Any:
 
 
 def _modalities(inputs: Tensors) -> list[str]:
-    return [modality for modality, pixels in _PIXELS.items() if inputs.get(pixels) is not None]
+    """Return what the batch has pixels of."""
+    if inputs.get("vision_feature_index") is not None:
+        return ["vision"]
+    return [name for name in ("image", "video") if inputs.get(_PIXELS[name]) is not None]
+
+
+def _needed(modality: str) -> tuple[str, ...]:
+    if modality == "vision":
+        return ("vision_feature_index", "vision_feature_mask", "vision_cu_seqlens")
+    return (f"{modality}_scatter_index", f"{modality}_split_sizes")
 
 
 def token_embeddings(self: Any, inputs: Tensors) -> torch.Tensor:
@@ -167,16 +207,16 @@ def token_embeddings(self: Any, inputs: Tensors) -> torch.Tensor:
     return result
 
 
-def _encode(self: Any, modality: str, inputs: Tensors) -> tuple[torch.Tensor, Any]:
+def _encode(self: Any, modality: str, inputs: Tensors) -> tuple[Places, Any]:
     """Run the tower on one modality's pixels; return the scatter index, and the tower's output."""
     index, pixels, grid_thw, known = _tower_inputs(self, modality, inputs)
     return index, self.visual(pixels, grid_thw=grid_thw, return_dict=True, **known)
 
 
-def _encode_frames(self: Any, modality: str, inputs: Tensors) -> tuple[torch.Tensor, Any]:
+def _encode_frames(self: Any, modality: str, inputs: Tensors) -> tuple[Places, Any]:
     """Run a tower that uses `cu_seqlens` beside its attention, and takes a grid for each frame."""
     cu_seqlens = inputs[f"{modality}_cu_seqlens"]
-    frames = len(inputs[f"{modality}_split_sizes"])
+    frames = len(cu_seqlens) - 1
     index, pixels, grid_thw, known = _tower_inputs(self, modality, inputs)
     if not isinstance(known["cu_seqlens"], torch.Tensor):
         # The tower interpolates its position embeddings by the tensor; attention needs host ints.
@@ -188,7 +228,7 @@ def _encode_frames(self: Any, modality: str, inputs: Tensors) -> tuple[torch.Ten
     return index, self.visual(pixels, grid_thw=grid_thw, return_dict=True, **known)
 
 
-def _encode_raster(self: Any, modality: str, inputs: Tensors) -> tuple[torch.Tensor, Any]:
+def _encode_raster(self: Any, modality: str, inputs: Tensors) -> tuple[Places, Any]:
     """Run PaddleOCR-VL's tower, and merge the patches of all images at once by their index."""
     blocks = inputs.pop(f"{modality}_block_index")
     index, pixels, grid_thw, known = _tower_inputs(self, modality, inputs)
@@ -204,35 +244,41 @@ def _encode_raster(self: Any, modality: str, inputs: Tensors) -> tuple[torch.Ten
 
 def _tower_inputs(
     self: Any, modality: str, inputs: Tensors
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Remove a modality from `inputs`; return scatter index, pixels, grids, and tower keywords."""
+) -> tuple[Places, torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Remove a modality from `inputs`; return places, pixels, grids, and tower keywords."""
     pixels = inputs.pop(_PIXELS[modality]).type(self.visual.dtype)
-    index = inputs.pop(f"{modality}_scatter_index")
     known = {name: inputs.pop(f"{modality}_{name}", None) for name in VISION_READ_SINCE}
     known = {name: value for name, value in known.items() if value is not None}
-    lengths = {
-        "cu_seqlens": inputs.pop(f"{modality}_split_sizes"),
-        "cu_window_seqlens": inputs.pop(f"{modality}_window_split_sizes", None),
-    }
-    for name, sizes in lengths.items():
-        # Towers pass `cu_seqlens` to their attention unread, so that host ints can take its place.
-        segments = host_segments(self.visual.config, sizes)
-        if segments is not None:
-            known[name] = segments
-    return index, pixels, inputs.pop(f"{modality}_grid_thw"), known
+    for name, longest, sizes in _BORDERS:
+        lengths = inputs.pop(f"{modality}_{sizes}", None)
+        if name not in known:
+            continue
+        # Towers pass `cu_seqlens` to their attention unread, so that this can take its place.
+        borders = tower_borders(self.visual, pixels, known[name], known[longest], lengths)
+        if borders is not None:
+            known[name] = borders
+    return _take_places(modality, inputs), pixels, inputs.pop(f"{modality}_grid_thw"), known
 
 
-def scatter_features(
-    embeds: torch.Tensor, index: torch.Tensor, features: torch.Tensor
-) -> torch.Tensor:
+def _take_places(modality: str, inputs: Tensors) -> Places:
+    """Remove from `inputs` where a modality's features go, and return it."""
+    if modality == "vision":
+        return Gather(inputs.pop("vision_feature_index"), inputs.pop("vision_feature_mask"))
+    places: torch.Tensor = inputs.pop(f"{modality}_scatter_index")
+    return places
+
+
+def scatter_features(embeds: torch.Tensor, index: Places, features: torch.Tensor) -> torch.Tensor:
     """Return embeddings with the tokens at flat indices replaced by feature rows.
 
     Args:
         embeds: (B, S, hidden).
-        index: (N,) int64, into the B * S tokens.
+        index: (N,) int64, into the B * S tokens, or a `Gather`.
         features: (N, hidden).
     """
     features = features.to(embeds.device, embeds.dtype)
+    if isinstance(index, Gather):
+        return torch.where(index.mask[..., None], index.rows_of(features), embeds)
     # Not masked_scatter: its backward selects by the mask, whose count the host must learn. The
     # backward of index_copy is index_select at the same index, whose length is known.
     return embeds.flatten(0, 1).index_copy(0, index, features).view_as(embeds)
@@ -251,8 +297,8 @@ def _run_text_model(
         self.rope_deltas = deltas  # where transformers' generate looks for it
     mask = inputs.pop("attention_mask", None)
     config = self.language_model.config
-    if inputs.get("segment_sizes") is not None:
-        mask = packed_mask(config, embeds, inputs)
+    if inputs.get("seq_idx") is not None:
+        mask = packed_mask(self.language_model, embeds, inputs)
     elif not isinstance(mask, dict):
         # Whether a mask on the device holds a 0 is known on the device alone; asking is a sync.
         # The worker built the mask, so it sends the answer along.
@@ -266,7 +312,9 @@ def _run_text_model(
     multimodal = _multimodal_output(type(self))
     if multimodal is None:
         return outputs
-    return multimodal(**outputs, **{f"{name}_outputs": tower for name, tower in encoded.items()})
+    # Images and clips of fixed shapes come out of one tower call.
+    named = {"image" if name == "vision" else name: tower for name, tower in encoded.items()}
+    return multimodal(**outputs, **{f"{name}_outputs": tower for name, tower in named.items()})
 
 
 # Constant under torch.compile too, which cannot trace `inspect`.

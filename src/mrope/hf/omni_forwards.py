@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 
 from mrope.collate.layouts import to_model_layout
 from mrope.errors import MRopeError
-from mrope.hf.attention import host_segments
+from mrope.hf.attention import tower_borders
 from mrope.hf.forwards import (
     Tensors,
     deepstack_forward,
@@ -78,10 +78,12 @@ def _forward(vision_forward: Callable[..., Any], self: Any, inputs: Tensors) -> 
 
 def _encode_audio(self: Any, inputs: Tensors) -> torch.Tensor:
     """Return the features of all audio of a batch, (features, hidden)."""
-    known = {name: inputs.get(f"audio_{name}") for name in _TOWER}
+    known: dict[str, Any] = {name: inputs.get(f"audio_{name}") for name in _TOWER}
     known = {name: value for name, value in known.items() if value is not None}
-    segments = host_segments(self.audio_tower.config, inputs["audio_split_sizes"])
-    known["cu_seqlens"] = inputs["audio_cu_seqlens"] if segments is None else segments
+    cu_seqlens, lengths = inputs["audio_cu_seqlens"], inputs["audio_split_sizes"]
+    patches, longest = known["padded_feature"], known["max_seqlen"]
+    borders = tower_borders(self.audio_tower, patches, cu_seqlens, longest, lengths)
+    known["cu_seqlens"] = cu_seqlens if borders is None else borders
     features: torch.Tensor = self.audio_tower(return_dict=True, **known).last_hidden_state
     return features
 

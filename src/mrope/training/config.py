@@ -94,6 +94,7 @@ def build_collator(cfg: Config, inner_collate: Collate | None = None) -> Collate
         cfg.vision_spec(),
         packing=cfg.rope.flatten(pad_token_id),
         layout=cfg.rope.layout,
+        shapes=None if cfg.rope.shapes is None else cfg.rope.shapes.ladder(pad_token_id),
         on_error=cfg.rope.skip_bad(),
     )
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from mrope.training.config import build_collator
 from mrope.training.dataloader import RowDataset, make_loader, prepare_rows
-from mrope.training.model import build_model, load_model_config
+from mrope.training.model import attach_and_compile, build_model, load_model_config
 from mrope.training.result import Step, TrainResult
 from mrope.training.sections import Config
 from mrope.training.step import choose_device, guarded_step, to_device, train_steps
@@ -94,13 +94,10 @@ def _train_once(cfg: Config, rows: RowDataset, console: Console) -> TrainResult:
     torch.manual_seed(cfg.train.seed)
     device = choose_device(cfg.train.device)
     model = build_model(cfg).to(device)
-    if cfg.model.attach and cfg.rope.enabled:
-        from mrope.hf import attach
-
-        attach(model)
+    trained = attach_and_compile(cfg, model)
     calls = _count_rope_index(model)
     loader = make_loader(cfg, rows, build_collator(cfg))
-    steps = _run_steps(cfg, model, loader, device, console)
+    steps = _run_steps(cfg, trained, loader, device, console)
     return TrainResult(
         rope_enabled=cfg.rope.enabled,
         steps=tuple(steps),

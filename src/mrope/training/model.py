@@ -58,6 +58,25 @@ def build_model(cfg: Config) -> torch.nn.Module:
     return trained
 
 
+def attach_and_compile(cfg: Config, model: torch.nn.Module) -> torch.nn.Module:
+    """Attach the model and compile it, as the config asks; return what the loop is to call.
+
+    Parameters and state dict stay those of `model`.
+    """
+    if not cfg.model.attach or not cfg.rope.enabled:
+        return model
+    from mrope.hf import attach
+
+    attach(model, attention=cfg.model.attention)
+    if not cfg.model.compile:
+        return model
+    # Without dynamic shapes: a ladder has few, and kernels for known sizes are faster.
+    mode = "reduce-overhead" if cfg.model.compile == "captured" else None
+    compiled: Any = torch.compile(model, fullgraph=True, dynamic=False, mode=mode)
+    module: torch.nn.Module = compiled
+    return module
+
+
 def _may_run_own_code(cfg: Config, table: Mapping[str, Any]) -> bool:
     folder = isinstance(cfg.model.config, str) and Path(cfg.model.config).is_dir()
     return folder and cfg.model.trust_remote_code and "auto_map" in table

@@ -17,6 +17,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from mrope.collate.packing import Flatten
+from mrope.collate.shapes import Shapes
 from mrope.collate.skip_bad import SkipBad
 from mrope.errors import MRopeError
 from mrope.spec.references import REFERENCES, nearest
@@ -99,12 +100,18 @@ class ModelSection(_Section):
         trust_remote_code: allow a folder with a model class of its own to run its code.
         attach: attach the model (`mrope.hf.attach`); requires `rope.vision`. No effect with
             `rope.enabled: false`: the model then computes positions itself.
+        attention: how towers, and text in flattened rows, attend in an attached model; see
+            `mrope.hf.attach`.
+        compile: compile the attached model as one graph; "captured" replays it as CUDA graphs.
+            Requires `rope.shapes`.
     """
 
     config: Annotated[dict[str, Any] | str, BeforeValidator(_model_config)]
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
     attach: bool = False
+    attention: Literal["auto", "varlen", "segments"] = "auto"
+    compile: Literal[False, True, "captured"] = False
 
 
 Sides = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
@@ -117,12 +124,15 @@ class ShapeSection(_Section):
         width: tokens of a row.
         images, videos: number of each in a row.
         image, frame: height and width of an image, and of a clip's frame, in patches.
+        image_sides: least and largest side of an image, in patches: height and width of each are
+            drawn between them, and every row differs. None: all images are of size `image`.
         frames: temporal patches of each clip.
     """
 
     width: Annotated[int, Field(ge=1)]
     images: Annotated[int, Field(ge=0)] = 0
     image: Sides = [16, 16]
+    image_sides: Sides | None = None
     videos: Annotated[int, Field(ge=0)] = 0
     frames: Annotated[int, Field(ge=1)] = 1
     frame: Sides = [16, 16]
@@ -177,6 +187,32 @@ class DataLoaderSection(_Section):
     prefetch_factor: Annotated[int, Field(ge=1)] = 2
 
 
+class ShapesSection(_Section):
+    """A ladder of fixed shapes; the keys are those of `mrope.collate.shapes.Shapes`.
+
+    Attributes:
+        tokens, patches: rungs, ascending.
+        longest: most patches of an image or frame.
+        patches_per_segment, tokens_per_example: patches for each border of images and frames, and
+            tokens for each border of examples.
+    """
+
+    tokens: list[int]
+    patches: list[int]
+    longest: int = 4096
+    patches_per_segment: int = 64
+    tokens_per_example: int = 256
+
+    @model_validator(mode="after")
+    def _is_a_ladder(self) -> Self:
+        self.ladder()  # checks its own values, and raises ValueError
+        return self
+
+    def ladder(self, pad_token_id: int = 0) -> Shapes:
+        """Return the collator's option."""
+        return Shapes(**self.model_dump(), pad_token_id=pad_token_id)
+
+
 class RopeSection(_Section):
     """What the collator computes in the workers, and by which release's rule.
 
@@ -186,6 +222,7 @@ class RopeSection(_Section):
         vision: compute the vision tower's tensors too.
         packing: "flatten": join the examples of a batch into one row without padding.
         layout: "batch": put the batch on dim 0 of `position_ids`; see `mrope.collate.layouts`.
+        shapes: pad every tensor to a rung of a ladder; requires `rope.vision` and `model.attach`.
         pad_to_multiple_of: fill a flattened row up to a multiple of this.
         on_error: "skip": drop examples that cannot be collated; see `mrope.collate.skip_bad`.
         rejects: path of the JSON-lines files that record them; see `SkipBad`.
@@ -197,6 +234,7 @@ class RopeSection(_Section):
     vision: bool = False
     packing: Literal["flatten"] | None = None
     layout: Literal["model", "batch"] = "model"
+    shapes: ShapesSection | None = None
     pad_to_multiple_of: int = 1
     on_error: Literal["raise", "skip"] = "raise"
     rejects: Annotated[str, AfterValidator(_resolved)] | None = None
@@ -261,6 +299,10 @@ class Config(_Section):
     def _attach_needs_vision(self) -> Self:
         if self.model.attach and self.rope.enabled and not self.rope.vision:
             raise ValueError("model.attach: true needs rope.vision: true")
+        if self.rope.shapes is not None and self.rope.enabled and not self.model.attach:
+            raise ValueError("rope.shapes needs model.attach: true")
+        if self.model.compile and self.rope.enabled and self.rope.shapes is None:
+            raise ValueError("model.compile needs rope.shapes: each batch would compile anew")
         return self
 
     @model_validator(mode="after")

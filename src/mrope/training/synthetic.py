@@ -44,45 +44,65 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
         dtype: torch.dtype,
     ) -> None:
         self.rows = rows
-        image, clip = [1, *shape.image], [shape.frames, *shape.frame]
-        self.template = _tokens(spec, image, clip, shape)
-        if len(self.template) > shape.width:
-            raise MRopeError(
-                f"data.shape: its images and clips take {len(self.template)} tokens, more than "
-                f"width={shape.width}"
-            )
-        self.text = shape.width - len(self.template)
         self.spec = spec
-        self.columns: dict[str, torch.Tensor] = {}
-        for name, pixels, grid, count in (
-            ("image_grid_thw", "pixel_values", image, shape.images),
-            ("video_grid_thw", "pixel_values_videos", clip, shape.videos),
-        ):
-            if count:
-                patches = count * grid[0] * grid[1] * grid[2]
-                self.columns[name] = torch.tensor([grid] * count)
-                # Made once: drawing millions of values for each row would be what is measured.
-                self.columns[pixels] = torch.randn(patches, patch_values).to(dtype)
+        self.shape = shape
+        self.clips = [[shape.frames, *shape.frame]] * shape.videos
+        if shape.image_sides is None:
+            self._text_length([[1, *shape.image]] * shape.images)
+        largest = shape.image if shape.image_sides is None else [shape.image_sides[1]] * 2
+        # Made once: drawing millions of values for each row would be what is measured.
+        self.pixels = {
+            "image": torch.randn(_patches([[1, *largest]] * shape.images), patch_values).to(dtype),
+            "video": torch.randn(_patches(self.clips), patch_values).to(dtype),
+        }
 
     def __len__(self) -> int:
         return self.rows
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """Return the number of tokens of each row, int64 (N,)."""
-        return np.full(len(self), len(self.template) + self.text)
+        return np.full(len(self), self.shape.width)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         # Seeded by the index, so that a row is the same in every worker and every epoch.
         generator = torch.Generator().manual_seed(index)
-        text = torch.randint(10, _VOCABULARY, (self.text,), generator=generator)
-        input_ids = torch.cat([torch.tensor(self.template), text])
+        images = self._images(generator)
+        template = torch.tensor(_tokens(self.spec, images, self.clips), dtype=torch.int64)
+        length = self._text_length(images)
+        text = torch.randint(10, _VOCABULARY, (length,), generator=generator)
+        input_ids = torch.cat([template, text])
         types = torch.from_numpy(token_types(self.spec, input_ids.numpy()))
-        return {
+        row = {
             "input_ids": input_ids,
             "labels": input_ids.masked_fill(types > 0, -100),
             "mm_token_type_ids": types,
-            **self.columns,
         }
+        for kind, pixels, grids in (
+            ("image", "pixel_values", images),
+            ("video", "pixel_values_videos", self.clips),
+        ):
+            if grids:
+                row[f"{kind}_grid_thw"] = torch.tensor(grids)
+                row[pixels] = self.pixels[kind][: _patches(grids)]
+        return row
+
+    def _images(self, generator: torch.Generator) -> list[list[int]]:
+        """Return the grids of a row's images: all of one size, or drawn between two sides."""
+        if self.shape.image_sides is None:
+            return [[1, *self.shape.image]] * self.shape.images
+        merge = self.spec.spatial_merge_size
+        low, high = (side // merge for side in self.shape.image_sides)
+        sides = torch.randint(low, high + 1, (self.shape.images, 2), generator=generator) * merge
+        return [[1, height, width] for height, width in sides.tolist()]
+
+    def _text_length(self, images: list[list[int]]) -> int:
+        tokens = len(_tokens(self.spec, images, self.clips))
+        if tokens > self.shape.width:
+            raise MRopeError(
+                f"data.shape: its images and clips take {tokens} tokens, more than "
+                f"width={self.shape.width}"
+            )
+        return self.shape.width - tokens
 
 
 def patch_values(vision_config: Any) -> int:
@@ -91,11 +111,16 @@ def patch_values(vision_config: Any) -> int:
     return size
 
 
-def _tokens(spec: MRopeSpec, image: list[int], clip: list[int], shape: ShapeSection) -> list[int]:
+def _patches(grids: list[list[int]]) -> int:
+    return sum(t * h * w for t, h, w in grids)
+
+
+def _tokens(spec: MRopeSpec, images: list[list[int]], clips: list[list[int]]) -> list[int]:
     """Return the token ids of a row's images and clips, each span after a vision start token."""
-    frames = [[1, *clip[1:]]] * clip[0] if spec.family_row.frames_apart else [clip]
-    spans = [(spec.image_token_id, image)] * shape.images
-    spans += [(spec.video_token_id, frame) for _ in range(shape.videos) for frame in frames]
+    spans = [(spec.image_token_id, image) for image in images]
+    for clip in clips:
+        frames = [[1, *clip[1:]]] * clip[0] if spec.family_row.frames_apart else [clip]
+        spans += [(spec.video_token_id, frame) for frame in frames]
     tokens: list[int] = []
     for placeholder, (t, h, w) in spans:
         tokens.append(spec.vision_start_token_id)
