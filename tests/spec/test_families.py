@@ -100,14 +100,23 @@ def changed(family: str = "qwen2_5_vl", **changes: Any) -> dict[str, Any]:
             "is a part of a model; give the whole model's config",
         ),
         (changed(model_type=None), "has no model_type"),
-        (changed(image_token_id=None), "qwen2_5_vl: the config has no image_token_id"),
+        (
+            changed("aero_realtime", image_token_index=None),
+            "aero_realtime: the config has no image_token_index or image_token_id",
+        ),
+        (
+            changed("qwen2_5_omni_thinker", vision_start_token_id=None),
+            "qwen2_5_omni_thinker: the config has no vision_start_token_id",
+        ),
         (changed(video_token_id="103"), "video_token_id must be an integer >= 0, not '103'"),
         (changed(video_token_id=-1), "video_token_id must be an integer >= 0, not -1"),
         (changed(video_token_id=True), "video_token_id must be an integer >= 0, not True"),
         (changed(video_token_id=102), "102 stands for two tokens, image and video"),
-        (changed(vision_config=None), "qwen2_5_vl: the config has no vision_config section"),
-        (changed(vision_config={"tokens_per_second": 2}), "config has no spatial_merge_size"),
-        (changed(vision_config={"spatial_merge_size": 2}), "config has no tokens_per_second"),
+        (changed("aero_realtime", vision_config=None), "aero_realtime: the config has no vision_c"),
+        (changed("aero_realtime", vision_config={}), "config has no spatial_merge_size"),
+        (changed(vision_config={"spatial_merge_size": None}), "config has no spatial_merge_size"),
+        (changed(vision_config={"tokens_per_second": None}), "config has no tokens_per_second"),
+        (changed(vision_config="small"), "qwen2_5_vl: the config has no vision_config section"),
         (
             changed(vision_config={"spatial_merge_size": 0, "tokens_per_second": 2}),
             "spatial_merge_size must be an integer >= 1, not 0",
@@ -134,6 +143,8 @@ def test_a_file_that_is_no_config_says_so(tmp_path: Path) -> None:
     file.write_text("{", encoding="utf-8")
     with pytest.raises(MRopeError, match="cannot read the model config"):
         MRopeSpec.from_config(file, NEW)
+    with pytest.raises(MRopeError, match="cannot read the model config the JSON text: Expecting"):
+        MRopeSpec.from_config("{'model_type': 'qwen2_vl'}", NEW)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +202,10 @@ def test_rules_of_their_own_read_numbers_of_their_own() -> None:
     assert MRopeSpec.from_config(config, NEW).extra == {"axes": 4}
     config["text_config"] = {"rope_scaling": {"xdrope_section": [8, 8, 8]}}
     assert MRopeSpec.from_config(config, NEW).extra == {"axes": 3}
+    # A checkpoint older than `text_config`.
+    flat = {key: value for key, value in config.items() if key != "text_config"}
+    flat |= {"rope_scaling": {"xdrope_section": [8, 8, 8, 8]}}
+    assert MRopeSpec.from_config(flat, NEW).extra == {"axes": 4}
     with pytest.raises(MRopeError, match="has no rope_parameters or rope_scaling section"):
         MRopeSpec.from_config(config | {"text_config": {}}, NEW)
     config = example_config("minicpmv4_7")

@@ -1,4 +1,4 @@
-"""Read a model's config: a mapping, a path, or a live `PretrainedConfig`.
+"""Read a model's config: a mapping, a path, a JSON text, or a live `PretrainedConfig`.
 
 `MRopeSpec`, `VisionSpec` and `AudioSpec` all read their values through these functions.
 """
@@ -12,39 +12,63 @@ from pathlib import Path
 from typing import Any
 
 from mrope.errors import MRopeError
+from mrope.spec.class_defaults import CLASS_DEFAULTS, WRAPPERS, fill_defaults
+
+_WRAPPED_SECTIONS = tuple(dict.fromkeys(section for section, _ in WRAPPERS.values()))
 
 
 def read_model(config: Any) -> tuple[Any, Mapping[str, Any]]:
     """Return `model_type` and config of the model that takes position ids.
 
-    For a whole Omni that is its thinker, read from `thinker_config`.
+    For a whole Omni that is its thinker, read from `thinker_config`; for ColQwen2 the model in
+    `vlm_config`.
 
     Args:
-        config: a dict, the path of a `config.json` or of its folder, or an object with `to_dict`.
+        config: a dict, the path of a `config.json` or of its folder, a JSON text, or an object with
+            `to_dict`.
 
     Raises:
         MRopeError: no such file, or not a config.
     """
     table = as_mapping(config)
-    thinker = table.get("thinker_config")
-    table = thinker if isinstance(thinker, Mapping) else table
+    wrapper = WRAPPERS.get(str(table.get("model_type")))
+    for section in _WRAPPED_SECTIONS:
+        inner = table.get(section)
+        if isinstance(inner, Mapping):
+            # transformers writes the inner `model_type`, but does not need it to read the file.
+            return read_model({"model_type": wrapper[1], **inner} if wrapper else inner)
+    if wrapper:
+        return read_model({"model_type": wrapper[1]} if table.get(wrapper[0]) is None else table)
     return table.get("model_type"), table
 
 
+def with_class_defaults(table: Mapping[str, Any], model_type: str) -> Mapping[str, Any]:
+    """Return a model's config with the defaults of transformers' class where it has no value.
+
+    See `mrope.spec.class_defaults`.
+    """
+    return fill_defaults(table, CLASS_DEFAULTS.get(model_type, {}))
+
+
 def read_tower(
-    table: Mapping[str, Any], section: str, model_type: object
+    table: Mapping[str, Any], section: str, model_type: object, family: str
 ) -> tuple[Mapping[str, Any], str]:
-    """Return a tower's config, and what errors call it.
+    """Return a tower's config with its class's defaults, and what errors call it.
 
     Args:
         table: a model's config, or the tower's own.
         section: where a model's config holds the tower's, such as "vision_config".
         model_type: named in errors.
+        family: key of `CLASS_DEFAULTS`.
     """
+    # Without the section this is the tower's own config: transformers 4.57 gives both one name.
     tower = table.get(section, table)
+    # A null section is built from its class.
+    tower = {} if tower is None else tower
     if not isinstance(tower, Mapping):
         raise MRopeError(f"{model_type}: {section} must be a section, not {tower!r}")
-    return tower, f"{model_type} {section}"
+    defaults = CLASS_DEFAULTS.get(family, {}).get(section, {})
+    return fill_defaults(tower, defaults), f"{model_type} {section}"
 
 
 def read_int(table: Mapping[str, Any], keys: tuple[str, ...], where: str, minimum: int = 0) -> int:
@@ -87,6 +111,9 @@ def read_dotted(table: Mapping[str, Any], dotted: str, where: str) -> int:
     """
     *sections, key = dotted.split(".")
     for section in sections:
+        # Checkpoints older than `text_config` have its values at the top, and are read so.
+        if section == "text_config" and table.get(section) is None:
+            continue
         named = [table.get(name) for name in section.split("|")]
         found = [inner for inner in named if isinstance(inner, Mapping)]
         if not found:
@@ -108,29 +135,46 @@ def as_mapping(config: Any) -> Mapping[str, Any]:
     Raises:
         MRopeError: no such file, or not a config.
     """
-    if isinstance(config, Mapping):
-        return config
+    table = _as_plain(config)
+    if isinstance(table, Mapping):
+        return table
+    # `PretrainedConfig.to_json_string` returns the file's text. No path starts with a brace.
+    if isinstance(config, str) and config.lstrip().startswith("{"):
+        return _parse_json(config, "the JSON text")
     if isinstance(config, (str, os.PathLike)):
         return _read_json(Path(config))
-    # A live `PretrainedConfig`, recognised without importing transformers.
-    if callable(getattr(config, "to_dict", None)):
-        table = config.to_dict()
-        if isinstance(table, Mapping):
-            return table
     raise MRopeError(
         f"cannot read a model config from {type(config).__name__}; "
-        "give a dict, a path to config.json or its folder, or a PretrainedConfig"
+        "give a dict, a path to config.json or its folder, a JSON text, or a PretrainedConfig"
     )
+
+
+def _as_plain(config: Any) -> Any:
+    """Return a config whose sections are mappings too; anything else is returned unchanged."""
+    # A live `PretrainedConfig`, recognised without importing transformers.
+    if not isinstance(config, Mapping) and callable(getattr(config, "to_dict", None)):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        return config
+    return {key: _as_plain(value) for key, value in config.items()}
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise MRopeError(f"no model config at {file}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise MRopeError(f"cannot read the model config {file}: {error}") from error
+    return _parse_json(text, str(file))
+
+
+def _parse_json(text: str, where: str) -> Mapping[str, Any]:
+    try:
+        table = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise MRopeError(f"cannot read the model config {where}: {error}") from error
     if not isinstance(table, Mapping):
-        raise MRopeError(f"{file} holds no model config: its top level is not an object")
+        raise MRopeError(f"{where} holds no model config: its top level is not an object")
     return table

@@ -10,7 +10,7 @@ from typing import Any
 
 from mrope.errors import MRopeError
 from mrope.spec.families import FAMILIES, NO_TOKEN, ONE_DIMENSIONAL, Family
-from mrope.spec.model_config import read_dotted, read_int, read_model
+from mrope.spec.model_config import read_dotted, read_int, read_model, with_class_defaults
 from mrope.spec.references import REFERENCES, Reference, nearest, resolve_reference
 
 
@@ -49,19 +49,25 @@ class MRopeSpec:
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any] | str | os.PathLike[str] | Any, reference: str = "auto"
+        cls,
+        config: Mapping[str, Any] | str | os.PathLike[str] | Any,
+        reference: str | None = "auto",
     ) -> MRopeSpec:
         """Read a spec from a model's config.
 
+        A key that the config lacks has the default of transformers' config class, as if
+        transformers had read the file; see `mrope.spec.class_defaults`.
+
         Args:
-            config: a dict, the path of a `config.json` or of the folder that holds it, or a live
-                `PretrainedConfig` (anything with `to_dict`).
-            reference: see `resolve_reference`.
+            config: a dict, the path of a `config.json` or of the folder that holds it, a JSON text,
+                or a live `PretrainedConfig` (anything with `to_dict`). Sections of a dict may be
+                live too.
+            reference: see `resolve_reference`; None: "auto".
 
         Raises:
-            MRopeError: no such file, not a config, an unknown `model_type`, a key that is missing,
-                of the wrong type, or given twice with two values; token ids that are not distinct;
-                a reference that the family was not compared with.
+            MRopeError: no such file, not a config, an unknown `model_type`, a key that is missing
+                and has no default, of the wrong type, or given twice with two values; token ids
+                that are not distinct; a reference that the family was not compared with.
 
         Example:
             >>> MRopeSpec.from_config({
@@ -74,11 +80,12 @@ class MRopeSpec:
         if name not in FAMILIES:
             raise MRopeError(_describe_unknown_family(name))
         family = FAMILIES[name]
-        reference = resolve_reference(reference)
+        reference = resolve_reference(reference or "auto")
         if reference not in family.references:
             raise MRopeError(
                 f"{name} was not compared with {reference}; known: {', '.join(family.references)}"
             )
+        table = with_class_defaults(table, name)
         vision = table.get("vision_config")
         if not isinstance(vision, Mapping):
             raise MRopeError(f"{name}: the config has no vision_config section")

@@ -77,7 +77,7 @@ class AudioSpec:
                 f"model_type {name!r} has no audio tower whose tensors mrope computes; "
                 f"known: {', '.join(_POOLS)}"
             )
-        audio, where = read_tower(table, "audio_config", name)
+        audio, where = read_tower(table, "audio_config", name, f"{plain}_thinker")
         n_window = read_int(audio, ("n_window",), where, 1)
         if _POOLS[plain]:
             return cls(n_window)

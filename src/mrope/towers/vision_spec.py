@@ -60,8 +60,8 @@ class VisionSpec:
             4
         """
         name, table = read_model(config)
-        tower = _find_tower(name)
-        vision, where = read_tower(table, "vision_config", name)
+        family, tower = _find_tower(name)
+        vision, where = read_tower(table, "vision_config", name, family)
         merge = read_int(vision, ("spatial_merge_size",), where, 1)
         return cls(
             spatial_merge_size=merge,
@@ -151,12 +151,12 @@ def _read_table_side(vision: Mapping[str, Any], where: str, tower: Tower) -> int
     return int(read_int(vision, ("num_position_embeddings",), where, 1) ** 0.5)
 
 
-def _find_tower(name: object) -> Tower:
-    """Return the row of a tower by `model_type`, the model's or the tower's own."""
+def _find_tower(name: object) -> tuple[str, Tower]:
+    """Return family and row of a tower by `model_type`, the model's or the tower's own."""
     # A tower's own `model_type` may have a suffix, "_vision" or "_vision_encoder".
     plain = str(name).removesuffix("_encoder").removesuffix("_vision")
-    families = {plain, f"{plain}_thinker"} & FAMILIES.keys()
-    tower = FAMILIES[families.pop()].tower if families else ONE_DIMENSIONAL.get(plain)
+    family = next((one for one in (plain, f"{plain}_thinker") if one in FAMILIES), plain)
+    tower = FAMILIES[family].tower if family in FAMILIES else ONE_DIMENSIONAL.get(family)
     if tower is None:
         known = [name for name, row in FAMILIES.items() if row.tower is not None]
         known += [name for name, tower in ONE_DIMENSIONAL.items() if tower is not None]
@@ -164,4 +164,4 @@ def _find_tower(name: object) -> Tower:
             f"model_type {name!r} has no vision tower whose tensors mrope computes; "
             f"known: {', '.join(known)}"
         )
-    return tower
+    return family, tower

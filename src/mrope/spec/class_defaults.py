@@ -1,0 +1,142 @@
+"""Values that transformers' config classes assume where a config has none.
+
+transformers reads a `config.json` that lacks a key, as older releases and other tools write it,
+with the default of its config class. `CLASS_DEFAULTS` holds those defaults that a spec is read
+from, so that workers read such a file equally, without transformers.
+
+Source: the config class of each `model_type` in transformers 5.24. Releases 4.57, 5.17 and 5.23
+have the same values for the families that they have. `tests/spec/test_class_defaults.py` compares
+them with the installed release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Defaults = Mapping[str, Any]
+"""Values by key. A key may list alternative names, separated by bars; a mapping is a section."""
+
+
+def fill_defaults(table: Mapping[str, Any], defaults: Defaults) -> Mapping[str, Any]:
+    """Return a config with the defaults of the keys that it lacks, section by section.
+
+    A null is a value of its own, except for a section, which transformers then builds from its
+    class.
+
+    Example:
+        >>> fill_defaults({"id": 5, "vision": None}, {"token|id": 1, "vision": {"merge": 2}})
+        {'id': 5, 'vision': {'merge': 2}}
+    """
+    filled = dict(table)
+    for key, default in defaults.items():
+        names = key.split("|")
+        if isinstance(default, Mapping):
+            section = filled.get(key)
+            if section is None or isinstance(section, Mapping):
+                filled[key] = fill_defaults(section or {}, default)
+        elif not any(name in table for name in names):
+            filled[names[0]] = default
+    return filled
+
+
+def _ids(image: int, video: int, start: int) -> dict[str, Any]:
+    """Return the token ids that most families have, under their usual names."""
+    return {"image_token_id": image, "video_token_id": video, "vision_start_token_id": start}
+
+
+def _tower(patch: int, **others: int) -> dict[str, Any]:
+    """Return the section of a vision tower, with what most towers have in common."""
+    common = {"in_channels": 3, "temporal_patch_size": 2, "spatial_merge_size": 2}
+    return {"vision_config": common | {"patch_size": patch} | others}
+
+
+def _plain_tower(patch: int, **others: int) -> dict[str, Any]:
+    """Return the section of a tower whose class says `num_channels` and has no temporal patches."""
+    return {"vision_config": {"num_channels": 3, "patch_size": patch, **others}}
+
+
+def _glm(image: int, image_start: int, video_start: int) -> dict[str, Any]:
+    """Return the defaults of a GLM-V class, whose ids are numbered in pairs."""
+    ids = {"image_token_id": image, "video_token_id": image + 1}
+    ids |= {"image_start_token_id": image_start}
+    ids |= {"video_start_token_id": video_start, "video_end_token_id": video_start + 1}
+    return ids | _tower(14)
+
+
+_QWEN = _ids(151655, 151656, 151652)
+_QWEN3_TOWER = _tower(16, num_position_embeddings=2304)
+_QWEN3_5 = _ids(248056, 248057, 248053) | _QWEN3_TOWER
+
+# The classes declare no `vision_start_token_id`: it is in the files of released checkpoints.
+_OMNI = {"audio_start_token_id": 151647, "position_id_per_seconds": 25}
+
+
+CLASS_DEFAULTS: dict[str, Defaults] = {
+    "qwen2_vl": _QWEN | _tower(14),
+    # Released checkpoints have 2 tokens per second, and say so in their files.
+    "qwen2_5_vl": _QWEN | _tower(14, window_size=112, tokens_per_second=4),
+    "qwen3_vl": _QWEN | _QWEN3_TOWER,
+    "qwen3_vl_moe": _QWEN | _QWEN3_TOWER,
+    "qwen3_5": _QWEN3_5,
+    "qwen3_5_moe": _QWEN3_5,
+    "qwen4_exp": _QWEN3_5,
+    "glm4v": _glm(151343, 151339, 151341),
+    "glm4v_moe": _glm(151363, 151339, 151341),
+    "glm46v": _glm(151343, 151339, 151361),
+    "glm_ocr": _glm(59280, 59256, 59258),
+    "ernie4_5_vl_moe": {
+        "image_token_id": 100295,
+        "video_token_id": 103367,
+        "image_start_token_id": 101304,
+        "vision_config": {
+            "in_channels": 3,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_merge_size": 2,
+        },
+    },
+    "paddleocr_vl": _ids(100295, 100296, 101305)
+    | _plain_tower(14, spatial_merge_size=2, image_size=384),
+    "cohere_compass": _ids(255031, 255032, 255028) | _QWEN3_TOWER,
+    "cosmos3_omni": _QWEN | _QWEN3_TOWER,
+    "cosmos3_edge": _ids(19, 18, 20) | _plain_tower(16, spatial_merge_size=2),
+    "qwen2_5_omni_thinker": {
+        "image_token_index|image_token_id": 151655,
+        "video_token_index|video_token_id": 151656,
+        "audio_token_index|audio_token_id": 151646,
+        "seconds_per_chunk": 2,
+        "audio_config": {"n_window": 100},
+        **_OMNI,
+        **_tower(14, window_size=112),
+    },
+    "qwen3_omni_moe_thinker": {
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "audio_token_id": 151646,
+        "audio_config": {"n_window": 50, "n_window_infer": 800},
+        **_OMNI,
+        **_QWEN3_TOWER,
+    },
+    "glm_image": {
+        "image_token_id": 167855,
+        "image_start_token_id": 16384,
+        "image_end_token_id": 16385,
+        "vision_config": {"in_channels": 3, "patch_size": 16, "spatial_merge_size": 1},
+    },
+    # The rotary sections, whose number is the number of axes, have no default.
+    "hunyuan_vl": {"image_token_id": 120120}
+    | _plain_tower(16, spatial_merge_size=2, temporal_patch_size=1),
+    # All token ids are null by default.
+    "minicpmv4_7": {"downsample_mode": "16x"} | _plain_tower(16),
+    "exaone4_5": _tower(14, window_size=112),
+    "hyperclovax_vision_v2": _tower(14, window_size=112),
+}
+"""Defaults by `model_type`. A family of `FAMILIES` without a class in transformers has no entry."""
+
+WRAPPERS: dict[str, tuple[str, str]] = {
+    "qwen2_5_omni": ("thinker_config", "qwen2_5_omni_thinker"),
+    "qwen3_omni_moe": ("thinker_config", "qwen3_omni_moe_thinker"),
+    "colqwen2": ("vlm_config", "qwen2_vl"),
+}
+"""Models around another one that takes position ids: its section, and the class's `model_type`."""
