@@ -143,6 +143,20 @@ def test_the_spec_is_read_from_the_model_or_from_its_tower() -> None:
 
 
 @pytest.mark.parametrize(
+    ("family", "shape"),
+    [
+        ("qwen2_vl", (3 * 2 * 14 * 14,)),
+        ("qwen3_vl", (3 * 2 * 16 * 16,)),
+        ("ernie4_5_vl_moe", (3 * 14 * 14,)),
+        ("cosmos3_edge", (3 * 16 * 16,)),
+        ("paddleocr_vl", (3, 14, 14)),
+    ],
+)
+def test_the_shape_of_a_patch_is_the_tower_s(family: str, shape: tuple[int, ...]) -> None:
+    assert VisionSpec.from_config({"model_type": family}).patch_shape == shape
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
         # A null is no value, and transformers' class does not put its default there either.

@@ -135,7 +135,8 @@ def _read_patch_shape(
     channels = next((vision[key] for key in _CHANNELS if vision.get(key) is not None), 3)
     if not tower.videos:
         return (int(channels), side, side)
-    frames = vision.get("temporal_patch_size") or 2
+    # The patches of ERNIE and Cosmos3-Edge, whose classes have no such key, hold one frame.
+    frames = vision.get("temporal_patch_size") or 1
     return (int(channels) * int(frames) * side * side,)
 
 

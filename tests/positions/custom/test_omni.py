@@ -293,7 +293,10 @@ def test_the_spec_is_found_in_every_config() -> None:
         ({"model_type": "qwen2_vl"}, "'qwen2_vl' has no audio tower"),
         ({}, "None has no audio tower"),
         ({"model_type": "qwen2_5_omni_thinker", "audio_config": 3}, "must be a section, not 3"),
-        ({"model_type": "qwen2_5_omni_audio_encoder", "n_window": None}, "the config has no n_window"),
+        (
+            {"model_type": "qwen2_5_omni_audio_encoder", "n_window": None},
+            "the config has no n_window",
+        ),
         (
             {"model_type": "qwen3_omni_moe_audio_encoder", "n_window": 50, "n_window_infer": 99},
             "n_window_infer must be an integer >= 100",
