@@ -1,4 +1,4 @@
-"""Define the command line: `mrope train`, `check`, `explain`, `syncs` and `bench`.
+"""Define the command line: `mrope train`, `check`, `explain`, `syncs`, `doctor` and `bench`.
 
 Each command imports its modules when it runs, so that `mrope explain` works without transformers.
 """
@@ -124,8 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: words after `mrope`; None: those of the process.
 
     Raises:
-        SystemExit: always. 0: success; 1: losses of `train --compare` differ, or a row is bad; 2:
-            invalid usage or input, with one message on standard error; 130: Ctrl-C ended a check.
+        SystemExit: always. 0: success; 1: losses of `train --compare` differ, a row is bad, or
+            `doctor` found a difference; 2: invalid usage or input, with one message on standard
+            error; 130: Ctrl-C ended a check.
     """
     try:
         app(args=None if arguments is None else list(arguments))
@@ -166,11 +167,7 @@ def train(
     overrides: Overrides = None,
     compare: Annotated[
         bool,
-        typer.Option(
-            "--compare",
-            help="Train twice with the same seed, with the stage and without; exit with 1 unless "
-            "all losses are equal.",
-        ),
+        typer.Option("--compare", help="Run with and without the stage; exit with 1 unless equal."),
     ] = False,
 ) -> None:
     """Train a model from a config."""
@@ -368,16 +365,9 @@ def sync_counts(
 def syncs(
     words: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[CONFIG] [KEY=VALUE]...", help="Training config, and values to override."
-        ),
+        typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="Training config, and overrides."),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER_OR_CONFIG", help="Model folder or config.json, without a CONFIG."
-        ),
-    ] = None,
+    model: ModelName = None,
 ) -> None:
     """List the lines of code where one training step syncs, plain and attached."""
     configs, overrides = _split(words or [])
@@ -386,6 +376,15 @@ def syncs(
     from mrope.check.syncs import print_step_syncs
 
     print_step_syncs(configs[0] if configs else None, overrides, model)
+
+
+@app.command()
+def doctor(json_file: JsonFile = None) -> None:
+    """Compare every family with the installed transformers; exit with 1 if any differs."""
+    from mrope.check.doctor import compare_families
+
+    if not compare_families(json_file):
+        raise typer.Exit(1)
 
 
 def _require_dataset(model: str | None, dataset: str | None, config: Path | None) -> None:

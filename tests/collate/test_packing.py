@@ -192,7 +192,7 @@ def test_what_the_constructor_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     aero = MRopeSpec.from_config(example_config("aero_realtime"), "transformers-5.23")
     with pytest.raises(MRopeError, match="refused for aero_realtime: nobody has compared"):
         flat(aero)
-    for version in ("5.17.0", "4.57.6", "6.0.0"):
+    for version in ("5.17.0", "4.57.6", "5.22.2"):
         monkeypatch.setattr(
             "mrope.collate.packing.installed_transformers", lambda version=version: version
         )

@@ -190,10 +190,6 @@ def test_attach_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> No
     sliding.model.language_model.config.layer_types[0] = "sliding_attention"
     with pytest.raises(MRopeError, match="sliding window layers"):
         attach(sliding)
-    monkeypatch.setattr("mrope.spec.references.installed_transformers", lambda: "5.31.0")
-    with pytest.raises(MRopeError, match=r"tested with transformers 5.23, 5.24, not 5.31.0"):
-        attach(tiny_model("qwen3_vl"))
-    attach(tiny_model("qwen3_vl"), strict=False)
 
 
 @pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")

@@ -50,7 +50,8 @@ def peer(module: str, pin: str) -> Any:
 @pytest.fixture(autouse=True)
 def _packing_with_the_peers_release(monkeypatch: pytest.MonkeyPatch) -> None:
     """The collator packs only for releases it was compared in; here it is compared with peers."""
-    monkeypatch.setattr(mrope.collate.packing, "PACKING_COMPARED", ("5.23", "5.9"))
+    monkeypatch.setattr(mrope.collate.packing, "borders_reach_the_tower", lambda _: False)
+    monkeypatch.setattr(mrope.collate.packing, "prove_if_unknown", lambda *_: None)
 
 
 def flattened(family: str, examples: list[dict[str, Any]], multiple: int = 1) -> dict[str, Any]:

@@ -156,15 +156,25 @@ def test_a_file_that_is_no_config_says_so(tmp_path: Path) -> None:
         ("5.17.3", "transformers-5.17"),
         ("5.18.0", "transformers-5.23"),
         ("5.23.0", "transformers-5.23"),
+        ("5.24.0", "transformers-5.23"),
     ],
 )
 def test_auto_is_the_era_of_the_installed_release(installed: str, reference: str) -> None:
     assert resolve_reference("auto", installed=installed) == reference
 
 
-def test_auto_warns_of_a_release_newer_than_tested() -> None:
-    with pytest.warns(UserWarning, match="transformers 6.0.1 is newer"):
-        assert resolve_reference("auto", installed="6.0.1") == NEW
+def test_auto_is_the_newest_for_a_newer_release_and_is_compared_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only for "auto": a reference that is named was chosen. tests/hf/test_proof.py compares."""
+    assert resolve_reference("auto", installed="6.0.1") == NEW
+    compared: list[Any] = []
+    monkeypatch.setattr("mrope.spec.references._PROOF", [lambda *call: compared.append(call)])
+    monkeypatch.setattr("mrope.spec.references.installed_transformers", lambda: "6.0.1")
+    spec = MRopeSpec.from_config(example_config("qwen3_vl"))
+    assert compared == [("positions", spec)]
+    MRopeSpec.from_config(example_config("qwen3_vl"), NEW)
+    assert len(compared) == 1
 
 
 @pytest.mark.parametrize(

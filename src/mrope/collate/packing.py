@@ -22,7 +22,12 @@ from mrope.arrays import IntArray
 from mrope.collate.padding import PaddingCollator
 from mrope.errors import MRopeError
 from mrope.positions.located import Located
-from mrope.spec.references import PACKING_COMPARED, installed_transformers
+from mrope.spec.references import (
+    borders_reach_the_tower,
+    describe_known,
+    installed_transformers,
+    prove_if_unknown,
+)
 from mrope.spec.spec import MRopeSpec
 
 _IGNORED = -100
@@ -58,7 +63,8 @@ def check_packing(spec: MRopeSpec, options: Flatten) -> None:
     """Refuse a model whose examples would attend to each other in one row.
 
     Raises:
-        MRopeError: the family's modelling code, or the installed transformers', was not compared.
+        MRopeError: the family's modelling code was not compared, or the installed release of
+            transformers lets examples attend to each other.
         ValueError: the token id of padding is a placeholder.
     """
     if options.pad_token_id in (spec.image_token_id, spec.video_token_id):
@@ -71,11 +77,13 @@ def check_packing(spec: MRopeSpec, options: Flatten) -> None:
             "examples see of each other in one row"
         )
     version = installed_transformers() or spec.reference.removeprefix("transformers-")
-    if not f"{version}.".startswith(tuple(f"{release}." for release in PACKING_COMPARED)):
+    if borders_reach_the_tower(version):
         raise MRopeError(
-            f"packing='flatten' is refused with transformers {version}: examples are known to be "
-            f"kept apart in {', '.join(PACKING_COMPARED)} only; install that release, or pad"
+            f"packing='flatten' is refused with transformers {version}: flash attention in its "
+            "vision tower would take the borders of the text; install "
+            f"{describe_known('flatten')}, or pad"
         )
+    prove_if_unknown("flatten", spec)
 
 
 def seq_lengths(

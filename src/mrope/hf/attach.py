@@ -45,8 +45,9 @@ def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> 
         model: a `...ForConditionalGeneration`, its base model, or a PEFT model around one. Attach
             before DDP, FSDP or `torch.compile` wrap it.
         strict: raise for a batch with pixels but without precomputed positions and vision tensors,
-            and for a transformers release that was not tested. False: the model then computes
-            them itself, and syncs.
+            and, under a release of transformers that mrope does not know, compare a small model of
+            the class first, plain and attached. False: the model then computes for itself what a
+            batch lacks, and syncs; nothing is compared.
         attention: how towers, and text in flattened rows, attend. "varlen": one call of torch's
             variable-length kernel a layer, whatever the sizes of images, in half precision on
             CUDA; elsewhere as "segments": one call for each run of equal adjacent images. "auto":
@@ -60,11 +61,10 @@ def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> 
     Raises:
         MRopeError: no base model of a known family inside or more than one, a wrapped model, a
             base model with a `forward` of its own on the instance (attached already, or by another
-            library), a text model with sliding windows, or an untested release of transformers.
+            library), a text model with sliding windows, or an unknown release of transformers
+            under which the small model differs.
     """
     base = base_model(model)
-    if strict:
-        _check_release()
     if "forward" in vars(base):
         raise MRopeError(
             f"{type(base).__name__} already has a forward of its own on the instance: it is "
@@ -76,6 +76,8 @@ def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> 
             f"{base.config.model_type} with sliding window layers is not supported: their mask "
             "is decided on the device"
         )
+    if strict:
+        references.prove_if_unknown("attach", model)
     base.mrope_strict = strict
     for part in _attending_parts(base):
         part.mrope_attention, part.mrope_attention_reason = _choose_attention(part, attention)
@@ -204,14 +206,4 @@ def _refuse_wrapped(model: torch.nn.Module) -> None:
         raise MRopeError(
             f"too late: the model is already wrapped by {', '.join(sorted(late))}; attach it "
             "first, then wrap it"
-        )
-
-
-def _check_release() -> None:
-    """Raise under a release of transformers that the forwards were not compared with."""
-    version, tested = references.installed_transformers(), references.ATTACH_TESTED
-    if version is None or not version.startswith(tuple(f"{release}." for release in tested)):
-        raise MRopeError(
-            f"attach was tested with transformers {', '.join(tested)}, not {version}; "
-            "attach(model, strict=False) tries it all the same"
         )

@@ -36,6 +36,13 @@ def installed_reference() -> str:
     return resolve_reference("auto", transformers.__version__)
 
 
+def has_rope_index(family: str) -> bool:
+    """Whether the installed transformers has a function that positions can be compared with."""
+    name = family.removesuffix("_thinker")
+    # lmms-engine calls Qwen3-VL's function for it.
+    return name == "aero_realtime" or _find_module(name) is not None
+
+
 def reference_class(family: str) -> Any:
     """Return transformers' own model class whose `get_rope_index` is the rule of `family`.
 
@@ -43,7 +50,7 @@ def reference_class(family: str) -> Any:
     lmms-engine calls its function for both.
     """
     name = family.removesuffix("_thinker")
-    if importlib.util.find_spec(f"transformers.models.{name}") is None:
+    if _find_module(name) is None:
         name = "qwen3_vl"
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     classes = (one for one in vars(module).values() if isinstance(one, type))
@@ -52,6 +59,10 @@ def reference_class(family: str) -> Any:
         for one in classes
         if one.__module__ == module.__name__ and "get_rope_index" in vars(one)
     )
+
+
+def _find_module(name: str) -> Any:
+    return importlib.util.find_spec(f"transformers.models.{name}")
 
 
 def reference_rope_index(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,7 @@ import numpy as np
 from mrope.positions.spans import token_types
 from mrope.spec.spec import MRopeSpec
 
-# Below 97, so that no id of `example_config` is among them.
-_TEXT = (1, 90)
-_VISION_END, _AUDIO_END = 98, 97
+_TEXT_IDS = 90
 _NO_MASK = 0.3
 _COUNTERS = {
     "image_grid_thw": "images_per_sample",
@@ -38,11 +37,25 @@ class _Draft:
     counts: dict[str, list[int]] = field(default_factory=dict)
     audio_in_video: bool = False
 
+    @cached_property
+    def text_ids(self) -> tuple[int, int]:
+        """First id of text and the one behind the last: above every id that means something."""
+        spec = self.spec
+        tokens = [spec.image_token_id, spec.video_token_id, spec.vision_start_token_id]
+        tokens += [int(value) for name, value in spec.extra.items() if name.endswith("_id")]
+        return max(tokens) + 1, max(tokens) + 1 + _TEXT_IDS
+
+    @property
+    def end(self) -> int:
+        """Return the id of an end marker, which positions treat as text."""
+        return self.text_ids[1]
+
     def add(self, *tokens: int) -> None:
         self.rows[-1] += tokens
 
     def text(self, least: int, most: int) -> None:
-        self.add(*self.rng.integers(*_TEXT, int(self.rng.integers(least, most + 1))).tolist())
+        count = int(self.rng.integers(least, most + 1))
+        self.add(*self.rng.integers(*self.text_ids, count).tolist())
 
     def note(self, name: str, value: Any) -> None:
         self.values.setdefault(name, []).append(value)
@@ -88,7 +101,7 @@ def _merge(draft: _Draft) -> dict[str, Any]:
     full = rng.random() < _NO_MASK and "audio_seqlens" not in draft.spec.family_row.inputs
     if full:
         for row in draft.rows:
-            row.extend(rng.integers(*_TEXT, width - len(row)).tolist())
+            row.extend(rng.integers(*draft.text_ids, width - len(row)).tolist())
     left = rng.random() < 0.5
     ids, mask = np.zeros((2, len(draft.rows), width), np.int64)
     for index, row in enumerate(draft.rows):
@@ -110,7 +123,7 @@ def _merge(draft: _Draft) -> dict[str, Any]:
 def _image(draft: _Draft) -> None:
     spec, grid = draft.spec, draft.grid((1, 1, 1, 2))
     draft.note("image_grid_thw", draft.patches(grid))
-    draft.add(spec.vision_start_token_id, *[spec.image_token_id] * int(np.prod(grid)), _VISION_END)
+    draft.add(spec.vision_start_token_id, *[spec.image_token_id] * int(np.prod(grid)), draft.end)
 
 
 def _clip(draft: _Draft) -> None:
@@ -125,7 +138,7 @@ def _clip(draft: _Draft) -> None:
     if row.frames_as_images:
         draft.add(int(spec.extra["video_start_token_id"]))
     for tokens in spans:
-        draft.add(spec.vision_start_token_id, *[token] * tokens, _VISION_END)
+        draft.add(spec.vision_start_token_id, *[token] * tokens, draft.end)
     if row.frames_as_images:
         draft.add(int(spec.extra["video_end_token_id"]))
 
@@ -145,7 +158,7 @@ def _audio_tokens(draft: _Draft) -> list[int]:
     else:
         tokens = ((mel - 1) // 2 + 1 - 2) // 2 + 1
     audio, start = int(spec.extra["audio_token_id"]), int(spec.extra["audio_start_token_id"])
-    return [start, *[audio] * tokens, _AUDIO_END]
+    return [start, *[audio] * tokens, draft.end]
 
 
 def _omni_clip(draft: _Draft) -> None:
@@ -154,11 +167,11 @@ def _omni_clip(draft: _Draft) -> None:
     draft.note("second_per_grid_ts", draft.rng.choice([0.25, 0.5, 1.0, 2.7]))
     video = [spec.video_token_id] * int(np.prod(grid))
     if not draft.audio_in_video:
-        draft.add(spec.vision_start_token_id, *video, _VISION_END)
+        draft.add(spec.vision_start_token_id, *video, draft.end)
         return
     start, *audio, end = _audio_tokens(draft)
     # The rule reads only the first placeholder, and orders the others by their times itself.
-    draft.add(spec.vision_start_token_id, start, *video, *audio, end, _VISION_END)
+    draft.add(spec.vision_start_token_id, start, *video, *audio, end, draft.end)
 
 
 def _glm_image(draft: _Draft) -> None:

@@ -1,7 +1,10 @@
-"""Every table of transformers releases: what `get_rope_index` computes, and what was tested.
+"""Every table of transformers releases: what `get_rope_index` computes, and what was compared.
 
 A reference is a row of `REFERENCES`, named after the release whose `get_rope_index` it equals, bit
 for bit. No other module of the package compares a version with a constant of its own.
+
+On a release outside the tables a feature is not refused: `prove_if_unknown` compares it with the
+installed transformers first, once in a process.
 """
 
 from __future__ import annotations
@@ -9,9 +12,10 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import re
-import warnings
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from mrope.errors import MRopeError
 
@@ -104,13 +108,79 @@ VISION_READ_SINCE: dict[str, tuple[int, int]] = {
 AUDIO_READ_SINCE = (5, 23)
 """First release (major, minor) whose audio towers are known to read every tensor."""
 
-# Before 5.23 the borders in `cu_seq_lens_q` reach the vision tower too, and linear attention mixes
-# examples.
-PACKING_COMPARED = ("5.23", "5.24")
-"""Releases in which every family with `Family.packs` was compared, example by example."""
+Release = tuple[int, int]
 
-ATTACH_TESTED = ("5.23", "5.24")
-"""Releases whose modelling code the forwards of `mrope.hf` were compared with."""
+# First and last release (major, minor) in which every family was compared, by feature. Before 5.23
+# flash attention in the vision tower takes the borders of the flattened row, `cu_seq_lens_q`.
+_COMPARED: dict[str, tuple[Release, Release]] = {
+    "attach": ((5, 23), (5, 24)),
+    "flatten": ((5, 23), (5, 24)),
+}
+
+Proof = Callable[[str, Any], None]
+_PROOF: list[Proof] = []
+
+
+def use_proof(proof: Proof) -> None:
+    """Set what `prove_if_unknown` calls; `mrope/__init__.py` does, once.
+
+    Comparing needs transformers, which only `mrope.hf` imports; imports point from there to here.
+    """
+    _PROOF[:] = [proof]
+
+
+def prove_if_unknown(feature: str, subject: Any) -> None:
+    """Compare a feature with the installed transformers, unless that release is in the tables.
+
+    Does nothing without an installed transformers, or in a DataLoader worker: the main process,
+    which builds the spec, the collator and the model, compares.
+
+    Args:
+        feature: "positions", "attach" or "flatten".
+        subject: what to compare: an `MRopeSpec`, or the model to attach.
+
+    Raises:
+        MRopeError: they differ, or cannot be compared.
+    """
+    version = installed_transformers()
+    if version is None or is_known(feature, version) or _in_worker():
+        return
+    for proof in _PROOF:
+        proof(feature, subject)
+
+
+def is_known(feature: str, version: str) -> bool:
+    """Whether a feature was compared with a transformers release, in every family that has it.
+
+    Example:
+        >>> is_known("attach", "5.24.0"), is_known("attach", "5.9.0"), is_known("positions", "5.9")
+        (True, False, True)
+    """
+    release = as_release(version)
+    eras = ((first, last) for first, last, _ in _ERAS)
+    known = eras if feature == "positions" else iter((_COMPARED[feature],))
+    return any(first <= release <= last for first, last in known)
+
+
+def describe_known(feature: str) -> str:
+    """Return the newest release (major.minor) with which a feature was compared."""
+    last = _ERAS[-1][1] if feature == "positions" else _COMPARED[feature][1]
+    return ".".join(map(str, last))
+
+
+def borders_reach_the_tower(version: str) -> bool:
+    """Whether this release passes the borders of flattened rows to the vision tower too.
+
+    Under flash attention its patches would then attend within the text's borders. No comparison on
+    a CPU finds that, so that these releases are refused.
+    """
+    return as_release(version) < _COMPARED["flatten"][0]
+
+
+def _in_worker() -> bool:
+    # torch.utils.data is loaded in every worker; importing it here would load torch for nothing.
+    data = sys.modules.get("torch.utils.data")
+    return data is not None and data.get_worker_info() is not None
 
 
 def resolve_reference(name: str = "auto", installed: str | None = None) -> str:
@@ -118,15 +188,12 @@ def resolve_reference(name: str = "auto", installed: str | None = None) -> str:
 
     Args:
         name: a key of `REFERENCES`, or "auto": the era of the installed transformers, or
-            "transformers-5.23" if none is installed. The version is read from the package's
-            metadata; transformers is not imported.
+            "transformers-5.23" if none is installed; the newest for a newer release. The version
+            is read from the package's metadata; transformers is not imported.
         installed: version that "auto" uses instead of the installed one.
 
     Raises:
-        MRopeError: an unknown name, or "auto" with a release that belongs to no era.
-
-    Warns:
-        UserWarning: "auto" with a release newer than the newest tested one.
+        MRopeError: an unknown name, or "auto" with a release before or between the eras.
 
     Example:
         >>> resolve_reference("auto", installed="5.12.0")
@@ -147,12 +214,7 @@ def resolve_reference(name: str = "auto", installed: str | None = None) -> str:
         if first <= release <= last:
             return reference
     if release > _ERAS[-1][1]:
-        warnings.warn(
-            f"transformers {version} is newer than any release that mrope was tested against; "
-            f"reference='auto' uses {_ERAS[-1][2]!r}",
-            UserWarning,
-            stacklevel=3,  # the caller of `MRopeSpec.from_config`
-        )
+        # Not a guess: `MRopeSpec.from_config` compares it with that release's own function.
         return _ERAS[-1][2]
     # Only releases between or before the eras are left.
     why = "releases 5.0 to 5.5 number clips wrongly" if release[0] == 5 else "it was not tested"

@@ -11,7 +11,13 @@ from typing import Any
 from mrope.errors import MRopeError
 from mrope.spec.families import FAMILIES, NO_TOKEN, ONE_DIMENSIONAL, Family
 from mrope.spec.model_config import read_dotted, read_int, read_model, with_class_defaults
-from mrope.spec.references import REFERENCES, Reference, nearest, resolve_reference
+from mrope.spec.references import (
+    REFERENCES,
+    Reference,
+    nearest,
+    prove_if_unknown,
+    resolve_reference,
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class MRopeSpec:
         if name not in FAMILIES:
             raise MRopeError(_describe_unknown_family(name))
         family = FAMILIES[name]
+        by_release = reference in (None, "auto")
         reference = resolve_reference(reference or "auto")
         if reference not in family.references:
             raise MRopeError(
@@ -104,6 +111,8 @@ class MRopeSpec:
             extra={value.name: read_dotted(table, value.key, name) for value in family.extra},
         )
         _refuse_equal_tokens(spec)
+        if by_release:
+            prove_if_unknown("positions", spec)
         return spec
 
 

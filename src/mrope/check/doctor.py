@@ -1,0 +1,82 @@
+"""Compare every family with the installed transformers, on any release, and print a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from mrope.hf.attach import FORWARDS
+from mrope.hf.proof import Verdict, compare
+from mrope.hf.proof_models import FAILURES, default_model, describe_error
+from mrope.spec.families import FAMILIES
+from mrope.spec.references import resolve_reference
+from mrope.spec.spec import MRopeSpec, example_config
+
+FEATURES = ("positions", "attach", "flatten")
+_WORDS = {True: "equal", False: "NOT equal", None: "not compared"}
+_STYLES = {True: "green", False: "red", None: "yellow"}
+
+
+def compare_families(json_file: Path | None = None) -> bool:
+    """Print a table of all families, and below it each difference; return whether none differs.
+
+    Args:
+        json_file: the verdicts are written there too.
+    """
+    verdicts = {family: compare_family(family) for family in FAMILIES}
+    console = Console()
+    console.print(_table(verdicts))
+    for family, row in verdicts.items():
+        for feature, verdict in row.items():
+            if not verdict.equal:
+                console.print(f"{family} {feature}: {verdict.detail}", markup=False)
+    if json_file is not None:
+        result = {
+            family: {name: vars(one) for name, one in row.items()}
+            for family, row in verdicts.items()
+        }
+        found = {"transformers": transformers.__version__, "families": result}
+        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return all(one.equal is not False for row in verdicts.values() for one in row.values())
+
+
+def compare_family(family: str) -> dict[str, Verdict]:
+    """Return the verdict on each feature that mrope has for a family."""
+    return dict(_verdicts(family))
+
+
+def _verdicts(family: str) -> Iterator[tuple[str, Verdict]]:
+    row = FAMILIES[family]
+    try:
+        spec = MRopeSpec.from_config(example_config(family), resolve_reference())
+    except FAILURES as error:
+        yield "positions", Verdict(None, f"not compared: {describe_error(error)}")
+        return
+    yield "positions", compare("positions", spec)
+    if family in FORWARDS:
+        try:
+            model = default_model(family)
+        except FAILURES as error:
+            yield "attach", Verdict(None, f"not compared: {describe_error(error)}")
+        else:
+            yield "attach", compare("attach", model)
+    if row.packs:
+        yield "flatten", compare("flatten", spec)
+
+
+def _table(verdicts: dict[str, dict[str, Verdict]]) -> Table:
+    table = Table(title=f"mrope and transformers {transformers.__version__}")
+    for column in ("family", *FEATURES):
+        table.add_column(column, no_wrap=True)
+    for family, row in verdicts.items():
+        cells = [
+            f"[{_STYLES[row[name].equal]}]{_WORDS[row[name].equal]}" if name in row else "-"
+            for name in FEATURES
+        ]
+        table.add_row(family, *cells)
+    return table

@@ -1,0 +1,222 @@
+"""Run small models twice, plain and with the stage, and compare logits, loss and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from mrope.collate.collator import MRopeCollator
+from mrope.collate.padding import PaddingCollator
+from mrope.errors import MRopeError
+from mrope.hf.attach import attach, base_model, detach
+from mrope.hf.shrunken import build_model, shrink_config
+from mrope.hf.tiny_examples import tiny_examples
+from mrope.spec.references import resolve_reference
+from mrope.spec.spec import MRopeSpec, example_config
+from mrope.towers import AudioSpec, VisionSpec, audio_tokens
+
+# What code that was written for another release raises, its imports included.
+FAILURES = (
+    MRopeError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+# Frames that attend in one call, and merged projections, round differently in float32.
+_TOLERANCE = 1e-4
+_MEL_FRAMES = (95, 131, 260)
+
+Batch = dict[str, Any]
+Step = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+Outcome = tuple[bool | None, str]
+
+
+def small_copy(model: torch.nn.Module) -> Any:
+    """Return a small model of the same class and config, unattached, with random weights.
+
+    Raises:
+        MRopeError: `model` holds no base model of a known family.
+    """
+    base = base_model(model)
+    # The model with the head, which computes the loss; a base model alone has none.
+    owner = next((one for one in model.modules() if getattr(one, "model", None) is base), base)
+    attention = base.config._attn_implementation  # noqa: SLF001 - no public name
+    return build_model(
+        type(owner), shrink_config(owner.config), attention if attention == "eager" else "sdpa"
+    )
+
+
+def default_model(family: str) -> Any:
+    """Return a small model of a family, from the default config of its class in transformers.
+
+    Raises:
+        ImportError, LookupError, ValueError: the installed transformers has no such model.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForTextToWaveform
+
+    config = AutoConfig.for_model(family)
+    for name, value in example_config(family).items():
+        # The default configs of the Omni thinkers have no vision start marker.
+        if not hasattr(config, name):
+            setattr(config, name, value)
+    for auto in (AutoModelForImageTextToText, AutoModelForTextToWaveform):
+        classes = auto._model_mapping  # noqa: SLF001 - no public name
+        if type(config) in classes:
+            return build_model(classes[type(config)], shrink_config(config), "sdpa")
+    raise LookupError(f"no class for {family}")
+
+
+def compare_steps(model: Any) -> Outcome:
+    """Compare training steps of an attached model with those of the unmodified one.
+
+    Raises:
+        Exception: one of `FAILURES`, from the unmodified model: nothing was compared.
+    """
+    what = f"steps of a small {type(model).__name__}, plain and attached"
+    collators = _specs(model)
+    for media in _media(collators[0]):
+        plain = _plain_batch(model, collators, media)
+        vision, audio = collators[1:]
+        stage = MRopeCollator(_return(plain), collators[0], vision, audio=audio)
+        staged = stage(None)
+        theirs = _step(model, plain)
+        difference = _try_step(model, staged, theirs, attached=True)
+        if difference is not None:
+            return False, f"{what}, differ: {difference}"
+    return True, f"{what}: logits, loss and gradients are equal"
+
+
+def compare_packing(model: Any) -> Outcome:
+    """Compare steps on flattened batches with those on padded ones, plain and attached.
+
+    Raises:
+        Exception: one of `FAILURES`, from the unmodified model: nothing was compared.
+    """
+    spec, vision, _ = _specs(model)
+    examples = tiny_examples(model.config.to_dict(), spec)
+    padded = MRopeCollator(None, spec, vision)(examples)
+    flat = MRopeCollator(None, spec, vision, packing="flatten")(examples)
+    theirs = _step(model, padded)
+    what = f"a small {type(model).__name__} on padded and on flattened batches"
+    layers = getattr(base_model(model).language_model.config, "layer_types", None) or ()
+    # Linear layers keep borders only through kernels, and raise where these are not installed.
+    modes = ("attached",) if "linear_attention" in layers else ("plain", "attached")
+    for mode in modes:
+        difference = _try_step(model, flat, theirs, attached=mode == "attached")
+        if difference is not None:
+            return False, f"{what}, {mode}, differ: {difference}"
+    return True, f"{what}, {' and '.join(modes)}: logits, loss and gradients are equal"
+
+
+def _specs(model: Any) -> tuple[MRopeSpec, VisionSpec, AudioSpec | None]:
+    config = model.config
+    # Not "auto": that would compare positions first, which is another feature.
+    spec = MRopeSpec.from_config(config, resolve_reference())
+    audio = getattr(config, "audio_config", None)
+    return (
+        spec,
+        VisionSpec.from_config(config),
+        None if audio is None else AudioSpec.from_config(config),
+    )
+
+
+def _media(spec: MRopeSpec) -> list[dict[str, bool]]:
+    """Return the kinds of media that the unmodified model takes in one batch."""
+    if spec.family_row.frames_as_images:
+        # transformers counts a clip's frames among the images, and refuses both together.
+        return [{"images": True, "videos": False}, {"images": False, "videos": True}]
+    tower = spec.family_row.tower
+    return [{"images": True, "videos": tower is not None and tower.videos}]
+
+
+def _plain_batch(
+    model: Any, specs: tuple[MRopeSpec, VisionSpec, AudioSpec | None], media: dict[str, bool]
+) -> Batch:
+    """Return three padded rows: media of both kinds, only text, and media; Omnis have audio too."""
+    spec, _, audio = specs
+    examples = tiny_examples(model.config.to_dict(), spec, **media)
+    if audio is None:
+        return dict(PaddingCollator(padding_side="left")(examples))
+    for example, frames in zip(examples, _MEL_FRAMES, strict=True):
+        _append_audio(example, spec, audio, frames)
+    batch = dict(PaddingCollator(padding_side="left")(examples))
+    # The thinkers' own function takes no token types.
+    batch.pop("mm_token_type_ids", None)
+    batch["video_second_per_grid"] = torch.full((len(batch["video_grid_thw"]),), 0.5)
+    frames_N = torch.tensor(_MEL_FRAMES)
+    shape = (len(frames_N), model.config.audio_config.num_mel_bins, max(_MEL_FRAMES))
+    generator = torch.Generator().manual_seed(0)
+    batch["input_features"] = torch.randn(shape, generator=generator)
+    mask = torch.arange(max(_MEL_FRAMES)) < frames_N[:, None]
+    return batch | {"feature_attention_mask": mask.long()}
+
+
+def _append_audio(example: Batch, spec: MRopeSpec, audio: AudioSpec, frames: int) -> None:
+    count = int(audio_tokens(audio, np.array([frames]))[0])
+    start, token = (int(spec.extra[f"audio_{name}"]) for name in ("start_token_id", "token_id"))
+    tokens = np.array([start, *[token] * count, 20, 21])
+    example["input_ids"] = np.concatenate((example["input_ids"], tokens))
+    example["labels"] = np.concatenate((example["labels"], np.where(tokens == token, -100, tokens)))
+    types = example["mm_token_type_ids"]
+    example["mm_token_type_ids"] = np.concatenate((types, np.zeros_like(tokens)))
+
+
+def _return(batch: Batch) -> Any:
+    return lambda _: dict(batch)
+
+
+def _step(model: Any, batch: Batch) -> Step:
+    """Return logits of valid tokens and the loss, and the gradient of every parameter."""
+    model.zero_grad()
+    output = model(**batch)
+    logits = output[0] if output.get("logits") is None else output.logits
+    loss = logits.square().mean() if output.get("loss") is None else output.loss
+    loss.backward()
+    mask = batch.get("attention_mask")
+    valid = logits.flatten(0, 1) if mask is None else logits[mask.bool()]
+    gradients = {
+        f"gradient of {name}": one.grad.clone()
+        for name, one in model.named_parameters()
+        if one.grad is not None
+    }
+    return {"logits": valid.detach(), "loss": loss.detach()}, gradients
+
+
+def _try_step(model: Any, batch: Batch, expected: Step, attached: bool) -> str | None:
+    """Run a step; describe the first difference from the expected one, or what was raised."""
+    try:
+        if not attached:
+            return _difference(_step(model, batch), expected)
+        ours = _step(attach(model), batch)
+        detach(model)
+    except FAILURES as error:
+        return f"the {'attached' if attached else 'plain'} model raised {describe_error(error)}"
+    return _difference(ours, expected)
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the class of an error and the first line of its message."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+
+
+def _difference(ours: Step, theirs: Step) -> str | None:
+    """Describe the first value that differs; None if all are equal within rounding."""
+    mine, own = ({**outputs, **gradients} for outputs, gradients in (ours, theirs))
+    for name in [*own, *(mine.keys() - own.keys())]:
+        if name not in own or name not in mine:
+            return f"only one of them has a {name}"
+        if mine[name].shape != own[name].shape:
+            return f"{name} have shapes {tuple(mine[name].shape)} and {tuple(own[name].shape)}"
+        apart = (mine[name] - own[name]).abs().max().item()
+        # Not `>`, which a nan passes.
+        if not apart <= _TOLERANCE * max(1.0, own[name].abs().max().item()):
+            return f"{name} by up to {apart:.3g}"
+    return None
