@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import transformers
 
 from mrope.errors import MRopeError
 from mrope.hf.attach import base_model
@@ -30,7 +29,7 @@ from mrope.hf.proof_models import (
 )
 from mrope.hf.random_batches import random_arguments
 from mrope.positions.rope_index import rope_index
-from mrope.spec.references import describe_known
+from mrope.spec import references
 from mrope.spec.spec import MRopeSpec
 
 _BATCHES = 20
@@ -97,11 +96,11 @@ def _key(feature: str, subject: Any) -> Any:
 
 
 def _judge(feature: str, verdict: Verdict) -> None:
-    release = f"transformers {transformers.__version__}"
+    release = f"transformers {references.installed_transformers()}"
     if verdict.equal:
         _log.info("%s is newer than mrope's tables; compared %s", release, verdict.detail)
         return
-    known = f"the newest release known to work is {describe_known(feature)}"
+    known = f"the newest release known to work is {references.describe_known(feature)}"
     if verdict.equal is None and feature == "positions":
         warnings.warn(f"{release}: {verdict.detail}; {known}", UserWarning, stacklevel=6)
         return
