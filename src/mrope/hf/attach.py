@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -14,12 +15,13 @@ from mrope.hf.attention import (
     FUSED,
     OMNI_2_5_VISION,
     PADDLEOCR,
+    TowerLayer,
     mix_by_segment,
-    restore_text,
     tower_forward,
-    use_varlen_in_text,
+    use_varlen,
 )
 from mrope.hf.forwards import VISION_FORWARDS, add_deepstack
+from mrope.hf.methods import bind, copies, find_foreign, foreign_on_instance, is_wrapper, unbind
 from mrope.hf.omni_forwards import OMNI_FORWARDS
 from mrope.hf.varlen import find_kernel
 from mrope.spec import references
@@ -28,6 +30,14 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 FORWARDS = VISION_FORWARDS | OMNI_FORWARDS
 
+# What `attach` binds to instances; what `detach` may remove.
+_BOUND: set[Any] = {*FORWARDS.values(), tower_forward, mix_by_segment, add_deepstack}
+# Methods of a base model that its attached forward does not call.
+_BYPASSED = ("forward", "get_image_features", "get_video_features", "get_audio_features")
+_LAYERS = {"visual": (FUSED, OMNI_2_5_VISION, PADDLEOCR), "audio_tower": (AUDIO,)}
+_TEXT_LAYER = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+_log = logging.getLogger("mrope")
 
 Attention = Literal["auto", "varlen", "segments"]
 
@@ -59,37 +69,31 @@ def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> 
         `model` itself.
 
     Raises:
-        MRopeError: no base model of a known family inside or more than one, a wrapped model, a
-            base model with a `forward` of its own on the instance (attached already, or by another
-            library), a text model with sliding windows, or an unknown release of transformers
-            under which the small model differs.
+        MRopeError: no base model of a known family inside or more than one; a wrapped or an
+            attached model; a method that another library or a subclass replaced, where the
+            attached forward would not call it; a text model with sliding windows; or an unknown
+            release of transformers under which the small model differs.
     """
     base = base_model(model)
-    if "forward" in vars(base):
-        raise MRopeError(
-            f"{type(base).__name__} already has a forward of its own on the instance: it is "
-            "attached, or another library (accelerate hooks, for one) came first; attach before it"
-        )
-    text = base.language_model
-    if "sliding_attention" in (getattr(text.config, "layer_types", None) or ()):
-        raise MRopeError(
-            f"{base.config.model_type} with sliding window layers is not supported: their mask "
-            "is decided on the device"
-        )
+    _refuse_replaced(base)
+    for text in copies(base.language_model):
+        if "sliding_attention" in (getattr(text.config, "layer_types", None) or ()):
+            raise MRopeError(
+                f"{base.config.model_type} with sliding window layers is not supported: their "
+                "mask is decided on the device"
+            )
     if strict:
         references.prove_if_unknown("attach", model)
     base.mrope_strict = strict
-    for part in _attending_parts(base):
-        part.mrope_attention, part.mrope_attention_reason = _choose_attention(part, attention)
-    if text.mrope_attention == "varlen":
-        use_varlen_in_text(text)
+    for name, part in _attending_parts(base):
+        _attach_attention(name, part, attention)
     # On the instance, not the class: other models of the class, such as a frozen reference model,
     # stay unchanged, and `type(base).forward` remains the original.
-    base.forward = partial(FORWARDS[base.config.model_type], base)
-    for layer, forward in _layer_forwards(base):
-        layer.forward = partial(forward, layer)
-    if hasattr(text, "_deepstack_process"):
-        text._deepstack_process = partial(add_deepstack, text)  # noqa: SLF001
+    bind(base, "forward", FORWARDS[base.config.model_type])
+    for layer in _linear_layers(base):
+        bind(layer, "forward", mix_by_segment)
+    for text in _deepstack_models(base):
+        bind(text, "_deepstack_process", add_deepstack)
     return model
 
 
@@ -102,16 +106,100 @@ def explain_attention(model: torch.nn.Module) -> str:
     base = base_model(model)
     if not hasattr(base, "mrope_strict"):
         raise MRopeError(f"{type(base).__name__} is not attached")
-    return "\n".join(
+    lines = (
         f"{type(part).__name__}: {part.mrope_attention}, {part.mrope_attention_reason}"
-        for part in _attending_parts(base)
+        for _, part in _attending_parts(base)
     )
+    return "\n".join(dict.fromkeys(lines))  # copies of one tower attend alike
 
 
-def _attending_parts(base: Any) -> list[Any]:
-    """Return the towers and the text model of a base model."""
-    names = ("visual", "audio_tower", "language_model")
-    return [getattr(base, name) for name in names if hasattr(base, name)]
+def _refuse_replaced(base: Any) -> None:
+    """Raise where the attached forwards would bypass a method that is not transformers' own."""
+    if "mrope_strict" in vars(base):
+        raise MRopeError(
+            f"{type(base).__name__} already has a forward of its own on the instance: it is "
+            "attached; detach it first"
+        )
+    found = [find_foreign(base, name) for name in _BYPASSED]
+    found += [find_foreign(text, "_deepstack_process") for text in _deepstack_models(base)]
+    for projector in copies(base.projector) if hasattr(base, "projector") else ():
+        found.append(find_foreign(projector))
+    # One that was replaced on the class is called for each segment.
+    found += [foreign_on_instance(layer) for layer in _linear_layers(base)]
+    foreign = [one for one in found if one is not None]
+    if foreign:
+        raise MRopeError(
+            f"{foreign[0]}, not transformers' own: an attached model would not run it. Undo that "
+            "before attach, or do not attach: the unmodified model takes the same batches, and "
+            "only syncs"
+        )
+
+
+def _attending_parts(base: Any) -> Iterator[tuple[str, Any]]:
+    """Yield name and module of the towers and the text model of a base model, and their copies."""
+    for name in ("visual", "audio_tower", "language_model"):
+        for part in copies(getattr(base, name)) if hasattr(base, name) else ():
+            yield name, part
+
+
+def _attach_attention(name: str, part: Any, attention: Attention) -> None:
+    """Decide how a tower or text model attends, and replace what that needs."""
+    layers = dict(_attention_layers(name, part))
+    how, why = _choose_attention(part, attention)
+    foreign = next(filter(None, map(find_foreign, _on_the_way(part, layers))), None)
+    if name != "language_model" and (foreign or not layers):
+        # Its attention takes `cu_seqlens` as a tensor, as in the unmodified model.
+        how, why = "own", foreign or "its attention layers are of an unknown kind"
+        _log.warning("%s keeps its own attention, which may sync: %s", type(part).__name__, why)
+    elif foreign and how == "varlen":
+        how, why = "segments", foreign
+    part.mrope_attention, part.mrope_attention_reason = how, why
+    for path, parts in layers.items() if how != "own" else ():
+        if parts is not None:
+            bind(part.get_submodule(path), "forward", partial(tower_forward, parts))
+        elif how == "varlen":
+            use_varlen(part.get_submodule(path))
+
+
+def _attention_layers(name: str, part: Any) -> Iterator[tuple[str, TowerLayer | None]]:
+    """Yield path and kind of the attention layers in a tower; in a text model None for the kind.
+
+    Found by the names of their projections: paths differ under PEFT's wrappers, which keep
+    several copies of a layer.
+    """
+    for path, module in part.named_modules():
+        children = module._modules.keys()  # noqa: SLF001 - a wrapper has its copy's attributes
+        if name == "language_model" and children >= _TEXT_LAYER:
+            yield path, None
+        for parts in _LAYERS.get(name, ()):
+            if children >= {*parts.inputs, parts.output}:
+                yield path, parts
+
+
+def _on_the_way(part: Any, paths: Iterable[str]) -> Iterator[torch.nn.Module]:
+    """Yield the modules through which borders reach the attention layers, and these layers."""
+    names = {"", *paths}
+    for path in paths:
+        names |= {path[:end] for end, char in enumerate(path) if char == "."}
+    for name in sorted(names):
+        module = part.get_submodule(name)
+        containers = (torch.nn.ModuleList, torch.nn.ModuleDict)
+        if not isinstance(module, containers) and not is_wrapper(module):
+            yield module
+
+
+def _linear_layers(base: Any) -> Iterator[Any]:
+    """Yield the linear attention layers of the text model, and their copies."""
+    for module in base.modules():
+        if "linear_attn" in module._modules:  # noqa: SLF001 - a wrapper has its copy's attributes
+            yield from copies(module.linear_attn)
+
+
+def _deepstack_models(base: Any) -> Iterator[Any]:
+    """Yield the text models that add deep-stack features in a method."""
+    for text in copies(base.language_model):
+        if hasattr(type(text), "_deepstack_process"):
+            yield text
 
 
 def _choose_attention(part: Any, attention: Attention) -> tuple[str, str]:
@@ -139,30 +227,16 @@ def detach(model: Model) -> Model:
     base = base_model(model)
     if not hasattr(base, "mrope_strict"):
         raise MRopeError(f"{type(base).__name__} is not attached")
-    del base.mrope_strict, base.forward
-    for part in _attending_parts(base):
+    del base.mrope_strict
+    for name, part in _attending_parts(base):
         del part.mrope_attention, part.mrope_attention_reason
-    restore_text(base.language_model)
-    for layer, _ in _layer_forwards(base):
-        del layer.forward
-    vars(base.language_model).pop("_deepstack_process", None)
+        for path, parts in _attention_layers(name, part):
+            if parts is None:
+                part.get_submodule(path).config = part.config
+    for module in base.modules():
+        unbind(module, "forward", _BOUND)
+        unbind(module, "_deepstack_process", _BOUND)
     return model
-
-
-def _layer_forwards(base: Any) -> Iterator[tuple[Any, Callable[..., Any]]]:
-    """Yield the layers whose forward is replaced, each with its replacement."""
-    if hasattr(base.visual, "vision_model"):
-        for layer in base.visual.vision_model.encoder.layers:
-            yield layer.self_attn, partial(tower_forward, PADDLEOCR)
-    else:
-        for block in base.visual.blocks:
-            parts = FUSED if hasattr(block.attn, "qkv") else OMNI_2_5_VISION
-            yield block.attn, partial(tower_forward, parts)
-    for layer in base.audio_tower.layers if hasattr(base, "audio_tower") else ():
-        yield layer.self_attn, partial(tower_forward, AUDIO)
-    for layer in base.language_model.layers:
-        if hasattr(layer, "linear_attn"):
-            yield layer.linear_attn, mix_by_segment
 
 
 def base_model(model: torch.nn.Module) -> Any:

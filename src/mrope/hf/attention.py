@@ -17,6 +17,7 @@ import copy
 import sys
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -198,9 +199,10 @@ def tower_borders(
         lengths: of the segments, in order; None: the batch has fixed shapes.
 
     Returns:
-        None under flash attention, whose kernel reads the borders on the device.
+        None under flash attention, whose kernel reads the borders on the device, and where the
+        tower's forwards are not transformers' own: they know the tensor alone.
     """
-    if _is_flash(tower.config):
+    if _is_flash(tower.config) or tower.mrope_attention == "own":
         return None
     varlen = tower.mrope_attention == "varlen"
     pairs = mask = None
@@ -251,25 +253,17 @@ def attend_text(
     return attended[None], None
 
 
-def use_varlen_in_text(text: Any) -> None:
-    """Let the attention layers of a text model call `attend_text`.
+# On import, not in `attach`: a new process that unpickles an attached model imports this module.
+ALL_ATTENTION_FUNCTIONS.register(TEXT_ATTENTION, attend_text)
 
-    Only the layers get another config: the text model itself makes masks by its own.
+
+def use_varlen(attention: Any) -> None:
+    """Let an attention layer of a text model call `attend_text`.
+
+    Only the layer gets another config: the text model itself makes masks by its own.
     """
-    ALL_ATTENTION_FUNCTIONS.register(TEXT_ATTENTION, attend_text)
-    for layer in text.layers:
-        attention = getattr(layer, "self_attn", None)
-        if attention is not None:
-            attention.config = copy.copy(attention.config)
-            attention.config._attn_implementation = TEXT_ATTENTION  # noqa: SLF001
-
-
-def restore_text(text: Any) -> None:
-    """Undo `use_varlen_in_text`."""
-    for layer in text.layers:
-        attention = getattr(layer, "self_attn", None)
-        if attention is not None:
-            attention.config = text.config
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation = TEXT_ATTENTION  # noqa: SLF001
 
 
 def mix_by_segment(
@@ -370,5 +364,14 @@ def _has_linear_layers(config: Any) -> bool:
 
 
 def _modelling(layer: Any) -> Any:
-    """Return the module of transformers that defines the layer's class."""
-    return sys.modules[type(layer).__module__]
+    """Return the module of transformers that defines the layer's forward."""
+    return _module_of_forward(type(layer))
+
+
+# Constant under torch.compile too, which cannot trace the search.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@lru_cache
+def _module_of_forward(layer_class: type) -> Any:
+    # Not the module of the class: a user's subclass is defined elsewhere, and so is FSDP2's.
+    owner = next(one for one in layer_class.__mro__ if "forward" in vars(one))
+    return sys.modules[owner.__module__]
