@@ -20,11 +20,14 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+from transformers import AutoTokenizer
 
 from mrope.errors import MRopeError
 from mrope.positions.spans import token_types
 from mrope.spec.spec import MRopeSpec
+from mrope.training.demo.messages import in_order, read_messages
+from mrope.training.demo.pictures import read_frames, read_picture
+from mrope.training.demo.settings import Processors, build_processors
 from mrope.training.demo.tokenizer import CHAT_TEMPLATE, build_tokenizer
 
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
@@ -42,23 +45,28 @@ class Processing:
     Attributes:
         spec: of the model.
         tokenizer: with Qwen's special tokens under the ids of the spec, and a chat template.
-        image_processor: cuts images into the model's patches.
+        processors: cut images and clips into the model's patches.
         fps: frames per second of clips in rows without `fps`.
         folder: what relative paths of pictures are relative to.
     """
 
     spec: MRopeSpec
     tokenizer: Any
-    image_processor: Any
+    processors: Processors
     fps: float = 2.0
     folder: Path = Path()
+
+    @property
+    def image_processor(self) -> Any:
+        """The processor of images, whose patch sizes are the tower's."""
+        return self.processors.image
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         """Return the row's columns; those of a modality that it lacks are empty.
 
         Raises:
-            MRopeError: the row's messages and pictures differ in number, or a picture cannot be
-                read.
+            MRopeError: a message or item is not understood, the row's messages and pictures differ
+                in number, or a picture cannot be read.
         """
         try:
             return self._columns(row)
@@ -83,13 +91,16 @@ class Processing:
         return datasets.Features(columns)
 
     def _columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        images = [_picture(value, self.folder) for value in row.get("images") or []]
-        clips = [_frames(value, self.folder) for value in row.get("videos") or []]
+        talk = read_messages(row.get("messages"))
+        shown = in_order(talk.images, row.get("images") or [])
+        images = [read_picture(value, self.folder) for value in shown]
+        shown = in_order(talk.videos, row.get("videos") or [])
+        clips = [read_frames(value, self.folder) for value in shown]
         fps = row.get("fps") or self.fps
         pixel_values, image_grid_thw = self._patches(images)
         pixel_values_videos, video_grid_thw = self._clip_patches(clips)
         # Placeholders are expanded in the text, so that the tokenizer sees the whole of it once.
-        text = self.tokenizer.apply_chat_template(_messages(row), tokenize=False)
+        text = self.tokenizer.apply_chat_template(talk.messages, tokenize=False)
         text = _expand(text, IMAGE, [self._tokens(grid) * IMAGE for grid in image_grid_thw])
         text = _expand(text, START + VIDEO + END, [self._clip(g, fps) for g in video_grid_thw])
         columns = self._token_columns(text)
@@ -111,13 +122,16 @@ class Processing:
             "mm_token_type_ids": types,
         }
 
-    def _patches(self, pictures: Sequence[Image.Image]) -> tuple[Pixels, Grids]:
+    def _patches(
+        self, pictures: Sequence[Image.Image], processor: Any = None, **options: Any
+    ) -> tuple[Pixels, Grids]:
         """Return the patches of pictures, (patches, C * 2 * X), and their grids, (n, 3)."""
         if not pictures:
             width = _CHANNELS * self.image_processor.temporal_patch_size
             width *= self.image_processor.patch_size**2
             return np.empty((0, width), np.float32), np.empty((0, 3), np.int64)
-        out = self.image_processor(images=list(pictures), return_tensors="np")
+        processor = processor or self.image_processor
+        out = processor(images=list(pictures), return_tensors="np", **options)
         return out["pixel_values"], out["image_grid_thw"]
 
     def _clip_patches(self, clips: Sequence[Sequence[Image.Image]]) -> tuple[Pixels, Grids]:
@@ -134,7 +148,8 @@ class Processing:
         """
         depth = self.image_processor.temporal_patch_size
         padded = [*frames, *[frames[-1]] * (-len(frames) % depth)]
-        pixels, grids = self._patches(padded)
+        size = self.processors.frame_size(len(padded))
+        pixels, grids = self._patches(padded, self.processors.clip, size=size)
         groups, height, width = len(padded) // depth, *grids[0, 1:]
         pixels_NFPCFX = pixels.reshape(groups, depth, height * width, _CHANNELS, depth, -1)
         slot = np.arange(depth)
@@ -173,34 +188,33 @@ def build_processing(
     Args:
         spec: of the model.
         model_config: its live config, for the patch sizes of the vision tower.
-        folder: folder with a tokenizer and optionally a `preprocessor_config.json`. None: the
-            demo's tokenizer and the image processor's defaults.
+        folder: folder with a tokenizer and the settings of its processors: a
+            `processor_config.json` or a `preprocessor_config.json`. None: the demo's tokenizer and
+            the image processor's defaults.
         min_pixels, max_pixels, fps: as in the config's `data` section.
         pictures: folder that relative paths of pictures are relative to.
 
     Raises:
-        MRopeError: the tokenizer is not that of the model.
+        MRopeError: the tokenizer or the settings are not those of the model, or the folder has no
+            settings.
     """
     vision = model_config.vision_config
-    # From the model's config: a preprocessor_config.json of another model would cut patches that
-    # the tower cannot take.
-    sizes: dict[str, Any] = {
+    sizes = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size,
     }
     source = Path(folder) if folder else None
-    if source and (source / "preprocessor_config.json").is_file():
-        processor = Qwen2VLImageProcessorPil.from_pretrained(source, local_files_only=True, **sizes)
-    else:
-        processor = Qwen2VLImageProcessorPil(**sizes)
-    processor.size = {
-        "shortest_edge": min_pixels or processor.size["shortest_edge"],
-        "longest_edge": max_pixels or processor.size["longest_edge"],
-    }
+    processors = build_processors(
+        source,
+        sizes,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        clips_share=spec.family_row.frames_apart,
+    )
     tokenizer = _tokenizer(source)
     _check_tokenizer(tokenizer, spec, model_config.get_text_config().vocab_size)
-    return Processing(spec, tokenizer, processor, fps, pictures)
+    return Processing(spec, tokenizer, processors, fps, pictures)
 
 
 def _tokenizer(folder: Path | None) -> Any:
@@ -231,20 +245,6 @@ def _check_tokenizer(tokenizer: Any, spec: MRopeSpec, vocab_size: int) -> None:
         )
 
 
-def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the row's messages without nulls: in a table every item has the keys of all items."""
-    return [
-        {**message, "content": [_without_nulls(item) for item in message["content"]]}
-        if not isinstance(message["content"], str)
-        else message
-        for message in row["messages"]
-    ]
-
-
-def _without_nulls(item: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in item.items() if value is not None}
-
-
 def _expand(text: str, placeholder: str, expanded: Sequence[str]) -> str:
     """Replace each placeholder in a text by its own expansion.
 
@@ -258,29 +258,3 @@ def _expand(text: str, placeholder: str, expanded: Sequence[str]) -> str:
             f"its messages show {len(parts) - 1} {kind}, but its column holds {len(expanded)}"
         )
     return parts[0] + "".join(map("".join, zip(expanded, parts[1:], strict=True)))
-
-
-def _frames(value: Any, folder: Path) -> list[Image.Image]:
-    if not isinstance(value, list):
-        raise MRopeError(
-            f"a video must be a list of frames, not {type(value).__name__}: video files are not "
-            "decoded here; decode them when you write the dataset"
-        )
-    frames = [_picture(frame, folder) for frame in value]
-    if len({frame.size for frame in frames}) != 1:
-        raise MRopeError("a video must have frames, all of one size")
-    return frames
-
-
-def _picture(value: Any, folder: Path) -> Image.Image:
-    if isinstance(value, Image.Image):
-        return value
-    try:
-        if isinstance(value, str):
-            return Image.open(folder / value)
-        if isinstance(value, Mapping) and {"bytes", "path"} >= set(value):
-            picture: Image.Image = datasets.Image().decode_example(dict(value))
-            return picture
-    except OSError as error:
-        raise MRopeError(f"cannot read a picture: {error}") from error
-    raise MRopeError(f"a picture must be an image or a path, not {type(value).__name__}")
