@@ -64,6 +64,114 @@ def test_the_error_survives_pickling_and_raising_by_its_message() -> None:
     assert str(SpanMismatchError(str(error))) == str(error)
 
 
+IMAGE_ROW = {
+    "input_ids": [[7, 101, 102, 102, 102, 102, 8], [7, 8, 0, 0, 0, 0, 0]],
+    "image_grid_thw": [[1, 4, 4]],
+}
+MASK = [[1] * 7, [1, 1, 0, 0, 0, 0, 0]]
+# What is wrong with a whole argument: the change, and the message that docs/errors.md shows.
+WHOLE: dict[str, tuple[dict[str, Any], str]] = {
+    "inverted mask": (
+        {"attention_mask": [[1 - value for value in row] for row in MASK]},
+        "row 0: attention_mask is 0 at all 4 placeholder tokens. Likely cause: the mask is "
+        "inverted: it must be 1 at tokens and 0 at padding, and with the opposite values tokens "
+        "and grids fit.",
+    ),
+    "mask too long by one": (
+        {"attention_mask": [[*row, 1] for row in MASK]},
+        "attention_mask has shape (2, 8), but input_ids (2, 7). Likely cause: a token, such as "
+        "EOS, was added to or removed from one of them, or one was shifted.",
+    ),
+    "mask of another length": (
+        {"attention_mask": [row[:4] for row in MASK]},
+        "attention_mask has shape (2, 4), but input_ids (2, 7). Likely cause: one of them was "
+        "truncated or padded without the other.",
+    ),
+    "stacked grids": (
+        {"image_grid_thw": [[[1, 4, 4]], [[1, 4, 4]]]},
+        "image_grid_thw must have shape (N, 3), not (2, 1, 3). Likely cause: the grids of several "
+        "rows were stacked (torch.stack, default_collate); concatenate them on dim 0.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "glm4v", "ernie4_5_vl_moe"])
+def test_wrong_arguments_as_a_whole_name_the_likely_cause(family: str, case: str) -> None:
+    change, message = WHOLE[case]
+    spec = MRopeSpec.from_config(example_config(family), "transformers-5.23")
+    rope_index(spec, **IMAGE_ROW, attention_mask=MASK)
+    with pytest.raises(MRopeError) as caught:
+        rope_index(spec, **(IMAGE_ROW | change))
+    assert message in str(caught.value)
+    if case == "inverted mask":
+        assert isinstance(caught.value, SpanMismatchError)
+        assert (caught.value.row, caught.value.found, caught.value.needed) == (0, 0, 4)
+    page = " ".join(ERRORS_PAGE.read_text(encoding="utf-8").split())
+    assert message in page
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "hunyuan_vl"])
+def test_an_inverted_mask_in_families_with_a_rule_of_their_own(family: str) -> None:
+    spec = MRopeSpec.from_config(example_config(family), "transformers-5.23")
+    image = 6 if family == "hunyuan_vl" else 4  # a newline for each line
+    ids = [[7, 101, *[spec.image_token_id] * image, 8], [7, 8, *[0] * (image + 1)]]
+    mask = np.array([[1] * len(ids[0]), [1, 1, *[0] * (image + 1)]])
+    rope_index(spec, ids, mask, [[1, 4, 4]])
+    with pytest.raises(SpanMismatchError, match="Likely cause: the mask is inverted: it must be"):
+        rope_index(spec, ids, 1 - mask, [[1, 4, 4]])
+
+
+def test_a_truncated_row_with_a_mask_is_still_truncated() -> None:
+    spec = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
+    with pytest.raises(SpanMismatchError, match="truncated at max_length"):
+        rope_index(spec, [[7, 101, 102, 102, 0]], [[1, 1, 1, 1, 0]], [[1, 4, 4]])
+
+
+@pytest.mark.parametrize("empty", [[], [[]], np.zeros((0, 3)), np.zeros((1, 0, 3))])
+def test_empty_grids_are_no_grids(empty: Any) -> None:
+    spec = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
+    rope_index(spec, [[7, 8]], image_grid_thw=empty, video_grid_thw=empty)
+
+
+PIXELS: dict[str, tuple[list[int], str]] = {
+    "too few": (
+        [12, 32],
+        "row 0: pixel_values has 12 patches, but image_grid_thw [[1, 4, 4]] needs 16. Likely "
+        "cause: an image or video was dropped, or its pixels cut, after the processor ran.",
+    ),
+    "too many": (
+        [16, 36],
+        "row 1: pixel_values has 36 patches, but image_grid_thw [[1, 4, 8]] needs 32. Likely "
+        "cause: a grid was lost on the way, or the pixels are another sample's or another "
+        "processor's.",
+    ),
+    "swapped": (
+        [32, 16],
+        "row 0: pixel_values has 32 patches, but image_grid_thw [[1, 4, 4]] needs 16. Likely "
+        "cause: its pixels and those of row 1 were swapped.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PIXELS)
+def test_pixels_that_do_not_match_are_in_the_docs(case: str) -> None:
+    patches, message = PIXELS[case]
+    examples = [
+        {
+            "input_ids": [7, 101, *[102] * (4 * width // 4), 8],
+            "image_grid_thw": [[1, 4, width]],
+            "pixel_values": np.zeros((count, 6), np.float32),
+        }
+        for width, count in zip((4, 8), patches, strict=True)
+    ]
+    spec = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
+    with pytest.raises(SpanMismatchError) as caught:
+        MRopeCollator(None, spec)(examples)
+    assert str(caught.value) == message
+    assert message in " ".join(ERRORS_PAGE.read_text(encoding="utf-8").split())
+
+
 GOOD: dict[str, Any] = {"input_ids": [[101, 102, 7]], "image_grid_thw": [[1, 2, 2]]}
 BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"image_grid_thw": [[1, 0, 2]]}, r"image_grid_thw\[0\] = \[1, 0, 2\]: every size must be at"),

@@ -115,7 +115,8 @@ def _misfit(
     if not isinstance(error, SpanMismatchError):
         return None
     if error.span is None:
-        return _first_wrong_type(row, kind_T)
+        # Of patches: no token is wrong.
+        return None if error.found is not None else _first_wrong_type(row, kind_T)
     if error.modality not in KINDS:
         return None
     kind = KINDS.index(error.modality)

@@ -16,14 +16,13 @@ from torch.utils.data import Dataset
 
 from mrope.check.row_layout import Misfit, RowLayout, lay_out
 from mrope.collate.collator import MRopeCollator
+from mrope.collate.samples import FLAGS, KNOWN, PIXELS, TOKENS, axes_of, read_sample
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.spans import token_types
 from mrope.spec.references import installed_transformers, resolve_reference
 from mrope.spec.spec import MRopeSpec
 from mrope.towers import VisionSpec
 
-_TOKEN_COLUMNS = ("input_ids", "attention_mask", "labels", "mm_token_type_ids")
-_PIXELS = ("pixel_values", "pixel_values_videos")
 # Key in a batch, and argument of `reference_rope_index`.
 _REFERENCE_TAKES = {
     "input_ids": "input_ids",
@@ -180,45 +179,39 @@ def describe_comparison(spec: MRopeSpec) -> tuple[bool, str]:
     return True, f"compared with the own function of transformers {installed}"
 
 
-def _as_tensors(example: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Convert the columns that a row uses; a table holds null or an empty list in the others."""
-    tensors = {
-        name: _tensor(name, value)
-        for name, value in example.items()
-        if value is not None and name not in _PIXELS
-    }
-    return {name: value for name, value in tensors.items() if value.ndim and len(value)}
+def _as_tensors(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the columns that a model takes, each as a tensor; of pixels only the shape is read."""
+    kept: dict[str, Any] = {}
+    for name, value in read_sample(example).items():
+        if name in FLAGS or (name in PIXELS and axes_of(value) > 1):
+            kept[name] = value
+        elif name in KNOWN and name not in PIXELS:
+            kept[name] = _tensor(name, value)
+    return kept
 
 
 def _tensor(name: str, value: Any) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        return value
-    if isinstance(value, np.ndarray) and not value.flags.writeable:
-        value = value.copy()
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        if len(value) == 0:
-            return torch.empty(0)
         raise MRopeError(f"{name} is ragged, or holds something other than numbers") from error
 
 
-def _as_batch(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _as_batch(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """Return one example as a batch without casting or padding.
 
     Raises:
-        MRopeError: the example has no tokens, or another number of labels.
+        MRopeError: the example has no tokens, or a token column of several rows.
     """
     (example,) = examples
     if "input_ids" not in example:
-        raise MRopeError("no input_ids: the column is missing, null or empty")
+        raise MRopeError("no input_ids: the column is missing or null")
     batch = dict(example)
-    for name in _TOKEN_COLUMNS:
-        if name in batch and batch[name].ndim == 1:
+    for name in TOKENS:
+        if name in batch:
+            if batch[name].ndim != 1:
+                raise MRopeError(f"{name} must be (n,) or (1, n), not {(*batch[name].shape,)}")
             batch[name] = batch[name][None]
-    labels, ids = batch.get("labels"), batch["input_ids"]
-    if labels is not None and labels.shape != ids.shape:
-        raise MRopeError(f"{labels.shape[-1]} labels, but {ids.shape[-1]} input_ids")
     return batch
 
 

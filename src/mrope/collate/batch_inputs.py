@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from mrope.collate.complete import are_rows, complete
 from mrope.collate.packing import refuse_packed, seq_lengths
+from mrope.collate.samples import SECONDS, read_column
 from mrope.errors import MRopeError
 from mrope.positions.inputs import BatchInputs, check_inputs
 from mrope.spec.spec import MRopeSpec
 
 _COLUMNS = ("attention_mask", "image_grid_thw", "video_grid_thw", "mm_token_type_ids")
-# transformers' processors and models do not agree on the name of the same numbers.
-_SECONDS = ("second_per_grid_ts", "video_second_per_grid")
-_PER_SAMPLE = {"image_grid_thw": "images_per_sample", "video_grid_thw": "videos_per_sample"}
+_PER_SAMPLE = {
+    "image_grid_thw": "images_per_sample",
+    "video_grid_thw": "videos_per_sample",
+    "target_sizes": "images_per_sample",
+    "target_sizes_videos": "videos_per_sample",
+}
 
 
 def as_batch(batch: Any) -> MutableMapping[str, Any]:
@@ -36,12 +41,13 @@ def as_batch(batch: Any) -> MutableMapping[str, Any]:
 
 
 def read_inputs(
-    spec: MRopeSpec, batch: Mapping[str, Any], examples: Any, flattened: bool
+    spec: MRopeSpec, batch: MutableMapping[str, Any], examples: Any, flattened: bool
 ) -> BatchInputs:
     """Check and type the inputs of a batch, once.
 
     Args:
-        batch: what the inner collate function returned; tensors on the CPU, arrays or lists.
+        batch: what the inner collate function returned; tensors on the CPU, arrays or lists. Types
+            and seconds that only some examples have are completed in it.
         examples: what that function was given, to learn how many grids each row has.
         flattened: whether rows that hold several examples are allowed, and numbered apart.
 
@@ -49,6 +55,7 @@ def read_inputs(
         MRopeError: an input on a device, in bfloat16, or of a wrong shape, dtype or value.
     """
     arrays: dict[str, Any] = {"input_ids": _ids(batch["input_ids"])}
+    complete(spec, batch, examples)
     for name in (*_COLUMNS, *_PER_SAMPLE.values(), *spec.family_row.inputs):
         value = batch.get(name)
         if value is not None:
@@ -95,7 +102,7 @@ def _ids(value: Any) -> npt.NDArray[Any]:
 
 
 def _seconds(batch: Mapping[str, Any]) -> dict[str, Any]:
-    given = [name for name in _SECONDS if batch.get(name) is not None]
+    given = [name for name in SECONDS if batch.get(name) is not None]
     if not given:
         return {}
     values = [as_numpy(name, batch[name]) for name in given]
@@ -123,22 +130,19 @@ def _count(
     An inner function that makes, drops, merges or reorders samples gives other grids or rows; then
     the examples say nothing about rows, and grids are checked over the whole batch.
     """
-    if not isinstance(examples, Sequence) or len(examples) != len(ids):
+    if not are_rows(examples, ids):
         return None
-    if not all(isinstance(example, Mapping) for example in examples):
-        return None
-    own = [example.get(name) for example in examples]
+    own = [read_column(name, example.get(name)) for example in examples]
     if all(value is None for value in own):
         return None
     try:
-        grids = [_own_grid(value) for value in own]
+        grids = [
+            np.empty((0, *grid_thw.shape[1:])) if value is None else np.asarray(value)
+            for value in own
+        ]
+        together = np.concatenate(grids)
     except (TypeError, ValueError, RuntimeError):
         return None
-    if not np.array_equal(np.concatenate(grids), grid_thw):
+    if not np.array_equal(together, grid_thw):
         return None
     return np.array([len(value) for value in grids])
-
-
-def _own_grid(value: Any) -> npt.NDArray[Any]:
-    """Return one example's grids as (n, 3); an example may hold a single (3,) grid, or none."""
-    return np.empty((0, 3), np.int64) if value is None else np.asarray(value).reshape(-1, 3)

@@ -14,6 +14,7 @@ from mrope.collate.model_tensors import image_and_video_tensors, sound_tensors
 from mrope.collate.options import resolve_option
 from mrope.collate.packing import Flatten, check_packing, flatten
 from mrope.collate.padding import PaddingCollator
+from mrope.collate.pixels import check_pixels
 from mrope.collate.shapes import (
     Shapes,
     check_shapes,
@@ -154,6 +155,7 @@ class MRopeCollator:
         inputs = read_inputs(self.spec, batch, examples, flattened)
         located = locate(self.spec, inputs)
         position_ids, rope_deltas = position_tensors(self.spec, located)
+        check_pixels(self.spec, batch, examples, inputs)
         _refuse_second_source(batch, "position_ids")
         added: dict[str, Any] = {"position_ids": position_ids, "rope_deltas": rope_deltas}
         if self.shapes is not None:

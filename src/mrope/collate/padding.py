@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch.nn.functional import pad
 
+from mrope.collate.samples import (
+    CROPS,
+    FLAGS,
+    GRIDS,
+    PIXELS,
+    SECONDS,
+    TOKENS,
+    read_sample,
+)
 from mrope.errors import MRopeError
 
 Example = Mapping[str, Any]
+
+_AUDIO = ("feature_attention_mask", "input_features")
 
 
 class PaddingCollator:
@@ -20,21 +33,26 @@ class PaddingCollator:
         padding_side: side on which a shorter row is filled.
         pad_to_multiple_of: S is rounded up to a multiple of this.
 
-    Examples are mappings. `input_ids`, `attention_mask`, `labels`, `mm_token_type_ids` and
-    `token_type_ids`, (n,) or (1, n), are padded; an `attention_mask` is made where there is none.
-    `pixel_values`, `pixel_values_videos`, the grids and the seconds are concatenated on dim 0; an
-    example without them adds nothing. Every other column stays a list with one entry per row.
+    Examples are mappings. Columns that hold nothing (None, NaN, `[]`, `[[]]`, tensors and arrays of
+    size 0) are as if absent, see `mrope.collate.samples.read_sample`.
+
+    - `input_ids`, `attention_mask`, `labels`, `mm_token_type_ids` and `token_type_ids`, (n,) or
+      (1, n), are padded. Where only some examples have an `attention_mask`, the others get ones;
+      where only some have `mm_token_type_ids`, the others get zeros, in whose place `MRopeCollator`
+      writes the types of their placeholders.
+    - `pixel_values`, `pixel_values_videos`, the grids, the crops' sizes, the seconds and the
+      lengths of audios are concatenated on dim 0; an example without them adds nothing. A single
+      grid (3,), and seconds or a length without an axis, count as one.
+    - `input_features` and `feature_attention_mask` are padded in their last dimension, and
+      concatenated on dim 0.
+    - `use_audio_in_video` and `downsample_mode` must be equal in all examples that have them, and
+      become one value.
+
+    Every other column stays a list with one entry per row.
     """
 
-    token_columns = ("input_ids", "attention_mask", "labels", "mm_token_type_ids", "token_type_ids")
-    flat_columns = (
-        "pixel_values",
-        "pixel_values_videos",
-        "image_grid_thw",
-        "video_grid_thw",
-        "second_per_grid_ts",
-        "video_second_per_grid",
-    )
+    token_columns = TOKENS
+    flat_columns = (*PIXELS, *GRIDS, *CROPS, *SECONDS, "audio_seqlens", *_AUDIO)
 
     def __init__(
         self,
@@ -58,7 +76,7 @@ class PaddingCollator:
                 column that only some examples have, that holds no integers, or whose length is not
                 that of the row's `input_ids`; other columns that cannot be concatenated.
         """
-        rows = [self._token_rows(row, example) for row, example in enumerate(examples)]
+        rows = [self._read(row, example) for row, example in enumerate(examples)]
         if not rows:
             raise MRopeError("cannot collate a batch without examples")
         batch: dict[str, Any] = {}
@@ -67,60 +85,60 @@ class PaddingCollator:
                 batch[name] = self._pad(name, rows)
         for name in self.flat_columns:
             parts = {
-                row: _tensor(row, name, example[name])
-                for row, example in enumerate(examples)
-                if _has(example, name)
+                row: _tensor(row, name, sample[name])
+                for row, sample in enumerate(rows)
+                if name in sample
             }
             if parts:
                 batch[name] = _concatenated(name, parts)
-        known = {*self.token_columns, *self.flat_columns}
+        for name in FLAGS:
+            if any(name in row for row in rows):
+                batch[name] = _one_value(name, rows)
+        known = {*self.token_columns, *self.flat_columns, *FLAGS}
         for name in dict.fromkeys(key for example in examples for key in example):
             if name not in known:
-                batch[name] = [example.get(name) for example in examples]
+                batch[name] = [row.get(name) for row in rows]
         return batch
 
-    def _token_rows(self, row: int, example: Example) -> dict[str, torch.Tensor]:
-        """Return the token columns of one example as 1-D tensors of one length."""
+    def _read(self, row: int, example: Example) -> dict[str, Any]:
+        """Return one example with its token columns as 1-D tensors of one length."""
         if not isinstance(example, Mapping):
             raise MRopeError(f"row {row}: the example is no mapping, but {type(example).__name__}")
-        if not _has(example, "input_ids"):
+        try:
+            sample = read_sample(example)
+        except MRopeError as error:
+            raise MRopeError(f"row {row}: {error}") from None
+        if "input_ids" not in sample:
             raise MRopeError(f"row {row}: the example has no input_ids")
-        columns = {
-            name: _integers(row, name, example[name])
-            for name in self.token_columns
-            if _has(example, name)
-        }
-        for name, column in columns.items():
-            if column.ndim == 2 and column.shape[0] == 1:
-                columns[name] = column[0]
-            elif column.ndim != 1:
-                raise MRopeError(
-                    f"row {row}: {name} must be (n,) or (1, n), not {(*column.shape,)}"
-                )
-        length = len(columns["input_ids"])
-        for name, column in columns.items():
-            if len(column) != length:
-                raise MRopeError(f"row {row}: {len(column)} {name}, but {length} input_ids")
-        columns.setdefault("attention_mask", torch.ones(length, dtype=torch.int64))
-        return columns
+        for name in self.token_columns:
+            if name in sample:
+                column = _integers(row, name, sample[name])
+                if column.ndim != 1:
+                    raise MRopeError(
+                        f"row {row}: {name} must be (n,) or (1, n), not {(*column.shape,)}"
+                    )
+                sample[name] = column
+        length = len(sample["input_ids"])
+        sample.setdefault("attention_mask", torch.ones(length, dtype=torch.int64))
+        return sample
 
-    def _pad(self, name: str, rows: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
-        missing = [index for index, row in enumerate(rows) if name not in row]
-        if missing:
+    def _pad(self, name: str, rows: Sequence[dict[str, Any]]) -> torch.Tensor:
+        # A row without tokens lacks nothing.
+        missing = [
+            index for index, row in enumerate(rows) if name not in row and len(row["input_ids"])
+        ]
+        # Made-up labels would change the loss; types follow from the tokens.
+        if missing and name != "mm_token_type_ids":
             raise MRopeError(f"row {missing[0]}: no {name}, which other rows of the batch have")
         fill = {"input_ids": self.pad_token_id, "labels": -100}.get(name, 0)
-        longest = max(len(row[name]) for row in rows)
+        longest = max(len(row["input_ids"]) for row in rows)
         width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         out = torch.full((len(rows), width), fill, dtype=torch.int64)
         for target, row in zip(out, rows, strict=True):
-            length = len(row[name])
+            length = len(row["input_ids"])
             start = width - length if self.padding_side == "left" else 0
-            target[start : start + length] = row[name]
+            target[start : start + length] = row.get(name, 0)
         return out
-
-
-def _has(example: Example, name: str) -> bool:
-    return example.get(name) is not None
 
 
 def _tensor(row: int, name: str, value: Any) -> torch.Tensor:
@@ -141,8 +159,31 @@ def _integers(row: int, name: str, value: Any) -> torch.Tensor:
 
 
 def _concatenated(name: str, parts: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    tensors = list(parts.values())
     try:
-        return torch.cat(list(parts.values()))
-    except RuntimeError as error:
+        if name in _AUDIO:
+            longest = max(part.shape[-1] for part in tensors)
+            tensors = [pad(part, (0, longest - part.shape[-1])) for part in tensors]
+        return torch.cat(tensors)
+    except (IndexError, RuntimeError) as error:
         shapes = {f"row {row}": tuple(part.shape) for row, part in parts.items()}
         raise MRopeError(f"{name} cannot be concatenated: {shapes}") from error
+
+
+def _one_value(name: str, rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Return the value of a column of which a batch has one."""
+    given = {row: _as_scalar(sample[name]) for row, sample in enumerate(rows) if name in sample}
+    first, value = next(iter(given.items()))
+    for row, other in given.items():
+        if other != value:
+            raise MRopeError(
+                f"row {row}: {name} is {other!r}, but {value!r} in row {first}; a batch has one"
+            )
+    return value
+
+
+def _as_scalar(value: Any) -> Any:
+    """Return a bool or a string, also out of an array or a list of one."""
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        value = value.tolist()
+    return value[0] if isinstance(value, list) and len(value) == 1 else value

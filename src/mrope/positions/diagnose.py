@@ -27,6 +27,10 @@ _NO_GRID = (
     "a placeholder token that was typed or sampled as text, or a grid that was lost on the way"
 )
 _UNMERGED = "placeholders were not merged: one token per patch instead of one per merged patch"
+_INVERTED = (
+    "the mask is inverted: it must be 1 at tokens and 0 at padding, and with the opposite values "
+    "tokens and grids fit"
+)
 _OTHER = "a grid of another sample or processor, or the spec of another model family"
 
 
@@ -188,6 +192,32 @@ def _span_error(
         found=found,
         needed=needed,
         cause=cause,
+    )
+
+
+def inverted_mask(
+    error: SpanMismatchError, stream: Stream, kind_T: npt.NDArray[np.uint8]
+) -> SpanMismatchError:
+    """Return an error with an inverted attention mask as its cause.
+
+    Args:
+        error: of the batch as it was given; it may name a row of padding.
+        stream, kind_T: of the batch with the opposite mask, in which tokens and grids fit.
+    """
+    vision_V = kind_T.nonzero()[0]
+    if not vision_V.size:  # audio alone
+        return error
+    row_V = stream.row_D[documents_of(stream, vision_V)]
+    row, modality = int(row_V[0]), _NAMES[int(kind_T[vision_V[0]])]
+    needed = int(np.count_nonzero(row_V == row))
+    return SpanMismatchError(
+        f"row {row}: attention_mask is 0 at all {needed} placeholder tokens. Likely cause: "
+        f"{_INVERTED}.",
+        row=row,
+        modality=modality,
+        found=0,
+        needed=needed,
+        cause=_INVERTED,
     )
 
 

@@ -99,14 +99,12 @@ def check_inputs(
     if mm_token_type_ids is not None and reads_types(spec):
         types = as_integers("mm_token_type_ids", mm_token_type_ids, "0 text, 1 image, 2 video")
         if types.shape != ids.shape:
-            raise MRopeError(
-                f"mm_token_type_ids has shape {types.shape}, but input_ids {ids.shape}"
-            )
+            raise length_error("mm_token_type_ids", types.shape, ids.shape)
     return BatchInputs(
         input_ids=ids,
         valid=_as_valid(spec, attention_mask, ids.shape),
-        image_grid_thw=as_grid("image_grid_thw", image_grid_thw),
-        video_grid_thw=as_grid("video_grid_thw", video_grid_thw),
+        image_grid_thw=_as_grids("image_grid_thw", image_grid_thw),
+        video_grid_thw=_as_grids("video_grid_thw", video_grid_thw),
         has_grids=image_grid_thw is not None or video_grid_thw is not None,
         mm_token_type_ids=types,
         **others,
@@ -120,6 +118,45 @@ def reads_types(spec: MRopeSpec) -> bool:
     """
     row = spec.family_row
     return row.custom_index is None or "mm_token_type_ids" in row.inputs
+
+
+def length_error(name: str, found: tuple[int, ...], ids: tuple[int, ...]) -> MRopeError:
+    """Return the error for a token column of another shape than `input_ids`."""
+    cause = ""
+    if found and ids and found[:-1] == ids[:-1]:
+        what = "one of them was truncated or padded without the other"
+        if abs(found[-1] - ids[-1]) == 1:
+            what = (
+                "a token, such as EOS, was added to or removed from one of them, or one was shifted"
+            )
+        cause = f". Likely cause: {what}."
+    if name == "labels":
+        return MRopeError(f"{found[-1]} labels, but {ids[-1]} input_ids{cause}")
+    return MRopeError(f"{name} has shape {found}, but input_ids {ids}{cause}")
+
+
+def refuse_stacked_grids(name: str, axes: int, value: Any) -> None:
+    """Refuse grids that have an axis for the rows of the batch.
+
+    Raises:
+        MRopeError: grids of more than two axes.
+    """
+    if axes > 2:
+        raise MRopeError(
+            f"{name} must have shape (N, 3), not {(*np.shape(value),)}. Likely cause: the grids of "
+            "several rows were stacked (torch.stack, default_collate); concatenate them on dim 0."
+        )
+
+
+def _as_grids(name: str, values: npt.ArrayLike | None) -> npt.NDArray[np.int64]:
+    """Return grids as int64 (N, 3), with N = 0 for None and for whatever is empty."""
+    if values is None:
+        return as_grid(name, None)
+    array = as_array(name, values, "frames, height and width in patches")
+    if not array.size:
+        return as_grid(name, None)
+    refuse_stacked_grids(name, array.ndim, array)
+    return as_grid(name, array)
 
 
 def _refuse_unread(spec: MRopeSpec, others: Mapping[str, Any]) -> None:
@@ -141,7 +178,7 @@ def _as_valid(
         return None
     mask = as_array("attention_mask", attention_mask, "a number for each token")
     if mask.shape != shape:
-        raise MRopeError(f"attention_mask has shape {mask.shape}, but input_ids {shape}")
+        raise length_error("attention_mask", mask.shape, shape)
     if mask.size == 0:
         return None
     custom = spec.family_row.custom_index is not None

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.custom import CUSTOM_INDICES
-from mrope.positions.diagnose import type_mismatch
+from mrope.positions.diagnose import inverted_mask, type_mismatch
 from mrope.positions.grids import to_grids
 from mrope.positions.inputs import BatchInputs, check_inputs
 from mrope.positions.kernel import PositionIds, number_stream
@@ -114,6 +115,13 @@ def locate(spec: MRopeSpec, inputs: BatchInputs) -> Located:
         SpanMismatchError: tokens, types and grids do not fit together.
         MRopeError: sizes, counts or seconds that do not fit the batch.
     """
+    try:
+        return _locate(spec, inputs)
+    except SpanMismatchError as error:
+        raise _with_mask_cause(spec, inputs, error) from None
+
+
+def _locate(spec: MRopeSpec, inputs: BatchInputs) -> Located:
     stream = to_stream(inputs.input_ids, inputs.valid)
     if inputs.seq_lengths is not None:
         stream = split_rows(stream, inputs.seq_lengths, inputs.shape[0])
@@ -135,9 +143,10 @@ def position_tensors(
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Compute `position_ids` and `rope_deltas` of a located batch; shapes as of `rope_index`."""
     if located.spans is None:
-        custom_index = spec.family_row.custom_index
-        assert custom_index is not None  # `locate` leaves spans to these families alone
-        return CUSTOM_INDICES[custom_index](spec, located)
+        try:
+            return _custom_tensors(spec, located)
+        except SpanMismatchError as error:
+            raise _with_mask_cause(spec, located.inputs, error) from None
     stream, (grids, runs, step_G) = located.stream, located.spans
     positions_3T, end_D = number_stream(
         runs, grids.size_3G, step_G, spec.conventions.advance_over_time, grids.moves
@@ -147,6 +156,28 @@ def position_tensors(
     if located.inputs.seq_lengths is not None:
         return position_ids, (end_D - stream.length_D)[:, None]
     return position_ids, _deltas(spec, located.inputs, stream, end_D)
+
+
+def _custom_tensors(spec: MRopeSpec, located: Located) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    custom_index = spec.family_row.custom_index
+    assert custom_index is not None  # `locate` leaves spans to these families alone
+    return CUSTOM_INDICES[custom_index](spec, located)
+
+
+def _with_mask_cause(
+    spec: MRopeSpec, inputs: BatchInputs, error: SpanMismatchError
+) -> SpanMismatchError:
+    """Return the error; with another cause if the batch fits once its mask is inverted."""
+    if inputs.valid is None:
+        return error
+    inverted = inputs._replace(valid=~inputs.valid, seq_lengths=None)
+    try:
+        located = _locate(spec, inverted)
+        if located.spans is None:
+            _custom_tensors(spec, located)
+    except MRopeError:
+        return error
+    return inverted_mask(error, located.stream, located.kind_T)
 
 
 def _of_stream(values_BS: npt.NDArray[Any], stream: Stream) -> npt.NDArray[Any]:

@@ -1,17 +1,18 @@
-"""Read batches of columns as `datasets`, Ray and pyarrow give them, and add columns to them.
+"""Take batches of columns as `datasets`, Ray and pyarrow give them, and add columns to them.
 
 pyarrow is imported only when the caller passes a table.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from mrope.collate.samples import plain
 
 
 def is_table(columns: Any) -> bool:
@@ -21,8 +22,31 @@ def is_table(columns: Any) -> bool:
 
 
 def columns_of(table: Any) -> dict[str, Any]:
-    """Return the columns of a table by name; `plain` reads their entries."""
+    """Return the columns of a table by name; `mrope.collate.samples` reads their entries."""
     return {name: table[name] for name in table.column_names}
+
+
+def pixels_of(columns: Any, names: Collection[str]) -> dict[str, Any]:
+    """Return columns of pixels as they are stored; `pixel_shape` reads their entries.
+
+    A batch of `datasets` decodes a column when it is read, which takes longer than all the rest.
+    """
+    table = columns if is_table(columns) else getattr(columns, "pa_table", None)
+    source, known = (columns, columns) if table is None else (table, table.column_names)
+    return {name: source[name] for name in names if name in known}
+
+
+def pixel_shape(value: Any) -> Any:
+    """Return a row's pixels, or for an Arrow list zeros of as many patches and axes."""
+    if not hasattr(value, "as_py"):
+        return value
+    value = getattr(value, "value", value)  # arrays of `datasets` are an extension of lists
+    if value is None or not value.is_valid or value.values.null_count == len(value):
+        return None
+    axes, kind = 1, value.type.value_type
+    while hasattr(kind, "value_type"):
+        axes, kind = axes + 1, kind.value_type
+    return np.zeros((len(value), *[1] * (axes - 1)))
 
 
 def with_added(
@@ -62,37 +86,10 @@ def _writable(column: Any, lists: bool) -> Any:
         return column
     if lists and column.ndim == 1 and column.dtype.kind == "f" and np.isnan(column).all():
         return [None] * len(column)
-    return list(column) if column.dtype == np.object_ else column
-
-
-def plain(value: Any) -> Any:
-    """Return an entry of a column as None, a number, a string, or a writable array or list.
-
-    Arrow and its readers give a null as NaN, a list of lists as an array of arrays, and an array as
-    a read-only view; a table gives every entry as a `pyarrow.Scalar`.
-    """
-    if hasattr(value, "as_py"):
-        value = _of_scalar(value)
-    if isinstance(value, np.ndarray):
-        return _of_array(value)
-    is_number = isinstance(value, (float, np.floating))
-    return None if is_number and math.isnan(value) else value
-
-
-def _of_scalar(scalar: Any) -> Any:
-    """Return what a scalar holds; a list of numbers as an array, not as a list of Python ints."""
-    values = getattr(scalar, "values", None)
-    if values is None or hasattr(values, "values"):  # a null or a number, or a list of lists
-        return scalar.as_py()
-    return values.to_numpy(zero_copy_only=False)
-
-
-def _of_array(array: npt.NDArray[Any]) -> Any:
-    if array.ndim == 0 and array.dtype.kind == "f" and np.isnan(array):
-        return None
-    if array.dtype != np.object_:
-        return array if array.flags.writeable else array.copy()
-    try:
-        return np.array(array.tolist())
-    except ValueError:  # lists of unequal length
-        return array.tolist()
+    if column.dtype != np.object_:
+        return column
+    if lists and any(isinstance(one, np.ndarray) and not one.size for one in column):
+        # Beside lists of lists, `datasets` writes an empty array as a column of nulls.
+        entries = [plain(one) for one in column]
+        return [one.tolist() if isinstance(one, np.ndarray) else one for one in entries]
+    return list(column)

@@ -14,22 +14,32 @@ import numpy as np
 import numpy.typing as npt
 
 from mrope.arrays import as_array, as_grid, as_integers
+from mrope.collate.pixels import check_pixels
+from mrope.collate.samples import (
+    CROPS,
+    FLAGS,
+    GRIDS,
+    PIXELS,
+    SECONDS,
+    TOKENS,
+    plain,
+    read_column,
+    read_sample,
+)
 from mrope.errors import MRopeError, SpanMismatchError
-from mrope.positions.rope_index import rope_index
-from mrope.prepare.columns import columns_of, is_table, plain, with_added
+from mrope.positions.inputs import check_inputs
+from mrope.positions.rope_index import locate, position_tensors
+from mrope.prepare.columns import columns_of, is_table, pixel_shape, pixels_of, with_added
 from mrope.spec.spec import MRopeSpec
 from mrope.towers import VisionSpec
 
 LENGTH, PATCHES = "mrope_length", "mrope_patches"
 
+# Position ids depend on these; of other token columns only the length is compared.
 _TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids")
-_GRIDS = ("image_grid_thw", "video_grid_thw")
-_CROPS = ("target_sizes", "target_sizes_videos")
-_SECONDS = ("second_per_grid_ts", "video_second_per_grid")
 _AUDIO = ("audio_seqlens", "feature_attention_mask")
-_FLAGS = ("use_audio_in_video", "downsample_mode")
 _PACKED = "seq_lengths"
-_READ = (*_TOKENS, *_GRIDS, *_CROPS, *_SECONDS, *_AUDIO, *_FLAGS, _PACKED)
+_READ = (*TOKENS, *GRIDS, *CROPS, *SECONDS, *_AUDIO, *FLAGS, _PACKED)
 # What each count is the length of; crops take the place of grids where a family has them.
 _COUNTED = {
     "images_per_sample": ("image_grid_thw", "target_sizes"),
@@ -38,8 +48,6 @@ _COUNTED = {
 }
 # Columns that identify a row in an error where `map` does not give its index.
 _NAMES = ("mrope_index", "index", "id")
-# Collate functions concatenate these over the rows that have the key: a text row must not have it.
-_LEFT_OUT_IF_EMPTY = (*_GRIDS, *_CROPS, *_SECONDS, "pixel_values", "pixel_values_videos")
 
 
 class Precheck:
@@ -52,7 +60,8 @@ class Precheck:
     - `mrope_patches`: patches that the vision tower has to process, the sum of frames * height *
       width over the row's grids (height * width over its crops for MiniCPM-V); 0 for text.
 
-    Plain data: it pickles, and needs neither transformers nor the model. Pixels are not read.
+    Plain data: it pickles, and needs neither transformers nor the model. Of pixels only the number
+    of patches is read.
 
     Args:
         spec: the model's numbers and the reference to follow.
@@ -92,7 +101,8 @@ class Precheck:
                 `pyarrow.Table`. Read are `input_ids` (n,) and what else of a row the collator
                 reads: `attention_mask`, `mm_token_type_ids`, the grids, seconds and `seq_lengths`,
                 and the sizes and audio lengths of the families that take them. An entry is null or
-                empty where a row has nothing. Other columns are not read.
+                empty where a row has nothing. Of `labels` the length is read, and of pixels the
+                number of patches; other columns are not read.
             indices: the rows' indices in the dataset, for errors
                 (`datasets.Dataset.map(..., with_indices=True)`).
 
@@ -107,6 +117,7 @@ class Precheck:
         read = {name: source[name] for name in _READ if name in source}
         if "input_ids" not in read:
             raise MRopeError(f"no input_ids among the columns {', '.join(map(str, source))}")
+        read |= pixels_of(columns, PIXELS)
         rows = [self._check(read, row, source, indices) for row in range(len(read["input_ids"]))]
         sizes_N2 = np.array(rows, np.int64).reshape(-1, 2)
         added = {LENGTH: sizes_N2[:, 0].copy(), PATCHES: sizes_N2[:, 1].copy()}
@@ -117,8 +128,9 @@ class Precheck:
     ) -> tuple[int, int]:
         """Return length and patches of one row; its error names its place in the dataset."""
         try:
-            sample = {name: plain(column[row]) for name, column in read.items()}
-            return _check_row(self.spec, sample)
+            entries = {name: column[row] for name, column in read.items()}
+            shapes = {name: pixel_shape(entries[name]) for name in PIXELS if name in entries}
+            return _check_row(self.spec, read_sample(entries | shapes))
         except MRopeError as error:
             raise _of_dataset(error, row, source, indices) from None
 
@@ -129,8 +141,9 @@ class Precheck:
 def examples_of(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Turn a batch of columns into the list of examples that collate functions take.
 
-    Nulls, and grids, sizes, seconds and pixels of length 0, are left out of their example. Lists of
-    lists become numeric arrays where their lengths are equal; read-only arrays are copied.
+    Nulls, and columns of the model that hold nothing, are left out of their example, as collate
+    functions concatenate over the rows that have the key. Lists of lists become numeric arrays
+    where their lengths are equal; read-only arrays are copied.
 
     Example:
         >>> examples_of({"id": ["a", "b"], "image_grid_thw": [[[1, 4, 4]], None]})
@@ -141,8 +154,7 @@ def examples_of(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             name: value
             for name, column in columns.items()
-            if (value := plain(column[row])) is not None
-            and not (name in _LEFT_OUT_IF_EMPTY and len(value) == 0)
+            if (value := read_column(name, column[row])) is not None
         }
         for row in range(rows)
     ]
@@ -150,10 +162,13 @@ def examples_of(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _check_row(spec: MRopeSpec, sample: Mapping[str, Any]) -> tuple[int, int]:
     """Return valid tokens and patches of a row; raise if it cannot be collated."""
-    if sample["input_ids"] is None:
+    if "input_ids" not in sample:
         raise MRopeError("no input_ids: the entry is null")
     arguments = _arguments(spec, sample)
-    rope_index(spec, **arguments)
+    inputs = check_inputs(spec, **arguments)
+    position_tensors(spec, locate(spec, inputs))
+    pixels = {name: sample[name] for name in PIXELS if name in sample}
+    check_pixels(spec, {"input_ids": arguments["input_ids"], **pixels}, None, inputs)
     # Checked by now: of the shape of the ids, and any value but 0 is valid.
     mask = arguments.get("attention_mask")
     tokens = arguments["input_ids"].size if mask is None else np.count_nonzero(mask)
@@ -164,9 +179,9 @@ def _arguments(spec: MRopeSpec, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `rope_index` for one row; what the row does not have is left out."""
     own = spec.family_row.inputs
     given: dict[str, Any] = {name: _as_row(name, sample.get(name)) for name in _TOKENS}
-    given |= {name: _as_sizes(name, sample.get(name), 3) for name in _GRIDS}
-    given |= {name: _as_sizes(name, sample.get(name), 2) for name in _CROPS if name in own}
-    given |= {name: sample.get(name) for name in _FLAGS if name in own}
+    given |= {name: sample.get(name) for name in GRIDS}
+    given |= {name: sample.get(name) for name in CROPS if name in own}
+    given |= {name: sample.get(name) for name in FLAGS if name in own}
     given["second_per_grid_ts"] = _seconds(sample)
     given["audio_seqlens"] = _audio_lengths(sample) if "audio_seqlens" in own else None
     given["seq_lengths"] = _seq_lengths(spec, sample.get(_PACKED))
@@ -182,27 +197,17 @@ def _arguments(spec: MRopeSpec, sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_row(name: str, column: Any) -> npt.NDArray[Any] | None:
-    """Return the token column of a row, (n,) or (1, n), as that of a batch of one, (1, n)."""
+    """Return the token column of a row, (n,), as that of a batch of one, (1, n)."""
     if column is None:
         return None
     array = as_array(name, column, "a number for each token")
-    if array.ndim == 1:
-        return array[None]
-    if array.ndim != 2 or len(array) != 1:
+    if array.ndim != 1:
         raise MRopeError(f"{name} must be (n,) or (1, n), not {array.shape}")
-    return array
-
-
-def _as_sizes(name: str, sizes: Any, numbers: int) -> npt.NDArray[Any] | None:
-    """Return grids (N, 3) or crops (N, 2) of a row; a single one may come without its axis."""
-    if sizes is None:
-        return None
-    array = as_array(name, sizes, "sizes in patches")
-    return array[None] if array.shape == (numbers,) else array
+    return array[None]
 
 
 def _seconds(sample: Mapping[str, Any]) -> Any:
-    given = {name: sample[name] for name in _SECONDS if sample.get(name) is not None}
+    given = {name: sample[name] for name in SECONDS if sample.get(name) is not None}
     if len(given) == 2 and not np.array_equal(*given.values()):
         raise MRopeError(f"{' and '.join(given)} are both present and differ")
     return next(iter(given.values()), None)
@@ -232,10 +237,10 @@ def _seq_lengths(spec: MRopeSpec, lengths: Any) -> list[Any] | None:
 
 
 def _patches(arguments: Mapping[str, Any]) -> int:
-    grids = [as_grid(name, arguments.get(name)) for name in _GRIDS]
+    grids = [as_grid(name, arguments.get(name)) for name in GRIDS]
     crops = [
         as_integers(name, arguments[name], "height and width in patches").astype(np.int64)
-        for name in _CROPS
+        for name in CROPS
         if name in arguments
     ]
     return sum(int(sizes.prod(axis=1).sum()) for sizes in (*grids, *crops) if sizes.size)
