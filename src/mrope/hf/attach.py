@@ -23,7 +23,7 @@ from mrope.hf.attention import (
 from mrope.hf.forwards import VISION_FORWARDS, add_deepstack
 from mrope.hf.methods import bind, copies, find_foreign, foreign_on_instance, is_wrapper, unbind
 from mrope.hf.omni_forwards import OMNI_FORWARDS
-from mrope.hf.varlen import find_kernel
+from mrope.hf.varlen import HAS_KERNEL
 from mrope.spec import references
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -209,7 +209,7 @@ def _choose_attention(part: Any, attention: Attention) -> tuple[str, str]:
         return "flash", f"the model was built with {implementation}"
     if attention != "auto":
         return attention, "as attach was told"
-    if find_kernel() is None:
+    if not HAS_KERNEL:
         return "segments", "torch has no variable-length kernel before 2.10"
     if implementation != "sdpa":
         return "segments", f"the model was built with {implementation}"

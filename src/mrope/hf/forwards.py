@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -317,14 +316,22 @@ def _run_text_model(
     return multimodal(**outputs, **{f"{name}_outputs": tower for name, tower in named.items()})
 
 
-# Constant under torch.compile too, which cannot trace `inspect`.
+_OUTPUTS: dict[type, Any] = {}
+
+
+# A constant under torch.compile, which cannot trace `inspect`; it would warn of an lru_cache.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@lru_cache
 def _multimodal_output(model_class: type) -> Any:
     """Return the class of a base model's output if it has fields for the towers' outputs.
 
     None where the model returns the text model's output as it is, as before transformers 5.24.
     """
+    if model_class not in _OUTPUTS:
+        _OUTPUTS[model_class] = _find_output(model_class)
+    return _OUTPUTS[model_class]
+
+
+def _find_output(model_class: type) -> Any:
     for ancestor in model_class.__mro__:
         forward: Any = inspect.unwrap(vars(ancestor).get("forward", ancestor))
         # By the names in its code: in 5.24 the annotation of some families is another class.

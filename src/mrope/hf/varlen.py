@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
 from typing import Any
 
 import torch
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    _KERNEL: Any = None
+    _PARAMETERS: frozenset[str] = frozenset()
+else:
+    _KERNEL = varlen_attn
+    _PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
+
+HAS_KERNEL = _KERNEL is not None
 _HALF = (torch.float16, torch.bfloat16)
-
-
-@lru_cache(maxsize=1)
-def find_kernel() -> Any | None:
-    """Return `torch.nn.attention.varlen.varlen_attn`, or None before torch 2.10."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
-
-
-@lru_cache(maxsize=1)
-def _causal_options() -> dict[str, Any]:
-    """Return how this torch is told to mask causally: by a window since 2.11, by a flag before."""
-    known = inspect.signature(find_kernel()).parameters  # type: ignore[arg-type]
-    return {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-
-
-@lru_cache(maxsize=1)
-def _shares_heads() -> bool:
-    """Whether the kernel lets several query heads share one of keys and values."""
-    return "enable_gqa" in inspect.signature(find_kernel()).parameters  # type: ignore[arg-type]
+# How this torch is told to mask causally: by a window since 2.11, by a flag before.
+_CAUSAL: dict[str, Any] = (
+    {"window_size": (-1, 0)} if "window_size" in _PARAMETERS else {"is_causal": True}
+)
+# Whether several query heads may share one of keys and values: since 2.12.
+_SHARES_HEADS = "enable_gqa" in _PARAMETERS
 
 
 def can_attend(tensor: torch.Tensor) -> bool:
@@ -39,7 +31,7 @@ def can_attend(tensor: torch.Tensor) -> bool:
 
     Read from the tensor's type alone, without a sync; a constant of a compiled graph.
     """
-    if not tensor.is_cuda or find_kernel() is None:
+    if not (HAS_KERNEL and tensor.is_cuda):
         return False
     if torch.is_autocast_enabled("cuda"):
         return torch.get_autocast_dtype("cuda") in _HALF
@@ -68,17 +60,16 @@ def attend_varlen(
     Returns:
         (N, heads, dimension).
     """
-    kernel: Any = find_kernel()
-    options = dict(_causal_options()) if causal else {}
+    options = dict(_CAUSAL) if causal else {}
     if key.shape[1] != query.shape[1]:
-        if _shares_heads():
+        if _SHARES_HEADS:
             options["enable_gqa"] = True
         else:
             groups = query.shape[1] // key.shape[1]
             key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
     # The kernel takes rows of any stride, but the last dimension must be dense.
     parts = (one.contiguous() for one in (query, key, value))
-    attended: torch.Tensor = kernel(
+    attended: torch.Tensor = _KERNEL(
         *parts, cu_seqlens, cu_seqlens, longest, longest, scale=scale, **options
     )
     return attended
