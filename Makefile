@@ -1,6 +1,6 @@
 # Each target sets up its own environment: a fresh clone needs python3, make and a package index.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs parity integration ray soak fuzz cuda bench lowest clean
+.PHONY: help demo test check docs parity integration ray soak fuzz cuda bench lowest newest clean
 
 PYTHON ?= python3
 LOWEST_PYTHON ?= python3.10
@@ -42,9 +42,10 @@ check: $(READY)  ## Lint, format, types, import directions, and limits of files 
 docs: $(READY)  ## Build the docs strictly into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# transformers 4.57 and 5.17 each need an environment of their own (about 2 minutes to set up).
-parity: .venvs/4.57.6/.ready .venvs/5.17.0/.ready $(READY)  ## Compare live with transformers 4.57.6, 5.17.0 and 5.23.0
-	for env in .venvs/4.57.6 .venvs/5.17.0 $(VENV); do \
+# transformers 4.57, 5.17 and 5.23 each need an environment of their own (about 2 minutes to set up).
+PARITY := .venvs/4.57.6 .venvs/5.17.0 .venvs/5.23.0
+parity: $(PARITY:%=%/.ready) $(READY)  ## Compare live with transformers 4.57.6, 5.17.0, 5.23.0 and 5.24.0
+	for env in $(PARITY) $(VENV); do \
 	  PYTHONPATH=src:tests $$env/bin/python -m pytest -q -p no:cacheprovider tests/parity/test_live.py && \
 	  PYTHONPATH=src:tests $$env/bin/python tests/parity/make_goldens.py --check || exit 1; \
 	done
@@ -82,7 +83,7 @@ soak: $(READY)  ## Take 20,000 batches from persistent workers, twice; check mem
 fuzz: $(READY)  ## Damage 20,000 samples; each must give the exact result or an MRopeError (about 3 minutes)
 	PYTHONPATH=src:tests $(BIN)/python -X faulthandler -m fuzz.run
 
-# No set-up: uses the machine's Python and CUDA build of torch, with transformers 5.23 and the cli extra.
+# No set-up: uses the machine's Python and CUDA build of torch, with transformers 5.23 or later and the cli extra.
 cuda:  ## On a machine with a GPU, check the guard, and packing under sdpa, eager and flash attention
 	mkdir -p outputs
 	PYTHONPATH=src:tests $(PYTHON) tests/cuda/check_guard.py outputs/guard.json
@@ -105,6 +106,15 @@ lowest: .venvs/lowest/.ready  ## Run tests with the oldest supported dependencie
 	VIRTUAL_ENV=$(@D) $(@D)/bin/uv pip install --quiet --resolution lowest-direct -e '.[train,plot]' \
 	  'pytest>=8.2' 'pytest-timeout>=2.3' 'hypothesis>=6.100'
 	touch $@
+
+# What a user gets who installs without constraints, except for torch. Made anew each time, since the
+# index changes. Not in CI, where a release of another project would turn it red.
+newest:  ## Run all tests with the newest release of every dependency, torch aside; warnings are allowed
+	$(PYTHON) -m venv --clear .venvs/newest
+	.venvs/newest/bin/pip install --quiet torch==2.13.0
+	.venvs/newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]' torch==2.13.0
+	.venvs/newest/bin/mrope doctor
+	.venvs/newest/bin/pytest -q -n 2 --dist loadscope -p no:cacheprovider -W default
 
 clean:  ## Remove everything that the targets made
 	rm -rf $(VENV) .venvs site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

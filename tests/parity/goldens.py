@@ -22,6 +22,11 @@ BATCHES = 300
 FOLDER = Path(__file__).parent / "data"
 
 
+def golden_file(release: str) -> Path:
+    """Return the file of a release, such as "5.24.0": one for each minor release."""
+    return FOLDER / f"transformers-{'.'.join(release.split('.')[:2])}.json"
+
+
 def golden_batches(family: str, reference: str) -> Iterator[tuple[MRopeSpec, dict[str, Any]]]:
     """Yield the seeded batches of one family and reference, the same on every machine."""
     spec = example_spec(family, reference)

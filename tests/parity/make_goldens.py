@@ -13,7 +13,7 @@ import sys
 import transformers
 
 from mrope.hf.get_rope_index import installed_reference, reference_rope_index
-from parity.goldens import FOLDER, digest, golden_batches
+from parity.goldens import digest, golden_batches, golden_file
 from support.batches import ROWS
 
 
@@ -29,7 +29,7 @@ def main() -> int:
         families[family] = {"inputs": [p[0] for p in pairs], "outputs": [p[1] for p in pairs]}
     golden = {"transformers": transformers.__version__, "families": families}
     text = json.dumps(golden, indent=0) + "\n"
-    file = FOLDER / f"{reference}.json"
+    file = golden_file(transformers.__version__)
     if "--check" not in sys.argv[1:]:
         file.write_text(text, encoding="utf-8")
         print(f"wrote {file}")

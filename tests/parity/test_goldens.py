@@ -7,14 +7,29 @@ import json
 import pytest
 
 from mrope import rope_index
-from parity.goldens import FOLDER, digest, golden_batches
+from mrope.spec import resolve_reference
+from parity.goldens import FOLDER, digest, golden_batches, golden_file
 from support.batches import ROWS
 
 
-@pytest.mark.parametrize(("family", "reference"), ROWS)
-def test_equal_to_the_release(family: str, reference: str) -> None:
-    golden = json.loads((FOLDER / f"{reference}.json").read_text(encoding="utf-8"))
-    assert golden["transformers"].startswith(reference.removeprefix("transformers-"))
+RELEASES = ("4.57.6", "5.17.0", "5.23.0", "5.24.0")
+CASES = [
+    (family, reference, release)
+    for release in RELEASES
+    for family, reference in ROWS
+    if reference == resolve_reference("auto", release)
+]
+
+
+def test_every_file_and_every_reference_is_compared() -> None:
+    assert {golden_file(release) for release in RELEASES} == set(FOLDER.glob("*.json"))
+    assert {(family, reference) for family, reference, _ in CASES} == set(ROWS)
+
+
+@pytest.mark.parametrize(("family", "reference", "release"), CASES)
+def test_equal_to_the_release(family: str, reference: str, release: str) -> None:
+    golden = json.loads(golden_file(release).read_text(encoding="utf-8"))
+    assert golden["transformers"] == release
     expected = golden["families"][family]
     for number, (spec, batch) in enumerate(golden_batches(family, reference)):
         assert digest(batch) == expected["inputs"][number], "the batches changed: make parity"

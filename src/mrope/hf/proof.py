@@ -76,9 +76,10 @@ def prove(feature: str, subject: Any) -> None:
 
 def compare(feature: str, subject: Any) -> Verdict:
     """Return what `prove` judges by, on any release; arguments as there."""
-    key = _key(feature, subject)
-    _proven.add(key)
+    key = None
     try:
+        key = _key(feature, subject)
+        _proven.add(key)
         verdict = _COMPARE[feature](subject)
     except FAILURES as error:
         # The unmodified model raised it, on a small config of ours.
