@@ -11,7 +11,6 @@ from mrope.spec import resolve_reference
 from parity.goldens import FOLDER, digest, golden_batches, golden_file
 from support.batches import ROWS
 
-
 RELEASES = ("4.57.6", "5.17.0", "5.23.0", "5.24.0")
 CASES = [
     (family, reference, release)
