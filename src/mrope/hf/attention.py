@@ -17,7 +17,6 @@ import copy
 import sys
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -368,10 +367,18 @@ def _modelling(layer: Any) -> Any:
     return _module_of_forward(type(layer))
 
 
-# Constant under torch.compile too, which cannot trace the search.
+_MODULES: dict[type, Any] = {}
+
+
+# A constant under torch.compile, which cannot trace the search; it would warn of an lru_cache.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@lru_cache
 def _module_of_forward(layer_class: type) -> Any:
+    if layer_class not in _MODULES:
+        _MODULES[layer_class] = _find_module(layer_class)
+    return _MODULES[layer_class]
+
+
+def _find_module(layer_class: type) -> Any:
     # Not the module of the class: a user's subclass is defined elsewhere, and so is FSDP2's.
     owner = next(one for one in layer_class.__mro__ if "forward" in vars(one))
     return sys.modules[owner.__module__]
