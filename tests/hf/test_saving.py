@@ -1,0 +1,111 @@
+"""Attached models are saved, copied and loaded as plain ones are."""
+
+from __future__ import annotations
+
+import copy
+import io
+import multiprocessing
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import AutoModelForImageTextToText
+
+from hf.test_other_forwards import make_batches
+from mrope.hf import attach, detach, explain_attention
+from mrope.hf.attach import FORWARDS
+from support.models import LIVE_FAMILIES, media_of, tiny_model
+
+FAMILIES = [family for family in LIVE_FAMILIES if family in FORWARDS]
+
+
+def saved_and_loaded(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "torch.save": saved_and_loaded,
+    "pickle": pickled,
+    "deepcopy": copy.deepcopy,
+}
+
+
+@torch.no_grad()
+def logits_of(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    logits: torch.Tensor = model(**batch).logits
+    return logits
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_is_attached_and_runs_on_its_own_weights(family: str, how: str) -> None:
+    plain_batch, batch = make_batches(family, media_of(family)[0], padded=True)
+    model = attach(tiny_model(family))
+    expected = logits_of(model, batch)
+    twin = COPIES[how](model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(logits_of(twin, batch), expected)
+    assert explain_attention(twin) == explain_attention(model)
+    detach(twin)
+    plain = tiny_model(family)
+    assert torch.equal(logits_of(twin, plain_batch), logits_of(plain, plain_batch))
+    assert not [module for module in twin.modules() if "forward" in vars(module)]
+    attach(twin)
+    assert torch.equal(logits_of(twin, batch), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"])
+def test_weights_are_saved_under_the_same_names(family: str, tmp_path: Path) -> None:
+    plain_batch, batch = make_batches(family, media_of(family)[0], padded=True)
+    plain, model = tiny_model(family), attach(tiny_model(family))
+    expected = logits_of(plain, plain_batch)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    other = attach(tiny_model(family, seed=1))
+    other.load_state_dict(plain.state_dict())
+    assert torch.equal(logits_of(other, batch), expected)
+
+    plain.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "attached")
+    names = {file.name for file in (tmp_path / "plain").iterdir()}
+    assert {file.name for file in (tmp_path / "attached").iterdir()} == names
+    for name in names:
+        ours, theirs = (tmp_path / one / name for one in ("attached", "plain"))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "attached").eval()
+    assert torch.equal(logits_of(loaded, plain_batch), expected)
+    assert torch.equal(logits_of(attach(loaded), batch), expected)
+
+
+def load_and_run(data: bytes, batch: dict[str, Any], answer: Any) -> None:
+    logits = logits_of(pickle.loads(data), batch)
+    answer.put(logits.tolist())
+
+
+def test_a_new_process_loads_an_attached_model() -> None:
+    """Nothing that `attach` registered with transformers is there: importing must do it."""
+    _, batch = make_batches("qwen3_vl", {"images": True, "videos": True}, padded=True)
+    model = attach(tiny_model("qwen3_vl"))
+    spawn = multiprocessing.get_context("spawn")
+    answer = spawn.Queue()
+    run: Callable[..., None] = load_and_run
+    process = spawn.Process(target=run, args=(pickle.dumps(model), batch, answer))
+    process.start()
+    logits = torch.tensor(answer.get(timeout=120))
+    process.join()
+    assert process.exitcode == 0
+    assert torch.equal(logits, logits_of(model, batch))
