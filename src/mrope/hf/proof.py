@@ -99,7 +99,7 @@ def _key(feature: str, subject: Any) -> Any:
 def _judge(feature: str, verdict: Verdict) -> None:
     release = f"transformers {references.installed_transformers()}"
     if verdict.equal:
-        _log.info("%s is newer than mrope's tables; compared %s", release, verdict.detail)
+        _log.info("%s is not in the tables of mrope; compared %s", release, verdict.detail)
         return
     known = f"the newest release known to work is {references.describe_known(feature)}"
     if verdict.equal is None and feature == "positions":
