@@ -1,0 +1,174 @@
+"""Attached PEFT models give plain logits: adapters on and off, merged or not, in either order."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+peft = pytest.importorskip("peft")
+
+from hf.test_other_forwards import make_batches
+from mrope.hf import attach, detach, explain_attention
+from mrope.hf.attach import base_model
+from support.models import media_of, tiny_model
+
+# Projections of text and tower, and modules that PEFT copies whole.
+TARGETS = {
+    "qwen2_vl": (["q_proj", "qkv", "proj"], "visual"),
+    "qwen2_5_vl": (["q_proj", "qkv", "proj"], "visual"),
+    "qwen3_vl": (["q_proj", "qkv", "proj"], "visual"),
+    "qwen3_5": (["q_proj", "qkv", "in_proj_qkv"], "visual"),
+    "glm4v": (["q_proj", "qkv", "proj"], "visual"),
+    "paddleocr_vl": (["q_proj", "out_proj", "o_proj"], "projector"),
+}
+FAMILIES = list(TARGETS)
+
+
+def batches_of(family: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    return make_batches(family, media_of(family)[0], padded=True)
+
+
+@torch.no_grad()
+def logits_of(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    logits: torch.Tensor = model(**batch).logits
+    return logits
+
+
+def adapted(model: Any, seed: int = 3, **options: Any) -> Any:
+    """Return a PEFT model whose adapter, and copies of modules, change the logits."""
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(init_lora_weights=False, **options)
+    model = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def in_order(order: str, family: str, **options: Any) -> Any:
+    model = tiny_model(family)
+    if order == "attach first":
+        return adapted(attach(model), **options)
+    return attach(adapted(model, **options))
+
+
+@pytest.mark.parametrize("order", ["attach first", "attach last"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_on_text_and_tower(family: str, order: str) -> None:
+    plain_batch, batch = batches_of(family)
+    targets, _ = TARGETS[family]
+    plain = adapted(tiny_model(family), target_modules=targets)
+    model = in_order(order, family, target_modules=targets)
+    expected, off = logits_of(plain, plain_batch), logits_of(tiny_model(family), plain_batch)
+    assert not torch.allclose(expected, off)
+    torch.testing.assert_close(logits_of(model, batch), expected, rtol=0, atol=2e-6)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits_of(model, batch), off, rtol=0, atol=2e-6)
+
+    for one in (model, plain):
+        one.merge_adapter()
+    merged = logits_of(plain, plain_batch)
+    torch.testing.assert_close(logits_of(model, batch), merged, rtol=0, atol=2e-6)
+    for one in (model, plain):
+        one.unmerge_adapter()
+    unmerged = logits_of(plain, plain_batch)
+    torch.testing.assert_close(logits_of(model, batch), unmerged, rtol=0, atol=2e-6)
+    whole = model.merge_and_unload()
+    torch.testing.assert_close(logits_of(whole, batch), merged, rtol=0, atol=2e-6)
+    torch.testing.assert_close(logits_of(detach(whole), plain_batch), merged, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("order", ["attach first", "attach last"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_copies_of_a_tower_are_attached(family: str, order: str) -> None:
+    plain_batch, batch = batches_of(family)
+    options: dict[str, Any] = {
+        "target_modules": ["q_proj"],
+        "modules_to_save": [TARGETS[family][1]],
+    }
+    plain = adapted(tiny_model(family), **options)
+    model = in_order(order, family, **options)
+    expected, off = logits_of(plain, plain_batch), logits_of(tiny_model(family), plain_batch)
+    assert not torch.allclose(expected, off)
+    torch.testing.assert_close(logits_of(model, batch), expected, rtol=0, atol=2e-6)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits_of(model, batch), off, rtol=0, atol=2e-6)
+    torch.testing.assert_close(logits_of(model, batch), expected, rtol=0, atol=2e-6)
+    twin = copy.deepcopy(model)
+    detach(model)
+    assert not [one for one in model.modules() if "forward" in vars(one)]
+    assert not [one for one in model.modules() if "mrope_attention" in vars(one)]
+    assert torch.equal(logits_of(model, plain_batch), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model, plain_batch), off)
+    torch.testing.assert_close(logits_of(twin, batch), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("copied", ["attn", "blocks.0", "merger", "language_model", "self_attn"])
+@pytest.mark.parametrize("order", ["attach first", "attach last"])
+def test_copies_of_parts_of_a_tower_or_of_the_text_model(order: str, copied: str) -> None:
+    plain_batch, batch = batches_of("qwen3_vl")
+    options: dict[str, Any] = {"target_modules": ["gate_proj"], "modules_to_save": [copied]}
+    if copied == "language_model":
+        options["target_modules"] = ["qkv"]
+    plain = adapted(tiny_model("qwen3_vl"), **options)
+    model = in_order(order, "qwen3_vl", **options)
+    expected, off = logits_of(plain, plain_batch), logits_of(tiny_model("qwen3_vl"), plain_batch)
+    assert not torch.allclose(expected, off)
+    assert torch.equal(logits_of(model, batch), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model, batch), off)
+    assert torch.equal(logits_of(detach(model), plain_batch), expected)
+
+
+def test_copies_of_linear_text_layers_attend_within_segments() -> None:
+    from hf.test_packed_models import ATOL, collator, logits_alone, mixed_examples
+
+    examples = mixed_examples("qwen3_5")
+    options: dict[str, Any] = {"target_modules": ["gate_proj"], "modules_to_save": ["linear_attn"]}
+    plain = adapted(tiny_model("qwen3_5"), **options)
+    model = attach(adapted(tiny_model("qwen3_5"), **options))
+    batch = collator("qwen3_5", packing="flatten")(examples)
+    expected = logits_alone(plain, "qwen3_5", examples)
+    torch.testing.assert_close(logits_of(model, batch)[0], expected, rtol=0, atol=ATOL)
+    with model.disable_adapter(), plain.disable_adapter():
+        expected = logits_alone(plain, "qwen3_5", examples)
+        torch.testing.assert_close(logits_of(model, batch)[0], expected, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "glm4v"])
+def test_a_second_adapter_that_comes_after_attach(family: str) -> None:
+    plain_batch, batch = batches_of(family)
+    options: dict[str, Any] = {"target_modules": ["q_proj", "qkv"], "modules_to_save": ["merger"]}
+    model, plain = (adapted(tiny_model(family), **options) for _ in range(2))
+    attach(model)
+    for one in (model, plain):
+        torch.manual_seed(7)
+        one.add_adapter("second", peft.LoraConfig(init_lora_weights=False, **options))
+    for name in ("second", "default"):
+        for one in (model, plain):
+            one.set_adapter(name)
+            one.eval()
+        assert torch.equal(logits_of(model, batch), logits_of(plain, plain_batch))
+
+
+def test_every_copy_has_the_config_that_its_attention_needs() -> None:
+    """Text layers find the variable-length kernel through their config, a copy of a layer too."""
+    model = attach(
+        adapted(tiny_model("qwen3_vl"), target_modules=["qkv"], modules_to_save=["self_attn"])
+    )
+    if "varlen" not in explain_attention(model):
+        pytest.skip("needs torch 2.10 for the kernel")
+    layers = [
+        one
+        for one in base_model(model).language_model.modules()
+        if type(one).__name__ == "Qwen3VLTextAttention"
+    ]
+    assert len(layers) == 2 * len(base_model(model).language_model.layers)
+    assert {one.config._attn_implementation for one in layers} == {"mrope_varlen"}
+    detach(model)
+    assert {one.config._attn_implementation for one in layers} == {"sdpa"}
