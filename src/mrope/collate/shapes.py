@@ -146,14 +146,15 @@ def flatten_to_rung(
     row = flatten(batch, located, position_ids, options, rung)
     del row["segment_sizes"]
     most = shapes.examples(rung)
+    examples = len(located.stream.row_D)
+    if examples >= most:  # one more is the padding
+        raise MRopeError(
+            f"the batch has {examples} examples, but its rung of shapes.tokens has borders for "
+            f"{most - 1}; give Shapes a smaller tokens_per_example"
+        )
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
-        examples = len(row[name]) - 1
-        if examples > most:
-            raise MRopeError(
-                f"the batch has {examples} examples, but its rung of shapes.tokens has borders for "
-                f"{most}; give Shapes a smaller tokens_per_example"
-            )
-        row[name] = np.append(row[name], np.full(most - examples, rung, np.int32))
+        empty = np.full(most + 1 - len(row[name]), rung, np.int32)
+        row[name] = np.append(row[name], empty)
     return row | {"max_length_q": rung, "max_length_k": rung}
 
 

@@ -1,0 +1,194 @@
+"""Measure a training step of fixed shapes on a GPU: plain, attached, compiled to one graph, captured.
+
+    PYTHONPATH=src:tests python tests/cuda/measure_one_graph.py 2b-mixed8,2b-crops64 [flash] [reduce]
+
+For each config of configs/bench: milliseconds of a step, forward and backward, by CUDA events (median
+of 12 after 3); GPU idle by a trace of 3 further steps; peak memory; losses of two batches. All variants
+run on the same eight batches, collated before. "captured by hand" replays one CUDA graph of the compiled
+step, forward and backward; with `reduce`, torch's own mode="reduce-overhead" is compiled and measured too;
+with `flash`, a plain model under transformers' flash attention path, with torch's kernel.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
+
+from mrope import MRopeCollator
+from mrope.bench.step import covered_length
+from mrope.collate.padding import PaddingCollator
+from mrope.hf import attach, detach, explain_attention
+from mrope.training.config import build_collator, load_config
+from mrope.training.loop import load_run_rows
+from mrope.training.model import build_model
+from mrope.training.step import to_device
+from support.flash import flash_attention
+
+CUDA = torch.device("cuda")
+BATCHES, STEPS, WARM_UP, PROFILED = 8, 12, 3, 3
+OVERRIDES = [f"rope.{key}=true" for key in ("enabled", "vision")]
+OVERRIDES += ["model.attach=true", "dataloader.num_workers=0"]
+Batch = dict[str, Any]
+
+
+def step(run: Any, batch: Batch) -> torch.Tensor:
+    loss: torch.Tensor = run(**batch).loss
+    loss.backward()  # type: ignore[no-untyped-call]
+    for parameter in run.parameters():
+        parameter.grad = None
+    return loss
+
+
+def measure(name: str, one_step: Callable[[int], Any]) -> None:
+    for number in range(WARM_UP):
+        one_step(number)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    marks: list[Any] = []
+    for number in range(STEPS + 1):
+        kind: Any = torch.cuda.Event
+        marks.append(kind(enable_timing=True))
+        marks[-1].record()
+        if number < STEPS:
+            one_step(number)
+    torch.cuda.synchronize()
+    times = sorted(one.elapsed_time(other) for one, other in zip(marks, marks[1:], strict=False))
+    memory = torch.cuda.max_memory_allocated() / 2**30
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for number in range(PROFILED):
+            one_step(number)
+        torch.cuda.synchronize()
+    result: Any = profiler.profiler
+    events = [one for one in result.kineto_results.events() if one.duration_ns()]
+    spans = [
+        (one.start_ns(), one.start_ns() + one.duration_ns())
+        for one in events
+        if one.device_type().name == "CUDA"
+    ]
+    wall = max(end for _, end in spans) - min(start for start, _ in spans)
+    busy = covered_length(spans)
+    print(
+        f"{name:32s} {times[STEPS // 2]:8.1f} ms   idle {100 * (1 - busy / wall):5.2f} %   busy "
+        f"{busy / 1e6 / PROFILED:6.1f} ms   {len(spans) / PROFILED:6.0f} kernels   {memory:.1f} GiB",
+        flush=True,
+    )
+
+
+def measure_case(case: str, options: list[str]) -> None:
+    cfg = load_config(f"configs/bench/{case}.yaml", OVERRIDES)
+    rows: Any = load_run_rows(cfg)
+    torch.manual_seed(0)
+    with CUDA:
+        model: Any = build_model(cfg)
+    fixed: Any = build_collator(cfg)
+    free = MRopeCollator(fixed.inner_collate, fixed.spec, fixed.vision)
+    examples = [[rows[2 * number], rows[2 * number + 1]] for number in range(BATCHES)]
+    plain, whole, same = (
+        [to_device(collate(pair), CUDA) for pair in examples]
+        for collate in (PaddingCollator(), free, fixed)
+    )
+    print(f"\n{case}: {fixed.shapes}", flush=True)
+    measure("plain, sdpa", lambda number: step(model, plain[number % BATCHES]))
+    losses = {"plain": [step(model, batch).item() for batch in plain[:2]]}
+    if "flash" in options:
+        measure_flash(cfg, plain)
+    attach(model)
+    print(explain_attention(model))
+    measure("attached", lambda number: step(model, whole[number % BATCHES]))
+    losses["attached"] = [step(model, batch).item() for batch in whole[:2]]
+    measure("attached, fixed shapes", lambda number: step(model, same[number % BATCHES]))
+    without_sync("attached", lambda: step(model, whole[0]))
+    without_sync("attached, fixed shapes", lambda: step(model, same[0]))
+    before, start = counters["stats"]["unique_graphs"], time.perf_counter()
+    compiled: Any = torch.compile(model, fullgraph=True, dynamic=False)
+    step(compiled, same[0])
+    torch.cuda.synchronize()
+    print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    measure("compiled", lambda number: step(compiled, same[number % BATCHES]))
+    losses["compiled"] = [step(compiled, batch).item() for batch in same[:2]]
+    without_sync("compiled", lambda: step(compiled, same[1]))
+    print(f"graphs for {BATCHES} batches: {counters['stats']['unique_graphs'] - before}")
+    losses["captured by hand"] = measure_capture(compiled, same)
+    if "reduce" in options:
+        torch._dynamo.reset()
+        measure_reduced(model, same)
+    print("losses of two batches:", losses, flush=True)
+    detach(model)
+    torch._dynamo.reset()
+
+
+def without_sync(name: str, one_step: Callable[[], Any]) -> None:
+    torch.cuda.set_sync_debug_mode("error")
+    one_step()
+    torch.cuda.set_sync_debug_mode("default")
+    print(f"no sync by CUDA's own debug mode: {name}", flush=True)
+
+
+def measure_flash(cfg: Any, plain: list[Batch]) -> None:
+    section = cfg.model.model_copy(update={"attn_implementation": "flash_attention_2"})
+    with flash_attention():
+        with CUDA:
+            model: Any = build_model(cfg.model_copy(update={"model": section}))
+        measure("plain, flash path", lambda number: step(model, plain[number % BATCHES]))
+    del model
+    torch.cuda.empty_cache()
+
+
+def measure_capture(run: Any, batches: list[Batch]) -> list[float]:
+    """Replay one graph of forward and backward; return the losses of two batches."""
+    buffers = {
+        name: value.clone() if isinstance(value, torch.Tensor) else value
+        for name, value in batches[0].items()
+    }
+    side: Any = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step(run, buffers)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = run(**buffers).loss
+        loss.backward()
+
+    def replay(number: int) -> None:
+        for name, value in batches[number % BATCHES].items():
+            if isinstance(value, torch.Tensor):
+                buffers[name].copy_(value)
+        graph.replay()
+
+    measure("captured by hand", replay)
+    found = []
+    for number in range(2):
+        replay(number)
+        found.append(loss.item())
+    del graph
+    for parameter in run.parameters():
+        parameter.grad = None
+    torch.cuda.empty_cache()
+    return found
+
+
+def measure_reduced(model: Any, batches: list[Batch]) -> None:
+    reduced: Any = torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead")
+
+    def one_step(number: int) -> None:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        step(reduced, batches[number % BATCHES])
+
+    measure('mode="reduce-overhead"', one_step)
+
+
+if __name__ == "__main__":
+    names = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{torch.cuda.get_device_name()}, {names}, {time.strftime('%Y-%m-%d', time.gmtime())}")
+    for one in sys.argv[1].split(","):
+        measure_case(one, sys.argv[2:])
+        torch.cuda.empty_cache()
