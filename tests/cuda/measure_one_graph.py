@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def measure(name: str, one_step: Callable[[int], Any]) -> None:
         if number < STEPS:
             one_step(number)
     torch.cuda.synchronize()
-    times = sorted(one.elapsed_time(other) for one, other in zip(marks, marks[1:], strict=False))
+    times = sorted(one.elapsed_time(other) for one, other in pairwise(marks))
     memory = torch.cuda.max_memory_allocated() / 2**30
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for number in range(PROFILED):
@@ -99,6 +100,7 @@ def measure_case(case: str, options: list[str]) -> None:
     losses = {"plain": [step(model, batch).item() for batch in plain[:2]]}
     if "flash" in options:
         measure_flash(cfg, plain)
+        torch.cuda.empty_cache()  # of its model
     attach(model)
     print(explain_attention(model))
     measure("attached", lambda number: step(model, whole[number % BATCHES]))
@@ -116,6 +118,7 @@ def measure_case(case: str, options: list[str]) -> None:
     without_sync("compiled", lambda: step(compiled, same[1]))
     print(f"graphs for {BATCHES} batches: {counters['stats']['unique_graphs'] - before}")
     losses["captured by hand"] = measure_capture(compiled, same)
+    torch.cuda.empty_cache()  # of the graph's pool
     if "reduce" in options:
         torch._dynamo.reset()
         measure_reduced(model, same)
@@ -137,8 +140,6 @@ def measure_flash(cfg: Any, plain: list[Batch]) -> None:
         with CUDA:
             model: Any = build_model(cfg.model_copy(update={"model": section}))
         measure("plain, flash path", lambda number: step(model, plain[number % BATCHES]))
-    del model
-    torch.cuda.empty_cache()
 
 
 def measure_capture(run: Any, batches: list[Batch]) -> list[float]:
@@ -147,7 +148,8 @@ def measure_capture(run: Any, batches: list[Batch]) -> list[float]:
         name: value.clone() if isinstance(value, torch.Tensor) else value
         for name, value in batches[0].items()
     }
-    side: Any = torch.cuda.Stream()
+    stream: Any = torch.cuda.Stream
+    side = stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
@@ -169,10 +171,8 @@ def measure_capture(run: Any, batches: list[Batch]) -> list[float]:
     for number in range(2):
         replay(number)
         found.append(loss.item())
-    del graph
     for parameter in run.parameters():
         parameter.grad = None
-    torch.cuda.empty_cache()
     return found
 
 
