@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mrope.collate.batch_inputs import as_batch, read_inputs
+from mrope.collate.decoding import remind_of_rope_deltas
 from mrope.collate.layouts import CheckedBatch, Layout, to_batch_layout
 from mrope.collate.model_tensors import image_and_video_tensors, sound_tensors
 from mrope.collate.options import resolve_option
@@ -38,6 +39,9 @@ class MRopeCollator:
     The collator runs wherever the DataLoader runs it, holds plain data only, pickles, and needs no
     model and no transformers. What it adds is equal to what the model would compute for itself, in
     the release that the spec names, so that the model's forward only reads it.
+
+    To decode tokens from the cache of `model(**batch, use_cache=True)`, `import mrope.hf` first:
+    otherwise an unmodified model ignores `rope_deltas`, and the next token's position is wrong.
 
     Args:
         inner_collate: any collate function that returns a mutable mapping with `input_ids` (B, S):
@@ -156,6 +160,7 @@ class MRopeCollator:
         located = locate(self.spec, inputs)
         position_ids, rope_deltas = position_tensors(self.spec, located)
         check_pixels(self.spec, batch, examples, inputs)
+        remind_of_rope_deltas(batch, rope_deltas)
         _refuse_second_source(batch, "position_ids")
         added: dict[str, Any] = {"position_ids": position_ids, "rope_deltas": rope_deltas}
         if self.shapes is not None:
