@@ -7,6 +7,7 @@ stores nothing: the next token then gets a 1-D position, or one with an earlier 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def keep_rope_deltas() -> None:
 
     def call(self: Any, *args: Any, **inputs: Any) -> Any:
         deltas = inputs.get("rope_deltas")
-        if deltas is not None and _keeps_deltas(self):
+        if deltas is not None and _keeps_deltas(type(self)):
             self.rope_deltas = deltas
         # Module's is looked up at each call: torch.fx replaces it for as long as it traces.
         return (own or torch.nn.Module.__call__)(self, *args, **inputs)
@@ -46,8 +47,13 @@ def drop_rope_deltas() -> None:
         PreTrainedModel.__call__ = call.mrope_own
 
 
-# A constant under torch.compile: read in the graph, the attribute of the last step would be
-# guarded, and the change from None to a tensor would compile the model a second time.
+# A constant under torch.compile. Asked of the instance, the attribute would be guarded, and its
+# change from None to a tensor would compile the model a second time.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _keeps_deltas(model: Any) -> bool:
-    return hasattr(model, "rope_deltas")
+def _keeps_deltas(model_class: type) -> bool:
+    """Whether models of a class set the attribute `rope_deltas` when they are made."""
+    for ancestor in model_class.__mro__:
+        init: Any = inspect.unwrap(vars(ancestor).get("__init__", ancestor))
+        if inspect.isfunction(init) and "rope_deltas" in init.__code__.co_names:
+            return True
+    return False
