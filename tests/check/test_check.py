@@ -99,7 +99,7 @@ def test_a_limit_leaves_the_rest_alone(folder: Folder) -> None:
         (["check", "--model", "{model}", "--dataset", "nowhere"], "data.source: nothing at"),
         (
             ["check", "--model", "{model}", "--dataset", "{model}"],
-            "data.source: cannot read config",
+            "config.json has the columns",
         ),
         (["check", "--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (

@@ -376,8 +376,8 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MRopeError, match="cannot be read"):
         load_run_rows(config("demo", f"data.source={tmp_path}"))
     splits = tmp_path / "splits"
-    datasets.DatasetDict(train=photographs(1)).save_to_disk(str(splits))
-    with pytest.raises(MRopeError, match="holds the splits train; name the folder of one"):
+    datasets.DatasetDict(train=photographs(1), test=photographs(1)).save_to_disk(str(splits))
+    with pytest.raises(MRopeError, match="holds the splits train, test; name one of them"):
         load_run_rows(config("demo", f"data.source={splits}"))
 
 

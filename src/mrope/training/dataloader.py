@@ -21,6 +21,7 @@ from mrope.collate.skip_bad import Indexed
 from mrope.errors import MRopeError
 from mrope.positions.spans import token_types
 from mrope.prepare.sampler import TokenBudgetSampler
+from mrope.training.open_source import open_source, split_source
 from mrope.training.synthetic import SyntheticRows, patch_values
 
 if TYPE_CHECKING:
@@ -190,25 +191,7 @@ def _loader_options(cfg: Config, collate: Collate) -> dict[str, Any]:
 
 
 def _open(section: DataSection) -> datasets.Dataset:
-    import datasets
-
-    path = Path(section.source)
-    try:
-        if path.is_dir():
-            table = datasets.load_from_disk(str(path))
-        elif path.suffix == ".parquet":
-            table = datasets.Dataset.from_parquet(str(path))
-        else:
-            table = datasets.Dataset.from_json(str(path))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise MRopeError(f"data.source: {path} cannot be read: {error}") from error
-    except (IndexError, StopIteration) as error:  # raised for an empty folder, an empty file
-        raise MRopeError(f"data.source: {path} has no rows") from error
-    # `load_from_disk` returns a DatasetDict for a folder of several splits.
-    if not isinstance(table, datasets.Dataset):
-        raise MRopeError(
-            f"data.source: {path} holds the splits {', '.join(table)}; name the folder of one"
-        )
+    table = open_source(section.source)
     return table.select(range(min(section.rows or len(table), len(table))))
 
 
@@ -233,7 +216,7 @@ def row_processing(cfg: Config, spec: MRopeSpec, model_config: Any) -> Processin
     """
     from mrope.training.demo.processing import build_processing
 
-    source = Path(cfg.data.source)
+    source, _ = split_source(cfg.data.source)
     return build_processing(
         spec,
         model_config,

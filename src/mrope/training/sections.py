@@ -23,10 +23,10 @@ from mrope.errors import MRopeError
 from mrope.spec.references import REFERENCES, nearest
 from mrope.spec.spec import MRopeSpec
 from mrope.towers import VisionSpec
+from mrope.training.open_source import DATA_FILES, split_source
 
 DEMO = "demo"
 SYNTHETIC = "synthetic"
-_DATA_FILES = (".parquet", ".jsonl")
 
 
 class ConfigError(MRopeError):
@@ -56,17 +56,18 @@ def _model_config(value: object, info: ValidationInfo) -> object:
 def _data_source(value: str, info: ValidationInfo) -> str:
     if value in (DEMO, SYNTHETIC):
         return value
-    path = Path(_resolved(value, info))
+    source = _resolved(value, info)
+    path, _ = split_source(source)
     if not path.exists():
         raise ValueError(
             f"nothing at {path}; give {DEMO!r}, {SYNTHETIC!r}, or the path of a dataset"
         )
-    if path.is_file() and path.suffix not in _DATA_FILES:
+    if path.is_file() and not path.name.endswith(DATA_FILES):
         raise ValueError(
-            f"cannot read {path.name}; a dataset is a folder written by Dataset.save_to_disk, "
-            f"or a file that ends in {' or '.join(_DATA_FILES)}"
+            f"cannot read {path.name}; a dataset is a folder written by save_to_disk, or a file "
+            f"or folder of files that end in {', '.join(DATA_FILES)}"
         )
-    return str(path)
+    return source
 
 
 def _folder(value: str, info: ValidationInfo) -> str:
@@ -143,7 +144,8 @@ class DataSection(_Section):
 
     Attributes:
         source: "demo" (photographs from packages), "synthetic" (random, to measure with), a folder
-            written by `Dataset.save_to_disk`, a `.parquet` or a `.jsonl` file.
+            written by `save_to_disk`, a Parquet or JSON file, or a folder of such files; with
+            ":train" behind the path, its split of that name.
         shape: of the rows of "synthetic".
         rows: rows of the demo to make; for another source, use only so many of its first rows.
             None: 80 of the demo, all of another source.
