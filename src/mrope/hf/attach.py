@@ -32,8 +32,8 @@ FORWARDS = VISION_FORWARDS | OMNI_FORWARDS
 
 # What `attach` binds to instances; what `detach` may remove.
 _BOUND: set[Any] = {*FORWARDS.values(), tower_forward, mix_by_segment, add_deepstack}
-# Methods of a base model that its attached forward does not call.
-_BYPASSED = ("forward", "get_image_features", "get_video_features", "get_audio_features")
+# Methods of a base model that its attached forward does not call: it calls the towers itself.
+_FEATURES = ("get_image_features", "get_video_features", "get_audio_features")
 _LAYERS = {"visual": (FUSED, OMNI_2_5_VISION, PADDLEOCR), "audio_tower": (AUDIO,)}
 _TEXT_LAYER = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
@@ -55,6 +55,7 @@ def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> 
         model: a `...ForConditionalGeneration`, its base model, or a PEFT model around one. Attach
             before DDP, FSDP or `torch.compile` wrap it.
         strict: raise for a batch with pixels but without precomputed positions and vision tensors,
+            for a replaced `get_image_features` or its like, which an attached model does not call,
             and, under a release of transformers that mrope does not know, compare a small model of
             the class first, plain and attached. False: the model then computes for itself what a
             batch lacks, and syncs; nothing is compared.
@@ -83,7 +84,9 @@ def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> 
                 "mask is decided on the device"
             )
     if strict:
+        # First, as an unknown release may have changed anything: its error says more.
         references.prove_if_unknown("attach", model)
+        _refuse([find_foreign(base, name) for name in _FEATURES])
     base.mrope_strict = strict
     for name, part in _attending_parts(base):
         _attach_attention(name, part, attention)
@@ -120,12 +123,17 @@ def _refuse_replaced(base: Any) -> None:
             f"{type(base).__name__} already has a forward of its own on the instance: it is "
             "attached; detach it first"
         )
-    found = [find_foreign(base, name) for name in _BYPASSED]
+    found = [find_foreign(base)]
     found += [find_foreign(text, "_deepstack_process") for text in _deepstack_models(base)]
     for projector in copies(base.projector) if hasattr(base, "projector") else ():
         found.append(find_foreign(projector))
     # One that was replaced on the class is called for each segment.
     found += [foreign_on_instance(layer) for layer in _linear_layers(base)]
+    _refuse(found)
+
+
+def _refuse(found: list[str | None]) -> None:
+    """Raise for the first method that is described."""
     foreign = [one for one in found if one is not None]
     if foreign:
         raise MRopeError(
