@@ -14,7 +14,8 @@ from mrope.bench.harness import interleaved_medians, one_thread
 from mrope.bench.packing import fitted_exponent, make_examples
 from mrope.bench.positions import Case, make_batch
 from mrope.bench.rivals import RowsOnHost, per_span_rope_index, rope_index_on_device
-from mrope.bench.step import Measured, covered_length, step_table
+from mrope.bench.step import Measured, step_table
+from mrope.bench.trace import covered_length
 from mrope.guard import SyncGuard
 from mrope.spec.spec import example_config
 

@@ -131,7 +131,10 @@ def test_a_batch_of_text_has_a_rung_of_patches() -> None:
     ("rows", "message"),
     [
         ([row([(8, 8)], text=30), row()], "has 52 tokens, above the top rung 32 .* row 0 with"),
-        ([row([(8, 4)], text=0), row([(8, 8)], text=0)], "has 96 patches, above the top rung 64 .* row 1 with 64"),
+        (
+            [row([(8, 4)], text=0), row([(8, 8)], text=0)],
+            "has 96 patches, above the top rung 64 .* row 1 with 64",
+        ),
         ([row([(2, 16)])], "of 32 patches is longer than shapes.longest=16"),
         ([row([(2, 2)] * 13)], "13 images and frames, but its rung .* borders for 12"),
         ([row(text=1)] * 10 + [row(text=0)] * 2, "has 12 examples, but its rung .* borders for 8"),

@@ -23,7 +23,7 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 from mrope import MRopeCollator
-from mrope.bench.step import covered_length
+from mrope.bench.trace import covered_length
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach, detach, explain_attention
 from mrope.training.config import build_collator, load_config

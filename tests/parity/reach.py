@@ -30,7 +30,7 @@ Families = dict[str, dict[str, dict[str, Any]]]
 
 def run_doctor(python: Path, release: str) -> Families | str:
     """Install a release, and return the verdicts under it; or the error that ended the run."""
-    install = [python, "-m", "pip", "install", "--quiet", f"transformers=={release}"]
+    install = [str(python), "-m", "pip", "install", "--quiet", f"transformers=={release}"]
     subprocess.run(install, check=True)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "doctor.json"

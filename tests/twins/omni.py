@@ -174,7 +174,7 @@ def slow_omni_index(spec: MRopeSpec, batch: dict[str, Any]) -> tuple[Any, Any]:
     positions = np.full((3, *ids.shape), 0 if media and not is_old(spec) else 1, number)
     deltas = np.zeros((len(ids), 1), number)
     names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "audio_seqlens")
-    sizes = {name: [] if batch[name] is None else batch[name].tolist() for name in names}
+    sizes = {n: [] if batch[n] is None else np.asarray(batch[n]).tolist() for n in names}
     for row in range(len(ids)):
         where = [col for col in range(ids.shape[1]) if mask is None or mask[row, col]]
         points = number_row(spec, number, ids[row, where].tolist(), sizes)

@@ -6,7 +6,9 @@ The same steps of the same model run in five variants, one after another in one 
 - rows: positions in numpy inside the forward, copied row by row (`rivals.RowsOnHost`);
 - positions: the DataLoader's workers compute the position ids;
 - vision: they compute the vision tower's tensors too;
-- attached: as vision, and the patched forward reads every tensor from the batch.
+- attached: as vision, and the patched forward reads every tensor from the batch;
+- compiled, captured: as attached, with fixed shapes, as one compiled graph, and replayed as CUDA
+  graphs (`mode="reduce-overhead"`). Only of configs with `rope.shapes`.
 
 Host time: from the call of the forward until it returns, starting with an idle device. Step time:
 from one step, forward and backward, to the next; the benchmark adds no sync in between. Syncs are
@@ -20,8 +22,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,7 @@ from mrope.bench.harness import (
     write_json,
 )
 from mrope.bench.rivals import RowsOnHost, rope_index_on_device
+from mrope.bench.trace import profile_steps
 from mrope.collate.padding import PaddingCollator
 from mrope.guard import SyncGuard
 from mrope.hf import attach, detach
@@ -50,6 +54,7 @@ from mrope.training.sections import Config
 from mrope.training.step import endless, finish, guarded_step, to_device
 
 VARIANTS = ("plain", "rows", "positions", "vision", "attached")
+_MODES = {"compiled": None, "captured": "reduce-overhead"}
 _WARM_UP = 3
 _PROFILED = 3
 _FOLDERS = re.compile(r"^.*/(?=site-packages/|src/mrope/)")
@@ -132,9 +137,10 @@ def _measure_case(cfg: Config, steps: int) -> dict[str, Any]:
     with where:  # initialising large models on the CPU takes minutes
         model = build_model(cfg)
     case = {}
-    for variant in VARIANTS:
-        with _prepared(cfg, model, variant) as prepared:
-            case[variant] = _measure(prepared, model, rows, where, steps).summary()
+    fixed = () if cfg.rope.shapes is None else tuple(_MODES)
+    for variant in (*VARIANTS, *fixed):
+        with _prepared(cfg, model, variant) as (prepared, run):
+            case[variant] = _measure(prepared, model, run, rows, where, steps).summary()
     return case
 
 
@@ -150,44 +156,55 @@ def _measure_on_device(cfg: Config) -> dict[str, float]:
 
 
 @contextmanager
-def _prepared(cfg: Config, model: torch.nn.Module, variant: str) -> Iterator[Config]:
-    """Patch the model for a variant within the block, and yield the config of its collator."""
-    rope = {
+def _prepared(cfg: Config, model: torch.nn.Module, variant: str) -> Iterator[tuple[Config, Any]]:
+    """Patch the model for a variant within the block.
+
+    Yields the config of its collator, and what the step calls: the model, or a compiled one.
+    """
+    attached = variant == "attached" or variant in _MODES
+    rope: dict[str, Any] = {
         "enabled": variant not in ("plain", "rows"),
-        "vision": variant in ("vision", "attached"),
+        "vision": variant == "vision" or attached,
+        "shapes": cfg.rope.shapes if variant in _MODES else None,
     }
     section = cfg.rope.model_copy(update=rope)
     base = base_model(model)
-    if variant == "attached":
+    run: Any = model
+    if attached:
         attach(model)
     elif variant == "rows":
         base.get_rope_index = RowsOnHost(cfg.spec())
+    if variant in _MODES:
+        run = torch.compile(model, fullgraph=True, dynamic=False, mode=_MODES[variant])
     try:
-        yield cfg.model_copy(update={"rope": section})
+        yield cfg.model_copy(update={"rope": section}), run
     finally:
-        if variant == "attached":
+        if attached:
             detach(model)
         elif variant == "rows":
             del base.get_rope_index
 
 
 def _measure(
-    cfg: Config, model: torch.nn.Module, rows: RowDataset, where: torch.device, steps: int
+    cfg: Config, model: Any, run: Any, rows: RowDataset, where: torch.device, steps: int
 ) -> Measured:
+    """Measure a variant: `run` is what its step calls, and syncs are found in `model`."""
     measured = Measured()
     loader = make_loader(cfg, rows, build_collator(cfg))
     batches = (to_device(batch, where) for batch, _ in endless(loader))
     # The first steps load kernels and fill the allocator.
     for batch in islice(batches, _WARM_UP):
-        _step(model, batch)
-    with _stage_in_forward(model) as stopwatch:
+        _step(run, batch)
+    # A compiled graph has no functions left to time, and would be compiled anew for the wrappers.
+    timed = _stage_in_forward(model) if run is model else nullcontext(_Stopwatch())
+    with timed as stopwatch:
         for batch in islice(batches, max(2, steps // 4)):
             stopwatch.seconds = 0.0
-            host, loss = _host_time(model, batch, where)
+            host, loss = _host_time(run, batch, where)
             measured.host.append(host)
             measured.stage.append(stopwatch.seconds)
             measured.loss.append(loss)
-    measured.step = _step_times(model, islice(batches, steps + 1), where)
+    measured.step = _step_times(run, islice(batches, steps + 1), where)
     batch = next(batches)
     measured.batch_bytes = sum(
         value.nbytes for value in batch.values() if isinstance(value, torch.Tensor)
@@ -199,7 +216,7 @@ def _measure(
             _step(model, batch)
         measured.passed_error_mode = True
     if where.type == "cuda":
-        measured.device = _profile(model, islice(batches, _PROFILED))
+        measured.device = profile_steps(partial(_step, run), islice(batches, _PROFILED))
     return measured
 
 
@@ -245,45 +262,9 @@ def _mark(where: torch.device) -> Any:
 
 
 def _step(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
+    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
     model.zero_grad()
     model(**batch).loss.backward()
-
-
-def _profile(model: torch.nn.Module, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
-    """Profile a few steps on CUDA; return idle share, busy time, kernels and copies per step."""
-    from torch.profiler import ProfilerActivity, profile
-
-    ready = list(batches)
-    torch.cuda.synchronize()
-    # Without ProfilerActivity.CPU, whose records would slow the host down.
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for batch in ready:
-            _step(model, batch)
-        torch.cuda.synchronize()
-    result: Any = profiler.profiler
-    events = [one for one in result.kineto_results.events() if one.duration_ns()]
-    on_device = [one for one in events if one.device_type().name == "CUDA"]
-    spans = [(one.start_ns(), one.start_ns() + one.duration_ns()) for one in on_device]
-    # Kernels of several streams overlap, so that their durations must not be added up.
-    busy = covered_length(spans)
-    wall = max(end for _, end in spans) - min(start for start, _ in spans)
-    copies = sum(one.name().startswith("Memcpy HtoD") for one in on_device)
-    return {
-        "gpu_idle_share": 1 - busy / wall,
-        "gpu_busy_ms": busy / 1e6 / len(ready),
-        "profiled_step_ms": wall / 1e6 / len(ready),
-        "kernels_per_step": len(spans) / len(ready),
-        "copies_in_step": copies / len(ready),
-    }
-
-
-def covered_length(spans: list[tuple[int, int]]) -> float:
-    """Return the length of a union of intervals: of (0, 2), (1, 3) and (5, 6) it is 4."""
-    covered, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        covered += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return covered
 
 
 @dataclass
@@ -381,10 +362,11 @@ def plot_cases(cases: Mapping[str, Any], file: Path) -> None:
     size = (4 * columns, 3.6 * rows)
     with figure_file(file, size, rows, columns, squeeze=False) as (figure, axes):
         for axis, (name, case) in zip(axes.flat, cases.items(), strict=False):
-            steps = [case[variant]["step_ms"] for variant in VARIANTS]
-            hosts = [case[variant]["host_ms"] for variant in VARIANTS]
-            axis.bar(VARIANTS, steps, color="#c6d3e8", label="step")
-            axis.bar(VARIANTS, hosts, width=0.45, color="#2f5d9b", label="host in forward")
+            variants = list(case)
+            steps = [case[variant]["step_ms"] for variant in variants]
+            hosts = [case[variant]["host_ms"] for variant in variants]
+            axis.bar(variants, steps, color="#c6d3e8", label="step")
+            axis.bar(variants, hosts, width=0.45, color="#2f5d9b", label="host in forward")
             axis.set(title=name, ylabel="milliseconds")
             axis.tick_params(axis="x", rotation=30)
         handles = axes[0][0].get_legend_handles_labels()

@@ -1,0 +1,182 @@
+"""Fixed shapes: one graph for each pair of rungs, losses of the unmodified model, and padding without effect."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mrope import MRopeCollator, VisionSpec
+from mrope.collate.padding import PaddingCollator
+from mrope.collate.shapes import Shapes
+from mrope.hf import attach, detach, explain_attention
+from support.models import media_of, model_config, tiny_examples, tiny_model, tiny_spec
+
+SHAPES = Shapes(
+    tokens=(128, 256), patches=(128, 512), longest=128, patches_per_segment=8, tokens_per_example=8
+)
+PADDED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "paddleocr_vl")
+FLATTENED = ("qwen2_5_vl", "qwen3_vl")
+CASES = [*((one, None) for one in PADDED), *((one, "flatten") for one in FLATTENED)]
+ALONE = {"images": False, "videos": False}
+
+
+def examples_of(family: str, seed: int = 0, **media: bool) -> list[dict[str, Any]]:
+    examples = tiny_examples(family, seed=seed, **(media or media_of(family)[0]))
+    for example in examples:
+        example["labels"] = torch.as_tensor(example["input_ids"]).clone()
+    return examples
+
+
+def collate(family: str, examples: Any, packing: Any, shapes: Shapes | None) -> dict[str, Any]:
+    vision = VisionSpec.from_config(model_config(family))
+    collator = MRopeCollator(None, tiny_spec(family), vision, packing=packing, shapes=shapes)
+    batch: dict[str, Any] = collator(copy.deepcopy(examples))
+    return batch
+
+
+def step(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss: Any = model(**batch).loss
+    loss.backward()
+    return loss.detach(), {name: one.grad for name, one in model.named_parameters()}
+
+
+def unmodified_loss(model: Any, family: str, examples: Any) -> torch.Tensor:
+    """The loss of a plain model on a padded batch of the same examples."""
+    batch = PaddingCollator()(copy.deepcopy(examples))
+    with torch.no_grad():
+        loss: torch.Tensor = model(**batch).loss
+    return loss
+
+
+@pytest.mark.parametrize(("family", "packing"), CASES)
+@pytest.mark.parametrize("text_alone", [False, True])
+def test_loss_and_gradients_are_those_without_padding(
+    family: str, packing: Any, text_alone: bool
+) -> None:
+    examples = examples_of(family, **(ALONE if text_alone else {}))
+    model: Any = attach(tiny_model(family).train())
+    want, wanted = step(model, collate(family, examples, packing, None))
+    batch = collate(family, examples, packing, SHAPES)
+    # Whatever stands in the padding reaches neither loss nor gradients.
+    used = (
+        int(batch["vision_feature_mask"].sum()) * model.config.vision_config.spatial_merge_size**2
+    )
+    batch["pixel_values"][used:] = 3 * torch.randn_like(batch["pixel_values"][used:])
+    loss, grads = step(model, batch)
+    assert (loss - want).abs() < 1e-5
+    for name, grad in grads.items():
+        assert grad is not None, name
+        expected = torch.zeros_like(grad) if wanted[name] is None else wanted[name]
+        assert torch.allclose(grad, expected, atol=2e-6), name
+        assert not text_alone or "visual" not in name or not grad.any()
+
+
+def test_garbage_that_is_gathered_would_be_seen() -> None:
+    model: Any = attach(tiny_model("qwen3_vl").train())
+    batch = collate("qwen3_vl", examples_of("qwen3_vl"), None, SHAPES)
+    before, _ = step(model, dict(batch))
+    batch["vision_feature_mask"][0, -1] = True
+    batch["labels"][0, -1] = 5
+    assert (step(model, batch)[0] - before).abs() > 1e-5
+
+
+@contextmanager
+def fresh_dynamo() -> Iterator[Any]:
+    """Count graphs from 0. Guards of the attached model of an earlier test do not reach in."""
+    reset: Any = torch._dynamo.reset
+    reset()
+    counters.clear()
+    yield counters
+    reset()
+
+
+def test_two_hundred_batches_share_as_many_graphs_as_rungs() -> None:
+    family = "qwen3_vl"
+    plain, model = tiny_model(family).train(), attach(tiny_model(family).train())
+    compiled: Any = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    with fresh_dynamo() as counted, torch.inference_mode():
+        for seed in range(200):
+            media = {"images": seed % 3 != 0, "videos": seed % 2 == 0}
+            examples = examples_of(family, seed, **media)[: 1 + (seed % 2)]
+            examples += examples_of(family, seed, **ALONE)[: 2 - len(examples)]
+            loss = compiled(**collate(family, examples, None, SHAPES)).loss
+            assert (loss - unmodified_loss(plain, family, examples)).abs() < 1e-5
+        assert counted["stats"]["unique_graphs"] <= 4
+        assert not counted["graph_break"]
+
+
+# torch raises it while it traces the vmap of a packed mask.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_flattened_batches_share_graphs() -> None:
+    model = attach(tiny_model("qwen2_5_vl").train())
+    compiled: Any = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    with fresh_dynamo() as counted, torch.inference_mode():
+        for seed in range(12):
+            batch = collate("qwen2_5_vl", examples_of("qwen2_5_vl", seed), "flatten", SHAPES)
+            assert (compiled(**dict(batch)).loss - model(**batch).loss).abs() < 1e-5
+        assert counted["stats"]["unique_graphs"] <= 4
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_forward_and_backward_compile_to_one_graph(family: str) -> None:
+    model: Any = attach(tiny_model(family).train())
+    compiled: Any = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    with fresh_dynamo() as counted:
+        for seed in range(2):
+            batch = collate(family, examples_of(family, seed), None, SHAPES)
+            want, wanted = step(model, dict(batch))
+            loss, grads = step(compiled, dict(batch))
+            assert (loss - want).abs() < 1e-5
+            for one, other in zip(grads.values(), wanted.values(), strict=True):
+                assert torch.allclose(one, other, atol=2e-6)
+        assert counted["stats"]["unique_graphs"] <= 2
+
+
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what a forward dispatches."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("images", [1, 6])
+def test_as_many_operators_for_any_number_of_images(images: int) -> None:
+    def count(examples: Any) -> int:
+        batch = collate("qwen3_vl", examples, None, SHAPES)
+        mode: Any = Operators
+        with mode() as operators:
+            model(**batch)
+        return int(operators.count)
+
+    model = attach(tiny_model("qwen3_vl"))
+    spec = tiny_spec("qwen3_vl")
+    ids = [7]
+    for _ in range(images):
+        ids += [spec.vision_start_token_id, spec.image_token_id]
+    dim = VisionSpec.from_config(model_config("qwen3_vl")).patch_shape
+    assert dim is not None
+    many = {
+        "input_ids": torch.tensor([*ids, 9]),
+        "image_grid_thw": torch.tensor([[1, 2, 2]] * images),
+        "pixel_values": torch.randn(4 * images, *dim),
+    }
+    assert count([many]) == count([{"input_ids": torch.tensor([7, 8, 9])}])
+
+
+def test_what_was_chosen_is_said() -> None:
+    model = attach(tiny_model("qwen3_vl"))
+    assert "Qwen3VLVisionModel: varlen, in half precision on CUDA" in explain_attention(model)
+    detach(model)
+    attach(model, attention="segments")
+    assert explain_attention(model).count("segments, as attach was told") == 2
