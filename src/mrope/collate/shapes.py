@@ -34,7 +34,7 @@ _PIXELS = ("pixel_values", "pixel_values_videos")
 
 @dataclass(frozen=True)
 class Shapes:
-    """A ladder of shapes: `MRopeCollator(shapes=Shapes(...))`; `Shapes.fit` proposes one.
+    """A ladder of shapes: `MRopeCollator(shapes=Shapes(...))`; `fit_ladder` proposes one.
 
     Plain data: it pickles. A batch takes the first rung that holds it, of each kind; so there are
     `len(tokens) * len(patches)` shapes at most, and as many graphs.
