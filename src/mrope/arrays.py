@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -68,4 +68,7 @@ def as_grid(name: str, grid_thw: npt.ArrayLike | None) -> npt.NDArray[np.int64]:
         if array.shape == (0,):
             return _NO_GRID
         raise MRopeError(f"{name} must have shape (N, 3), not {array.shape}")
-    return array.astype(np.int64, copy=False)
+    if array.dtype != np.int64:
+        return array.astype(np.int64)
+    # Not `astype(copy=False)`: on a short batch a call of numpy costs as much as its arithmetic.
+    return cast("npt.NDArray[np.int64]", array)
