@@ -140,6 +140,38 @@ def test_forward_and_backward_compile_to_one_graph(family: str) -> None:
         assert counted["stats"]["unique_graphs"] <= 2
 
 
+def checkpointed() -> Any:
+    model: Any = attach(tiny_model("qwen3_vl").train())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def with_lora() -> Any:
+    peft = pytest.importorskip("peft")
+    targets = peft.LoraConfig(target_modules=["q_proj", "v_proj", "qkv"])
+    return attach(peft.get_peft_model(tiny_model("qwen3_vl").train(), targets))
+
+
+def under_autocast() -> Any:
+    return attach(tiny_model("qwen3_vl").train())
+
+
+@pytest.mark.parametrize("make", [checkpointed, with_lora, under_autocast])
+def test_one_graph_for_checkpointing_peft_and_autocast(make: Any) -> None:
+    model = make()
+    compiled: Any = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    half = make is under_autocast
+    with fresh_dynamo() as counted:
+        for seed in range(2):
+            batch = collate("qwen3_vl", examples_of("qwen3_vl", seed), None, SHAPES)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                want = model(**dict(batch)).loss
+                loss: Any = compiled(**dict(batch)).loss
+            loss.backward()
+            assert (loss - want).abs() < (2e-2 if half else 1e-5)
+        assert counted["stats"]["unique_graphs"] <= 2
+
+
 class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what a forward dispatches."""
 

@@ -170,7 +170,8 @@ def pad_to_rung(
     model's kernels need no mask then.
 
     Returns:
-        `position_ids` (3, B, rung), 0 at what was added.
+        `position_ids` (3, B, rung), 0 at what was added, and `use_cache` False: a training step
+        needs no cache, and gradient checkpointing would break the graph to say so.
 
     Raises:
         MRopeError: above the top rung, or padding that is not on the right.
@@ -193,7 +194,7 @@ def pad_to_rung(
         batch[name] = wide
     wide_ids = np.zeros((*position_ids.shape[:2], rung), position_ids.dtype)
     wide_ids[:, :, :width] = position_ids
-    return {"position_ids": wide_ids}
+    return {"position_ids": wide_ids, "use_cache": False}
 
 
 def fixed_vision_tensors(
