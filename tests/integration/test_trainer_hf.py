@@ -13,9 +13,13 @@ import datasets
 import pytest
 import torch
 import transformers
+from torch._dynamo.utils import counters
 
 from integration.common import BATCH, STEPS, assert_equal_losses, collator, prepared, rows
 from mrope.collate.collator import Collate
+from mrope.collate.shapes import Shapes
+from mrope.hf import attach
+from support.models import tiny_examples, tiny_model
 
 Rows = list[dict[str, Any]]
 
@@ -102,3 +106,32 @@ def test_seconds_are_read_by_their_model_s_own_name(kept: bool, tmp_path: Path) 
     found = first_batch(family, renamed, tmp_path, **options)
     wanted = first_batch(family, examples, tmp_path)
     assert torch.equal(found["position_ids"], wanted["position_ids"]) == kept
+
+
+def test_torch_compile_of_the_trainer_makes_one_graph(tmp_path: Path) -> None:
+    """Batches with and without images and clips, a ladder of one rung each: one graph, equal losses."""
+    family = "qwen3_vl"
+    examples = [
+        {**example, "labels": torch.as_tensor(example["input_ids"]).clone()}
+        for seed in range(6)
+        for example in tiny_examples(family, seed=seed, images=seed % 2 == 0, videos=seed % 3 == 0)
+    ][:16]
+    shapes = Shapes(
+        tokens=(128,), patches=(256,), longest=128, patches_per_segment=8, tokens_per_example=8
+    )
+
+    def train(**options: Any) -> list[float]:
+        model = attach(tiny_model(family).train())
+        collate = collator(family, shapes=shapes)
+        # An incomplete last batch would have another shape.
+        options |= {"remove_unused_columns": False, "dataloader_drop_last": True}
+        run = trainer(model, collate, examples, tmp_path, **options)
+        run.train()
+        return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+    eager = train()
+    counters.clear()
+    compiled = train(torch_compile=True, torch_compile_backend="eager")
+    assert compiled == pytest.approx(eager, abs=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
