@@ -185,6 +185,7 @@ def test_the_batch_is_not_written_to_and_the_stage_pickles() -> None:
         ({}, {"rank": 0, "world_size": 0}, "world_size=0"),
         ({}, {"scheme": "ring"}, "scheme must be 'contiguous' or 'zigzag', not 'ring'"),
         ({"position_ids": None}, {}, "without position_ids: .* MRopeCollator"),
+        ({"vision_feature_index": torch.ones(1)}, {}, "does not take batches of fixed shapes"),
         ({"batch_first": torch.ones(1)}, {}, r"call to_model_layout\(batch\) first"),
     ],
 )

@@ -165,6 +165,11 @@ def _check(batch: Mapping[str, Any], rank: int, world_size: int, scheme: str) ->
             f"cannot shard a batch without {lacking[0]}: positions depend on the whole "
             "sequence, so apply a MRopeCollator first"
         )
+    if "vision_feature_index" in batch:
+        raise MRopeError(
+            "shard_sequence does not take batches of fixed shapes: their features are gathered by "
+            "the tokens of the whole row; leave out MRopeCollator(shapes=...)"
+        )
     if BATCH_FIRST in batch:
         raise MRopeError("shard_sequence takes model layout; call to_model_layout(batch) first")
 
