@@ -313,7 +313,10 @@ def _run_text_model(
         return outputs
     # Images and clips of fixed shapes come out of one tower call.
     named = {"image" if name == "vision" else name: tower for name, tower in encoded.items()}
-    return multimodal(**outputs, **{f"{name}_outputs": tower for name, tower in named.items()})
+    own = {f"{name}_outputs": tower for name, tower in named.items()}
+    own["rope_deltas"] = self.rope_deltas
+    fields = multimodal.__dataclass_fields__
+    return multimodal(**outputs, **{name: one for name, one in own.items() if name in fields})
 
 
 _OUTPUTS: dict[type, Any] = {}
@@ -322,9 +325,10 @@ _OUTPUTS: dict[type, Any] = {}
 # A constant under torch.compile, which cannot trace `inspect`; it would warn of an lru_cache.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _multimodal_output(model_class: type) -> Any:
-    """Return the class of a base model's output if it has fields for the towers' outputs.
+    """Return the class of a base model's output if it has fields that the text model's has not.
 
-    None where the model returns the text model's output as it is, as before transformers 5.24.
+    Since transformers 5.24 it holds the towers' outputs, up to 5.22 `rope_deltas`; None where the
+    model returns the text model's output as it is.
     """
     if model_class not in _OUTPUTS:
         _OUTPUTS[model_class] = _find_output(model_class)
@@ -337,7 +341,7 @@ def _find_output(model_class: type) -> Any:
         # By the names in its code: in 5.24 the annotation of some families is another class.
         for name in forward.__code__.co_names if inspect.isfunction(forward) else ():
             output = forward.__globals__.get(name)
-            if "image_outputs" in getattr(output, "__dataclass_fields__", {}):
+            if {"image_outputs", "rope_deltas"} & {*getattr(output, "__dataclass_fields__", ())}:
                 return output
     return None
 
