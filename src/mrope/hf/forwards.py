@@ -315,11 +315,13 @@ def _run_text_model(
     named = {"image" if name == "vision" else name: tower for name, tower in encoded.items()}
     own = {f"{name}_outputs": tower for name, tower in named.items()}
     own["rope_deltas"] = self.rope_deltas
-    fields = multimodal.__dataclass_fields__
-    return multimodal(**outputs, **{name: one for name, one in own.items() if name in fields})
+    for name in _unknown_fields(type(self)):
+        own.pop(name, None)
+    return multimodal(**outputs, **own)
 
 
 _OUTPUTS: dict[type, Any] = {}
+_ADDED_FIELDS = ("image_outputs", "video_outputs", "rope_deltas")
 
 
 # A constant under torch.compile, which cannot trace `inspect`; it would warn of an lru_cache.
@@ -333,6 +335,13 @@ def _multimodal_output(model_class: type) -> Any:
     if model_class not in _OUTPUTS:
         _OUTPUTS[model_class] = _find_output(model_class)
     return _OUTPUTS[model_class]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _unknown_fields(model_class: type) -> tuple[str, ...]:
+    """Return which of the fields that a base model may add its output class does not have."""
+    fields = _multimodal_output(model_class).__dataclass_fields__
+    return tuple(name for name in _ADDED_FIELDS if name not in fields)
 
 
 def _find_output(model_class: type) -> Any:
