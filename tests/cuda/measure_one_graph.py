@@ -20,10 +20,9 @@ from typing import Any
 import torch
 import transformers
 from torch._dynamo.utils import counters
-from torch.profiler import ProfilerActivity, profile
 
 from mrope import MRopeCollator
-from mrope.bench.trace import covered_length
+from mrope.bench.trace import profile_steps
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach, detach, explain_attention
 from mrope.training.config import build_collator, load_config
@@ -62,22 +61,11 @@ def measure(name: str, one_step: Callable[[int], Any]) -> None:
     torch.cuda.synchronize()
     times = sorted(one.elapsed_time(other) for one, other in pairwise(marks))
     memory = torch.cuda.max_memory_allocated() / 2**30
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for number in range(PROFILED):
-            one_step(number)
-        torch.cuda.synchronize()
-    result: Any = profiler.profiler
-    events = [one for one in result.kineto_results.events() if one.duration_ns()]
-    spans = [
-        (one.start_ns(), one.start_ns() + one.duration_ns())
-        for one in events
-        if one.device_type().name == "CUDA"
-    ]
-    wall = max(end for _, end in spans) - min(start for start, _ in spans)
-    busy = covered_length(spans)
+    trace = profile_steps(one_step, range(PROFILED))
     print(
-        f"{name:32s} {times[STEPS // 2]:8.1f} ms   idle {100 * (1 - busy / wall):5.2f} %   busy "
-        f"{busy / 1e6 / PROFILED:6.1f} ms   {len(spans) / PROFILED:6.0f} kernels   {memory:.1f} GiB",
+        f"{name:32s} {times[STEPS // 2]:8.1f} ms   idle {100 * trace['gpu_idle_share']:5.2f} %   "
+        f"busy {trace['gpu_busy_ms']:6.1f} ms   {trace['kernels_per_step']:6.0f} kernels   "
+        f"{memory:.1f} GiB",
         flush=True,
     )
 

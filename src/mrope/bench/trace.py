@@ -8,9 +8,7 @@ from typing import Any
 import torch
 
 
-def profile_steps(
-    step: Callable[[dict[str, Any]], None], batches: Iterable[dict[str, Any]]
-) -> dict[str, float]:
+def profile_steps(step: Callable[[Any], Any], batches: Iterable[Any]) -> dict[str, float]:
     """Profile a step of each batch; return idle share, busy time, kernels and copies per step."""
     from torch.profiler import ProfilerActivity, profile
 

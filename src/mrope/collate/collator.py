@@ -192,7 +192,6 @@ class MRopeCollator:
             added = flatten_to_rung(batch, located, position_ids, self.packing, self.shapes)
         width = added["position_ids"].shape[-1]
         fixed = fixed_vision_tensors(self.vision, located, batch, self.shapes, width)
-        batch.pop("pixel_values", None)
         return added | fixed | {"has_padding": False}
 
     def __repr__(self) -> str:
