@@ -5,10 +5,8 @@ Each command imports its modules when it runs, so that `mrope explain` works wit
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +18,19 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from missing
 
 from mrope import __version__
+from mrope.cli.bench import bench_app
+from mrope.cli.options import (
+    ConfigFile,
+    DatasetName,
+    JsonFile,
+    ModelName,
+    Overrides,
+    PlotFile,
+    ReferenceName,
+    RunConfig,
+    as_page,
+    split_words,
+)
 from mrope.errors import MRopeError
 
 if TYPE_CHECKING:
@@ -48,73 +59,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench_app = typer.Typer(help="Run a benchmark; save JSON or a plot.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
-
-
-def _in_a_folder(file: Path | None) -> Path | None:
-    """Require the folder of an output file to exist, before a long run starts."""
-    if file is not None and not file.parent.is_dir():
-        raise typer.BadParameter(f"no folder {file.parent}")
-    return file
-
-
-def _as_page(file: Path | None) -> Path | None:
-    if file is not None:
-        importlib.import_module("jinja2")
-    return _in_a_folder(file)
-
-
-def _plottable(file: Path | None) -> Path | None:
-    if file is not None:
-        importlib.import_module("matplotlib")
-    return _in_a_folder(file)
-
-
-class Device(str, Enum):
-    """Device of `mrope bench step`."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Training config (YAML).")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config values to override.")
-]
-JsonFile = Annotated[
-    Path | None,
-    typer.Option("--json", metavar="FILE", callback=_in_a_folder, help="Write the result as JSON."),
-]
-PlotFile = Annotated[
-    Path | None,
-    typer.Option("--plot", metavar="FILE.png", callback=_plottable, help="Save a plot."),
-]
-Repeats = Annotated[
-    int, typer.Option(min=1, help="Interleaved rounds; published figures take 15 or more.")
-]
-ReferenceName = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="transformers release to follow; auto: the installed one."),
-]
-ModelName = Annotated[
-    str | None,
-    typer.Option("--model", metavar="FOLDER_OR_CONFIG", help="Model folder, or its config.json."),
-]
-DatasetName = Annotated[
-    str | None,
-    typer.Option(
-        "--dataset", metavar="PATH", help="Dataset, in any form that data.source of a config takes."
-    ),
-]
-RunConfig = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", metavar="CONFIG", help="Training config (YAML) for all other settings."
-    ),
-]
-Quick = Annotated[bool, typer.Option("--quick", help="Run only the smallest cases.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -197,7 +142,7 @@ def check(
     report_file: Annotated[
         Path | None,
         typer.Option(
-            "--report", metavar="FILE.html", callback=_as_page, help="Write an HTML report."
+            "--report", metavar="FILE.html", callback=as_page, help="Write an HTML report."
         ),
     ] = None,
 ) -> None:
@@ -280,87 +225,6 @@ def _explain_row(
     return explain_row(check_config(config, model, dataset, reference=reference), row)
 
 
-@bench_app.command()
-def positions(
-    json_file: JsonFile = None,
-    plot_file: PlotFile = None,
-    repeats: Repeats = 15,
-    quick: Quick = False,
-) -> None:
-    """Time position ids against transformers, a loop over spans, and a copy of the output."""
-    from mrope.bench.positions import bench_positions
-
-    bench_positions(repeats, quick, json_file, plot_file)
-
-
-@bench_app.command()
-def vision(
-    json_file: JsonFile = None,
-    plot_file: PlotFile = None,
-    repeats: Repeats = 15,
-    quick: Quick = False,
-) -> None:
-    """Time vision tensors against transformers and a copy of the output."""
-    from mrope.bench.vision import bench_vision
-
-    bench_vision(repeats, quick, json_file, plot_file)
-
-
-@bench_app.command()
-def packing(
-    json_file: JsonFile = None,
-    plot_file: PlotFile = None,
-    repeats: Repeats = 15,
-    quick: Quick = False,
-) -> None:
-    """Time the stage on padded and on flattened batches of 2k to 128k tokens."""
-    from mrope.bench.packing import bench_packing
-
-    bench_packing(repeats, quick, json_file, plot_file)
-
-
-@bench_app.command()
-def omni(json_file: JsonFile = None, repeats: Repeats = 15) -> None:
-    """Time position ids of videos with audio (Omni) against transformers."""
-    from mrope.bench.omni import bench_omni
-
-    bench_omni(repeats, json_file)
-
-
-@bench_app.command()
-def step(
-    words: Annotated[
-        list[str],
-        typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="Training configs, and overrides."),
-    ],
-    device: Annotated[Device, typer.Option(help="auto: CUDA if available.")] = Device.auto,
-    steps: Annotated[int, typer.Option(min=2, help="Timed steps after a warm-up.")] = 20,
-    json_file: JsonFile = None,
-    plot_file: PlotFile = None,
-) -> None:
-    """Time training steps of a model with and without the stage, and attached."""
-    configs, overrides = _split(words)
-    if not configs:
-        raise typer.BadParameter("give at least one CONFIG")
-    from mrope.bench.step import bench_step
-
-    bench_step(configs, overrides, device.value, steps, json_file, plot_file)
-
-
-@bench_app.command("syncs")
-def sync_counts(
-    configs: Annotated[list[Path], typer.Argument(help="Training configs, one per family.")],
-    json_file: JsonFile = None,
-    markdown_file: Annotated[
-        Path | None, typer.Option("--markdown", metavar="FILE.md", help="Page to update.")
-    ] = None,
-) -> None:
-    """Count host syncs per step: plain, with position ids, with vision tensors, attached."""
-    from mrope.bench.syncs import bench_syncs
-
-    bench_syncs(configs, json_file, markdown_file)
-
-
 @app.command()
 def syncs(
     words: Annotated[
@@ -370,7 +234,7 @@ def syncs(
     model: ModelName = None,
 ) -> None:
     """List the lines of code where one training step syncs, plain and attached."""
-    configs, overrides = _split(words or [])
+    configs, overrides = split_words(words or [])
     if len(configs) + (model is not None) != 1:
         raise typer.BadParameter("give one CONFIG, or --model")
     from mrope.check.syncs import print_step_syncs
@@ -390,9 +254,3 @@ def doctor(json_file: JsonFile = None) -> None:
 def _require_dataset(model: str | None, dataset: str | None, config: Path | None) -> None:
     if config is None and (model is None or dataset is None):
         raise typer.BadParameter("give --model and --dataset, or --config")
-
-
-def _split(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Separate config paths from `KEY=VALUE` overrides."""
-    configs = [Path(word) for word in words if "=" not in word]
-    return configs, [word for word in words if "=" in word]

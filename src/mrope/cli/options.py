@@ -1,0 +1,74 @@
+"""Define the options and arguments that several commands share."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def split_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Separate config paths from `KEY=VALUE` overrides."""
+    configs = [Path(word) for word in words if "=" not in word]
+    return configs, [word for word in words if "=" in word]
+
+
+def _in_a_folder(file: Path | None) -> Path | None:
+    """Require the folder of an output file to exist, before a long run starts."""
+    if file is not None and not file.parent.is_dir():
+        raise typer.BadParameter(f"no folder {file.parent}")
+    return file
+
+
+def as_page(file: Path | None) -> Path | None:
+    """Require the package that HTML reports need, and the folder of the report."""
+    if file is not None:
+        importlib.import_module("jinja2")
+    return _in_a_folder(file)
+
+
+def _plottable(file: Path | None) -> Path | None:
+    if file is not None:
+        importlib.import_module("matplotlib")
+    return _in_a_folder(file)
+
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Training config (YAML).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config values to override.")
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", callback=_in_a_folder, help="Write the result as JSON."),
+]
+PlotFile = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE.png", callback=_plottable, help="Save a plot."),
+]
+Repeats = Annotated[
+    int, typer.Option(min=1, help="Interleaved rounds; published figures take 15 or more.")
+]
+ReferenceName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="transformers release to follow; auto: the installed one."),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", metavar="FOLDER_OR_CONFIG", help="Model folder, or its config.json."),
+]
+DatasetName = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset", metavar="PATH", help="Dataset, in any form that data.source of a config takes."
+    ),
+]
+RunConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="CONFIG", help="Training config (YAML) for all other settings."
+    ),
+]
+Quick = Annotated[bool, typer.Option("--quick", help="Run only the smallest cases.")]
