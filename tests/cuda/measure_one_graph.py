@@ -1,12 +1,15 @@
 """Measure a training step of fixed shapes on a GPU: plain, attached, compiled to one graph, captured.
 
     PYTHONPATH=src:tests python tests/cuda/measure_one_graph.py 2b-mixed8,2b-crops64 [flash] [reduce]
+    PYTHONPATH=src:tests python tests/cuda/measure_one_graph.py 2b-mixed8 warm
 
 For each config of configs/bench: milliseconds of a step, forward and backward, by CUDA events (median
 of 12 after 3); GPU idle by a trace of 3 further steps; peak memory; losses of two batches. All variants
 run on the same eight batches, collated before. "captured by hand" replays one CUDA graph of the compiled
 step, forward and backward; with `reduce`, torch's own mode="reduce-overhead" is compiled and measured too;
-with `flash`, a plain model under transformers' flash attention path, with torch's kernel.
+with `flash`, a plain model under transformers' flash attention path, with torch's kernel. With `warm`
+nothing is measured: the graph is compiled into inductor's cache, so that several cases compile side by
+side before they are measured one by one.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch._functorch.config
 import transformers
 from torch._dynamo.utils import counters
 
@@ -78,7 +83,11 @@ def measure_case(case: str, options: list[str]) -> None:
         model: Any = build_model(cfg)
     fixed: Any = build_collator(cfg)
     free = MRopeCollator(fixed.inner_collate, fixed.spec, fixed.vision)
-    examples = [[rows[2 * number], rows[2 * number + 1]] for number in range(BATCHES)]
+    size = cfg.dataloader.batch_size
+    examples = [[rows[size * number + row] for row in range(size)] for number in range(BATCHES)]
+    if "warm" in options:
+        compile_alone(model, to_device(fixed(examples[0]), CUDA))
+        return
     plain, whole, same = (
         [to_device(collate(pair), CUDA) for pair in examples]
         for collate in (PaddingCollator(), free, fixed)
@@ -113,6 +122,15 @@ def measure_case(case: str, options: list[str]) -> None:
     print("losses of two batches:", losses, flush=True)
     detach(model)
     torch._dynamo.reset()
+
+
+def compile_alone(model: Any, batch: Batch) -> None:
+    attach(model)
+    start = time.perf_counter()
+    # Raised by running the graph beside other processes; by then it is in the cache.
+    with suppress(torch.OutOfMemoryError):
+        torch.compile(model, fullgraph=True, dynamic=False)(**batch)
+    print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def without_sync(name: str, one_step: Callable[[], Any]) -> None:
@@ -175,6 +193,8 @@ def measure_reduced(model: Any, batches: list[Batch]) -> None:
 
 
 if __name__ == "__main__":
+    # The backward is compiled with the forward, without a step that needs its memory.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
     names = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{torch.cuda.get_device_name()}, {names}, {time.strftime('%Y-%m-%d', time.gmtime())}")
     for one in sys.argv[1].split(","):
