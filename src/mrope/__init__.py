@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mrope.collate.collator import MRopeCollator
+from mrope.collate.ladder import Shapes
 from mrope.collate.layouts import to_batch_layout, to_model_layout
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.rope_index import rope_index
@@ -21,6 +22,7 @@ __all__ = [
     "MRopeCollator",
     "MRopeError",
     "MRopeSpec",
+    "Shapes",
     "SpanMismatchError",
     "TokenBudgetSampler",
     "VisionSpec",

@@ -7,8 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from mrope import MRopeError
-from mrope.collate.ladder import _padding, _rungs, fit_ladder
+from mrope import MRopeError, Shapes
+from mrope.collate.ladder import _padding, _rungs
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -29,7 +29,7 @@ def test_a_lognormal_mix_in_eight_graphs() -> None:
     sides = np.exp(rng.normal(3, 0.45, (4000, 60, 2))).clip(4, 64).astype(int) // 2 * 2
     there = np.arange(60) < rng.integers(40, 61, (4000, 1))
     patches = (sides.prod(axis=2) * there).sum(axis=1)
-    ladder = fit_ladder(np.full(4000, 16384), patches, there.sum(axis=1), longest=4096)
+    ladder = Shapes.fit(np.full(4000, 16384), patches, there.sum(axis=1), longest=4096)
     assert ladder.graphs <= 8
     assert ladder.token_padding == 0
     assert ladder.patch_padding < 0.08
@@ -41,7 +41,7 @@ def test_a_lognormal_mix_in_eight_graphs() -> None:
 
 def test_graphs_are_shared_between_tokens_and_patches() -> None:
     tokens, patches = [64] * 4 + [4096] * 4, [0, 64] * 4
-    ladder = fit_ladder(tokens, patches, [0, 1] * 4, 64, graphs=2)
+    ladder = Shapes.fit(tokens, patches, [0, 1] * 4, 64, graphs=2)
     assert (ladder.shapes.tokens, ladder.shapes.patches) == ((64, 4096), (64,))
     assert ladder.graphs == 2
 
@@ -57,4 +57,4 @@ def test_graphs_are_shared_between_tokens_and_patches() -> None:
 def test_what_is_no_batch(sizes: tuple[list[int], ...], message: str) -> None:
     tokens, patches, segments = sizes
     with pytest.raises(MRopeError, match=message):
-        fit_ladder(tokens, patches, segments, longest=64)
+        Shapes.fit(tokens, patches, segments, longest=64)

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mrope import MRopeCollator, MRopeError, MRopeSpec, VisionSpec
-from mrope.collate.shapes import Shapes
+from mrope import MRopeCollator, MRopeError, MRopeSpec, Shapes, VisionSpec
 from mrope.spec import example_config
 
 CONFIG = example_config("qwen3_vl")

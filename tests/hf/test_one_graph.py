@@ -12,9 +12,8 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mrope import MRopeCollator, VisionSpec
+from mrope import MRopeCollator, Shapes, VisionSpec
 from mrope.collate.padding import PaddingCollator
-from mrope.collate.shapes import Shapes
 from mrope.hf import attach, detach, explain_attention
 from support.models import media_of, model_config, tiny_examples, tiny_model, tiny_spec
 

@@ -16,8 +16,7 @@ from torch.multiprocessing.spawn import (
     spawn,
 )
 
-from mrope import MRopeCollator, VisionSpec
-from mrope.collate.shapes import Shapes
+from mrope import MRopeCollator, Shapes, VisionSpec
 from support.models import model_config, tiny_examples, tiny_model, tiny_spec
 
 FAMILY = "qwen3_vl"

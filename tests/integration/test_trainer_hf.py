@@ -16,8 +16,8 @@ import transformers
 from torch._dynamo.utils import counters
 
 from integration.common import BATCH, STEPS, assert_equal_losses, collator, prepared, rows
+from mrope import Shapes
 from mrope.collate.collator import Collate
-from mrope.collate.shapes import Shapes
 from mrope.hf import attach
 from support.models import tiny_examples, tiny_model
 

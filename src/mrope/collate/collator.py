@@ -10,6 +10,7 @@ import torch
 
 from mrope.collate.batch_inputs import as_batch, read_inputs
 from mrope.collate.decoding import remind_of_rope_deltas
+from mrope.collate.ladder import Shapes
 from mrope.collate.layouts import CheckedBatch, Layout, to_batch_layout
 from mrope.collate.model_tensors import image_and_video_tensors, sound_tensors
 from mrope.collate.options import resolve_option
@@ -17,7 +18,6 @@ from mrope.collate.packing import Flatten, check_packing, flatten
 from mrope.collate.padding import PaddingCollator
 from mrope.collate.pixels import check_pixels
 from mrope.collate.shapes import (
-    Shapes,
     check_shapes,
     fixed_vision_tensors,
     flatten_to_rung,
@@ -56,7 +56,7 @@ class MRopeCollator:
         layout: "model", `position_ids` (3|4, B, S), as models take them; "batch", (B, 3|4, S), for
             code that splits or joins batches on dim 0; see `mrope.collate.layouts`.
         shapes: pad every tensor up to a rung of a short ladder, so that one compiled graph serves
-            batches of all sizes; for attached models. See `mrope.collate.shapes.Shapes`.
+            batches of all sizes; for attached models. See `Shapes`.
         on_error: `SkipBad(...)`, or "skip" for its defaults: examples that cannot be collated are
             dropped, and the others collated as if they alone had been given. "raise": their error
             is raised.
@@ -102,7 +102,9 @@ class MRopeCollator:
             check_release(vision)
         if audio is not None:
             audio.check_release()
-        self.inner_collate = PaddingCollator() if inner_collate is None else inner_collate
+        if inner_collate is None:
+            inner_collate = PaddingCollator(join_pixels=shapes is None)
+        self.inner_collate = inner_collate
         self.spec = spec
         self.vision = vision
         self.audio = audio
@@ -129,7 +131,7 @@ class MRopeCollator:
         Returns:
             The inner function's batch, with `position_ids` int64 (3, B, S) and `rope_deltas` int64
             (B, 1) added as torch tensors and no other key changed; a dict comes back as a
-            `CheckedBatch`. With `packing`, the token columns are one row, `position_ids`
+            `CheckedBatch`. Families of `ONE_DIMENSIONAL` get `position_ids` (B, S) alone. With `packing`, the token columns are one row, `position_ids`
             (4, 1, T), and the borders are added, see `mrope.collate.packing.flatten`. With
             `vision`, also:
 
@@ -163,6 +165,8 @@ class MRopeCollator:
         remind_of_rope_deltas(batch, rope_deltas)
         _refuse_second_source(batch, "position_ids")
         added: dict[str, Any] = {"position_ids": position_ids, "rope_deltas": rope_deltas}
+        if self.spec.family_row.one_dimensional:
+            del added["rope_deltas"]  # such a model has no use for them
         if self.shapes is not None:
             added = self._fix_shapes(batch, located, added)
         elif self.packing is not None:

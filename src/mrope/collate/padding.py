@@ -32,6 +32,8 @@ class PaddingCollator:
         pad_token_id: id that fills `input_ids`; `labels` are filled with -100, the rest with 0.
         padding_side: side on which a shorter row is filled.
         pad_to_multiple_of: S is rounded up to a multiple of this.
+        join_pixels: concatenate pixels. False: they stay a list, which `MRopeCollator(shapes=...)`
+            copies once, into their rung; otherwise they would be copied twice.
 
     Examples are mappings. Columns that hold nothing (None, NaN, `[]`, `[[]]`, tensors and arrays of
     size 0) are as if absent, see `mrope.collate.samples.read_sample`.
@@ -59,6 +61,7 @@ class PaddingCollator:
         pad_token_id: int = 0,
         padding_side: Literal["left", "right"] = "right",
         pad_to_multiple_of: int = 1,
+        join_pixels: bool = True,
     ) -> None:
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', not {padding_side!r}")
@@ -67,6 +70,7 @@ class PaddingCollator:
         self.pad_token_id = pad_token_id
         self.padding_side = padding_side
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.join_pixels = join_pixels
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Return the batch, a dict of torch tensors.
@@ -89,7 +93,9 @@ class PaddingCollator:
                 for row, sample in enumerate(rows)
                 if name in sample
             }
-            if parts:
+            if parts and name in PIXELS and not self.join_pixels:
+                batch[name] = list(parts.values())
+            elif parts:
                 batch[name] = _concatenated(name, parts)
         for name in FLAGS:
             if any(name in row for row in rows):

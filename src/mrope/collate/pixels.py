@@ -1,16 +1,17 @@
-"""Compare the number of patches in a batch's pixels with its grids; only shapes are read."""
+"""Compare the number of patches in a batch's pixels with its grids, and take pixels out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from mrope.collate.complete import are_rows
 from mrope.collate.samples import axes_of, read_column
-from mrope.errors import SpanMismatchError
+from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.inputs import BatchInputs
 from mrope.spec.spec import MRopeSpec
 
@@ -75,13 +76,44 @@ def check_pixels(
                 raise _mismatch(modality, row if known else None, rows)
 
 
+def take_pixels(batch: MutableMapping[str, Any], needed: int) -> list[torch.Tensor]:
+    """Remove the pixels of images, then of clips, from a batch, and return them, (patches, ...).
+
+    Pixels of each example that the inner collate function left apart stay apart:
+    `PaddingCollator(join_pixels=False)`.
+
+    Args:
+        needed: patches that the grids of the batch have.
+
+    Raises:
+        MRopeError: another number of patches. `check_pixels` says more, and leaves out pixels whose
+            sizes may have another name than the grids'.
+    """
+    parts: list[torch.Tensor] = []
+    for name, _ in _KINDS.values():
+        pixels = batch.pop(name, None)
+        if _are_parts(pixels):
+            parts += map(torch.as_tensor, pixels)
+        elif pixels is not None:
+            parts.append(torch.as_tensor(pixels))
+    found = sum(map(len, parts))
+    if found != needed:
+        raise MRopeError(f"the batch has {found} patches of pixels, but grids of {needed}")
+    return parts
+
+
+def _are_parts(pixels: Any) -> bool:
+    """Return whether pixels are a list of tensors or arrays."""
+    return isinstance(pixels, (list, tuple)) and bool(pixels) and hasattr(pixels[0], "ndim")
+
+
 def _row(found: int, grid_N3: npt.NDArray[np.int64]) -> _Row:
     return _Row(found, int(grid_N3.prod(axis=1).sum()), grid_N3.tolist())
 
 
 def _patches(name: str, pixels: Any) -> int | None:
     """Return the number of patches; None where there are no pixels, or their layout is another."""
-    if isinstance(pixels, (list, tuple)) and pixels and hasattr(pixels[0], "ndim"):
+    if _are_parts(pixels):
         # Tensors or arrays of whole images, or of single patches; joining them would copy them.
         return sum(map(len, pixels)) if pixels[0].ndim in (2, 4) else len(pixels)
     if pixels is not None and getattr(pixels, "dtype", np.object_) == np.object_:

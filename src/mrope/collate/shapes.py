@@ -13,7 +13,7 @@ borders of segments, F frames.
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,9 @@ import numpy.typing as npt
 import torch
 
 from mrope.arrays import IntArray
+from mrope.collate.ladder import Shapes
 from mrope.collate.packing import Flatten, fill_of, flatten, is_column
+from mrope.collate.pixels import take_pixels
 from mrope.errors import MRopeError
 from mrope.positions.located import Located
 from mrope.positions.stream import IMAGE, TEXT
@@ -29,56 +31,10 @@ from mrope.spec.spec import MRopeSpec
 from mrope.towers.vision import block_index, vision_tensors
 from mrope.towers.vision_spec import VisionSpec
 
-_PIXELS = ("pixel_values", "pixel_values_videos")
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """A ladder of shapes: `MRopeCollator(shapes=Shapes(...))`; `fit_ladder` proposes one.
-
-    Plain data: it pickles. A batch takes the first rung that holds it, of each kind; so there are
-    `len(tokens) * len(patches)` shapes at most, and as many graphs.
-
-    Args:
-        tokens: rungs of a flattened row's tokens, or of a padded batch's width; ascending.
-        patches: rungs of a batch's patches, images and clips together; ascending, multiples of the
-            patches that share a token.
-        longest: most patches of an image or frame. The attention kernel's grid grows with it.
-        patches_per_segment: a rung of P patches has borders for P / this images and frames.
-        tokens_per_example: a flattened row of T tokens has borders for T / this examples.
-        pad_token_id: token id at what a padded batch is widened by; a flattened row takes the one
-            of `Flatten`.
-
-    Raises:
-        ValueError: no rungs, rungs that do not ascend, or a number below 1.
-    """
-
-    tokens: Sequence[int]
-    patches: Sequence[int]
-    longest: int = 4096
-    patches_per_segment: int = 64
-    tokens_per_example: int = 256
-    pad_token_id: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "patches"):
-            rungs = tuple(getattr(self, name))
-            whole = all(isinstance(rung, int) and not isinstance(rung, bool) for rung in rungs)
-            if not rungs or not whole or rungs[0] < 1 or list(rungs) != sorted(set(rungs)):
-                raise ValueError(f"shapes: {name} must be ascending integers, not {rungs}")
-            object.__setattr__(self, name, rungs)
-        for name in ("longest", "patches_per_segment", "tokens_per_example"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"shapes: {name} must be at least 1, not {getattr(self, name)}")
-
-    def borders(self, patches: int) -> int:
-        """Return how many images and frames a rung of patches has borders for."""
-        # Padding takes segments too, each no longer than `longest`.
-        return -(-patches // self.patches_per_segment) + -(-patches // self.longest)
-
-    def examples(self, tokens: int) -> int:
-        """Return how many examples a flattened row of a rung of tokens has borders for."""
-        return -(-tokens // self.tokens_per_example) + 1
+# A frame whose sides are no multiples of a window's has smaller windows at two of its edges, and so
+# more windows than its patches would fill: with released sides of 4 tokens at most so many times
+# as many, and one.
+_CUT_WINDOWS = 4
 
 
 def check_shapes(spec: MRopeSpec, vision: VisionSpec | None, shapes: Shapes) -> None:
@@ -86,21 +42,33 @@ def check_shapes(spec: MRopeSpec, vision: VisionSpec | None, shapes: Shapes) -> 
 
     Raises:
         ValueError: no vision spec, or a rung that does not consist of whole tokens.
-        MRopeError: a family that takes audio, or a tower whose patches have an unknown size.
+        MRopeError: as `check_family`.
     """
     if vision is None:
         raise ValueError("shapes needs vision=VisionSpec(...): padding goes through the tower")
+    check_family(spec, vision)
+    unit = vision.spatial_merge_size**2
+    for rung in shapes.patches:
+        if rung % unit:
+            raise ValueError(f"shapes: {rung} patches are not whole tokens of {unit} patches")
+
+
+def check_family(spec: MRopeSpec, vision: VisionSpec) -> None:
+    """Refuse a model whose batches cannot have fixed shapes.
+
+    Raises:
+        MRopeError: a family that takes audio or crops, or a tower whose patches have an unknown
+            size.
+    """
     if spec.family_row.custom_index is not None:
         raise MRopeError(f"shapes is not supported for {spec.family}: audio and crops vary in size")
+    if spec.family_row.one_dimensional:
+        raise MRopeError(f"shapes is not supported for {spec.family}, which has 1-D positions")
     if vision.patch_shape is None:
         raise MRopeError(
             f"shapes needs the size of a patch, to make patches for batches of text: the config "
             f"of {spec.family} has no patch_size"
         )
-    unit = vision.spatial_merge_size**2
-    for rung in shapes.patches:
-        if rung % unit:
-            raise ValueError(f"shapes: {rung} patches are not whole tokens of {unit} patches")
 
 
 def choose_rung(name: str, rungs: Sequence[int], needed: int, per_row: Sequence[int]) -> int:
@@ -120,8 +88,9 @@ def choose_rung(name: str, rungs: Sequence[int], needed: int, per_row: Sequence[
     listed = ", ".join(f"row {row} with {per_row[row]}" for row in heaviest)
     raise MRopeError(
         f"the batch has {needed} {name}, above the top rung {rungs[-1]} of shapes.{name}; the "
-        f"largest: {listed}. Give a higher rung, or let the sampler make smaller batches "
-        f"(TokenBudgetSampler(max_{name}={rungs[-1]}))"
+        f"largest: {listed}. Give a higher rung, or let the sampler make smaller batches: "
+        f"TokenBudgetSampler(shapes.sampler_lengths(tokens, patches), max_tokens=...) keeps them "
+        f"below both top rungs"
     )
 
 
@@ -229,7 +198,8 @@ def fixed_vision_tensors(
     rung = choose_rung("patches", shapes.patches, patches, _patches_of_rows(located))
     for name in ("image_grid_thw", "video_grid_thw"):
         batch.pop(name, None)
-    fixed: dict[str, Any] = {"pixel_values": _pixels(batch, vision, patches, rung)}
+    parts = take_pixels(batch, patches)
+    fixed: dict[str, Any] = {"pixel_values": _fill_rung(parts, patches, rung, vision)}
     fixed["vision_grid_thw"] = _frames(grid_N3, vision, shapes.borders(rung))
     tensors: Mapping[str, Any] = vision_tensors(vision, grid_N3)
     padded = _padded(vision, tensors, shapes, rung)
@@ -251,17 +221,19 @@ def _patches_of_rows(located: Located) -> list[int]:
     return patches
 
 
-def _pixels(
-    batch: MutableMapping[str, Any], vision: VisionSpec, patches: int, rung: int
+def _fill_rung(
+    parts: list[torch.Tensor], patches: int, rung: int, vision: VisionSpec
 ) -> torch.Tensor:
-    given = [torch.as_tensor(batch.pop(name)) for name in _PIXELS if batch.get(name) is not None]
-    found = sum(len(part) for part in given)
-    if found != patches:
-        raise MRopeError(f"the batch has {found} patches of pixels, but grids of {patches}")
-    assert vision.patch_shape is not None  # `check_shapes` refused it
-    dtype = given[0].dtype if given else torch.float32
-    shape = given[0].shape[1:] if given else vision.patch_shape
-    return torch.cat((*given, torch.zeros((rung - patches, *shape), dtype=dtype)))
+    """Write pixels, (patches, ...) in all, into (rung, ...), with zeros behind them."""
+    assert vision.patch_shape is not None  # `check_family` refused it
+    shape = parts[0].shape[1:] if parts else vision.patch_shape
+    dtypes = [part.dtype for part in parts] or [torch.float32]
+    filled = torch.empty((rung, *shape), dtype=reduce(torch.promote_types, dtypes))
+    if parts:
+        # Pixels are nearly all bytes of a batch: they are copied once, into their rung.
+        torch.cat(parts, out=filled[:patches])
+    filled[patches:] = 0
+    return filled
 
 
 def _frames(grid_N3: IntArray, vision: VisionSpec, most: int) -> npt.NDArray[np.int64]:
@@ -291,8 +263,9 @@ def _padded(
     for name in vision.keys:
         value = tensors.get(name)
         if name in longest:
-            # A window is smaller than its image, and an image has a few windows that are cut off.
-            most = shapes.borders(rung) * (1 if name == "cu_seqlens" else 4)
+            most = shapes.borders(rung)
+            if name != "cu_seqlens":
+                most += _CUT_WINDOWS * -(-rung // longest[name])
             padded[name] = _pad_borders(name, value, longest[name], most, rung)
         elif name in ("max_seqlen", "max_window_seqlen"):
             padded[name] = longest[f"cu_{name.removeprefix('max_')}s"]

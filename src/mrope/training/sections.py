@@ -16,8 +16,8 @@ from pydantic import (
 )
 from typing_extensions import Self
 
+from mrope.collate.ladder import Shapes
 from mrope.collate.packing import Flatten
-from mrope.collate.shapes import Shapes
 from mrope.collate.skip_bad import SkipBad
 from mrope.errors import MRopeError
 from mrope.spec.references import REFERENCES, nearest
@@ -190,7 +190,7 @@ class DataLoaderSection(_Section):
 
 
 class ShapesSection(_Section):
-    """A ladder of fixed shapes; the keys are those of `mrope.collate.shapes.Shapes`.
+    """A ladder of fixed shapes; the keys are those of `mrope.Shapes`.
 
     Attributes:
         tokens, patches: rungs, ascending.
