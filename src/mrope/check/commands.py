@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mrope.check.explain import SamplePositions, compute_row_positions, print_bad_row
+from mrope.check.fit_shapes import propose_ladder, require_fixed_shapes
 from mrope.check.report import Check, print_report, write_json
 from mrope.check.rows import describe_comparison
 from mrope.check.source import open_rows
@@ -25,6 +26,8 @@ def check_dataset(
     workers: int | None = None,
     json_file: Path | None = None,
     report_file: Path | None = None,
+    *,
+    shapes: bool = False,
 ) -> Summary:
     """Check every row of a config's dataset and print the report; progress goes to standard error.
 
@@ -32,10 +35,14 @@ def check_dataset(
         cfg: a training config.
         workers: worker processes; None: the config's `num_workers`.
         json_file, report_file: where to write the results as JSON and as an HTML page.
+        shapes: propose a ladder of fixed shapes for the good rows.
 
     Raises:
-        MRopeError: the dataset or the model's config is not usable, or a file cannot be written.
+        MRopeError: the dataset or the model's config is not usable, or a file cannot be written;
+            with `shapes`, a model whose batches cannot have fixed shapes, or too few good rows.
     """
+    if shapes:
+        require_fixed_shapes(cfg)  # before minutes of checking
     compared, sentence = describe_comparison(cfg.spec())
     rows = open_rows(cfg, compare=compared)
     count = cfg.dataloader.num_workers if workers is None else workers
@@ -49,7 +56,9 @@ def check_dataset(
             lambda found: progress.update(task, completed=found.rows, bad=found.bad),
         )
     seconds = time.perf_counter() - started
-    check = Check(cfg.data.source, rows.spec, compared, sentence, summary, seconds)
+    # An interrupted check has seen some of the rows only.
+    proposal = propose_ladder(cfg, summary) if shapes and summary.stopped is None else None
+    check = Check(cfg.data.source, rows.spec, compared, sentence, summary, seconds, proposal)
     print_report(check, Console())
     if json_file is not None:
         write_json(check, json_file)

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mrope import __version__
+from mrope.check.fit_shapes import Proposal, print_proposal, proposal_as_json
 from mrope.check.rows import RowCheck
 from mrope.check.summary import Findings, Summary
 from mrope.errors import MRopeError
@@ -34,6 +35,7 @@ class Check:
         comparison: sentence with the release compared with, or why none was.
         summary: the results.
         seconds: duration.
+        proposal: ladder of fixed shapes for the rows; None if none was asked for.
     """
 
     source: str
@@ -42,6 +44,7 @@ class Check:
     comparison: str
     summary: Summary
     seconds: float
+    proposal: Proposal | None = None
 
 
 def print_report(check: Check, console: Console) -> None:
@@ -59,6 +62,8 @@ def print_report(check: Check, console: Console) -> None:
             console.print(line, soft_wrap=True)
         if len(found.rows) > len(found.examples):
             console.print(Text(f"  and {list_other_rows(found)}"), soft_wrap=True)
+    if check.proposal is not None:
+        print_proposal(check.proposal, console)
     console.print(
         Text(describe_verdict(summary), style=f"bold {'red' if summary.bad else 'green'}")
     )
@@ -111,6 +116,8 @@ def write_json(check: Check, file: Path) -> None:
         "causes": [_as_json("cause", *item) for item in summary.causes.items()],
         "unanswered": [_as_json("raises", *item) for item in summary.unanswered.items()],
     }
+    if check.proposal is not None:
+        table["shapes"] = proposal_as_json(check.proposal)
     write_text(file, json.dumps(table, indent=1) + "\n")
 
 

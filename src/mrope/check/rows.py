@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from mrope.check.row_layout import Misfit, RowLayout, lay_out
 from mrope.collate.collator import MRopeCollator
-from mrope.collate.samples import FLAGS, KNOWN, PIXELS, TOKENS, axes_of, read_sample
+from mrope.collate.samples import FLAGS, GRIDS, KNOWN, PIXELS, TOKENS, axes_of, read_sample
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.spans import token_types
 from mrope.spec.references import installed_transformers, resolve_reference
@@ -51,6 +51,8 @@ class RowCheck:
         tokens: number of valid tokens.
         images, videos: number of grids of each.
         frames: temporal positions of the videos: the sum of the first sizes of their grids.
+        patches: patches of all grids.
+        largest: patches of the largest image or frame.
         compared: whether the reference's own function gave equal position ids.
         unanswered: type of exception that the reference's own function raised although the row is
             good.
@@ -64,6 +66,8 @@ class RowCheck:
     images: int = 0
     videos: int = 0
     frames: int = 0
+    patches: int = 0
+    largest: int = 0
     compared: bool = False
     unanswered: str | None = None
     cause: str | None = None
@@ -217,12 +221,16 @@ def _as_batch(examples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _counted(index: int, batch: Mapping[str, Any]) -> RowCheck:
     mask, clips = batch.get("attention_mask"), batch.get("video_grid_thw")
+    grids = [batch[name] for name in GRIDS if batch.get(name) is not None]
+    sides = [grid[:, 1:].prod(dim=1) for grid in grids if len(grid)]
     return RowCheck(
         row=index,
         tokens=batch["input_ids"].numel() if mask is None else int(mask.count_nonzero()),
         images=len(batch.get("image_grid_thw", ())),
         videos=0 if clips is None else len(clips),
         frames=0 if clips is None else int(clips[:, 0].sum()),
+        patches=sum(int(grid.prod(dim=1).sum()) for grid in grids),
+        largest=max((int(side.max()) for side in sides), default=0),
     )
 
 

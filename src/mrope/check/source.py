@@ -47,6 +47,7 @@ def check_config(
     *,
     reference: str | None = None,
     rows: int | None = None,
+    max_tokens: int | None = None,
 ) -> Config:
     """Build a training config from the options of the command line.
 
@@ -56,6 +57,7 @@ def check_config(
         dataset: `data.source`, relative to the working directory, or "demo".
         reference: `rope.reference`.
         rows: `data.rows`, how many of the first rows to use.
+        max_tokens: `dataloader.max_tokens`, with flattened batches.
 
     Raises:
         ConfigError: a value is invalid.
@@ -67,6 +69,8 @@ def check_config(
         "data.source": dataset,
         "rope.reference": reference,
         "data.rows": rows,
+        "dataloader.max_tokens": max_tokens,
+        "rope.packing": None if max_tokens is None else "flatten",
     }
     if config is not None:
         # Overrides resolve relative paths against the config's folder, not the working directory.

@@ -51,7 +51,8 @@ class Summary:
         rows: rows checked.
         bad: bad rows among these.
         tokens, images, videos, frames: sums over good rows.
-        lengths: tokens of each good row.
+        lengths, patches, segments: tokens, patches, and images and frames of each good row.
+        largest: patches of the largest image or frame.
         longest: first good row with the most tokens; None without a good row.
         compared: good rows whose position ids equal those of the reference's own function.
         causes: bad rows by cause, in the order of their first row.
@@ -67,6 +68,9 @@ class Summary:
     videos: int = 0
     frames: int = 0
     lengths: array[int] = field(default_factory=lambda: array("q"))
+    patches: array[int] = field(default_factory=lambda: array("q"))
+    segments: array[int] = field(default_factory=lambda: array("q"))
+    largest: int = 0
     longest: RowCheck | None = None
     compared: int = 0
     causes: dict[str, Findings] = field(default_factory=dict)
@@ -85,6 +89,9 @@ class Summary:
         self.videos += check.videos
         self.frames += check.frames
         self.lengths.append(check.tokens)
+        self.patches.append(check.patches)
+        self.segments.append(check.images + check.frames)
+        self.largest = max(self.largest, check.largest)
         self.compared += check.compared
         if self.longest is None or check.tokens > self.longest.tokens:
             self.longest = check

@@ -145,6 +145,18 @@ def check(
             "--report", metavar="FILE.html", callback=as_page, help="Write an HTML report."
         ),
     ] = None,
+    shapes: Annotated[
+        bool,
+        typer.Option("--shapes", help="Propose a ladder of fixed shapes (rope.shapes)."),
+    ] = False,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --shapes: for flattened batches of up to so many tokens; default: batches "
+            "as in the config.",
+        ),
+    ] = None,
 ) -> None:
     """Check every row of a dataset before training; exit with 1 if any row is bad."""
     _require_dataset(model, dataset, config)
@@ -152,8 +164,12 @@ def check(
     from mrope.check.source import check_config
     from mrope.check.summary import INTERRUPTED
 
-    cfg = check_config(config, model, dataset, reference=reference, rows=limit)
-    summary = check_dataset(cfg, workers, json_file, report_file)
+    if max_tokens is not None and not shapes:
+        raise typer.BadParameter("--max-tokens is for --shapes")
+    cfg = check_config(
+        config, model, dataset, reference=reference, rows=limit, max_tokens=max_tokens
+    )
+    summary = check_dataset(cfg, workers, json_file, report_file, shapes=shapes)
     if summary.stopped == INTERRUPTED:
         raise typer.Exit(130)
     if summary.stopped is not None:

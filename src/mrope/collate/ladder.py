@@ -17,8 +17,11 @@ from mrope.errors import MRopeError
 
 # Rungs are chosen among so many quantiles of the batches' sizes.
 _CANDIDATES = 96
-# Kernels of a graph are fastest at sizes that are multiples of this.
-_MULTIPLE = 64
+# Kernels of a graph are fastest at sizes that are multiples of 64. Of small batches that would be
+# mostly padding: their rungs are multiples of 8, which tensor cores need.
+_MULTIPLES = (8, 16, 32, 64)
+# So many multiples make up the largest batch at least, where a multiple above the least is taken.
+_STEPS = 128
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ class Shapes:
         """Return how many examples a flattened row of a rung of tokens has borders for."""
         return -(-tokens // self.tokens_per_example) + 1
 
-    def sampler_lengths(self, tokens: npt.ArrayLike, patches: npt.ArrayLike) -> IntArray:
+    def sampler_lengths(
+        self, tokens: npt.ArrayLike, patches: npt.ArrayLike
+    ) -> npt.NDArray[np.int64]:
         """Return lengths for a `TokenBudgetSampler` whose batches stay below both top rungs.
 
         With `max_tokens` of the top rung of tokens, or less, examples whose lengths fit into one
@@ -88,8 +93,9 @@ class Shapes:
         """
         token_N = as_integers("tokens", tokens, "one of each example").astype(np.int64)
         patch_N = as_integers("patches", patches, "one of each example").astype(np.int64)
-        by_patches: IntArray = -(-patch_N * self.tokens[-1] // self.patches[-1])
-        return np.maximum(token_N, by_patches)
+        by_patches = -(-patch_N * self.tokens[-1] // self.patches[-1])
+        lengths_N: npt.NDArray[np.int64] = np.maximum(token_N, by_patches)
+        return lengths_N
 
     @classmethod
     def fit(
@@ -203,8 +209,10 @@ def _rungs(size_N: IntArray, count: int) -> IntArray:
     between take c_j; the cost of that is known, and so the best way to each j with k rungs.
     """
     quantiles = np.quantile(size_N, np.linspace(0, 1, _CANDIDATES), method="higher")
-    candidate_C = np.unique(-(-quantiles.astype(np.int64) // _MULTIPLE) * _MULTIPLE).clip(_MULTIPLE)
-    candidate_C = np.unique(candidate_C)
+    fine = [one for one in _MULTIPLES if one * _STEPS <= int(size_N.max())]
+    multiple = max(fine, default=_MULTIPLES[0])
+    rounded_C = -(-quantiles.astype(np.int64) // multiple) * multiple
+    candidate_C = np.unique(rounded_C.clip(multiple))
     # Batches up to each candidate: the first border is 0.
     upto_C1 = np.append(0, np.sort(size_N).searchsorted(candidate_C, side="right"))
     cost_C = candidate_C * upto_C1[1:]  # with one rung

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mrope.collate.collator import Collate, MRopeCollator
+from mrope.collate.samples import GRIDS
 from mrope.collate.skip_bad import Indexed
 from mrope.errors import MRopeError
 from mrope.positions.spans import token_types
@@ -57,6 +58,16 @@ class TensorRows(Dataset[dict[str, torch.Tensor]]):
     def lengths(self) -> npt.NDArray[np.int64]:
         """Return the number of tokens of each row, int64 (N,)."""
         return np.array([len(ids) for ids in self.columns.with_format("numpy")["input_ids"]])
+
+    def patches(self) -> npt.NDArray[np.int64]:
+        """Return the number of patches of each row, images and clips together, int64 (N,)."""
+        names = [name for name in GRIDS if name in self.columns.column_names]
+        if not names:
+            return np.zeros(len(self), np.int64)
+        columns = self.columns.with_format("numpy").select_columns(names)
+        # A null in a column of arrays comes back as one NaN of no dimension.
+        grids = [[grid for grid in row.values() if np.ndim(grid) == 2] for row in columns]
+        return np.array([sum(int(grid.prod(axis=1).sum()) for grid in row) for row in grids])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = self.columns[index]
@@ -149,9 +160,13 @@ def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[A
     skips = isinstance(collate, MRopeCollator) and collate.on_error is not None
     table = Indexed(rows) if skips else rows
     if options.max_tokens is not None:
+        lengths = rows.lengths()
+        if cfg.rope.enabled and cfg.rope.shapes is not None:
+            # No batch may be above the top rung of patches either.
+            lengths = cfg.rope.shapes.ladder().sampler_lengths(lengths, rows.patches())
         # The filled-up row must fit into the budget too.
         sampler = TokenBudgetSampler(
-            rows.lengths(),
+            lengths,
             options.max_tokens,
             pad_to_multiple_of=cfg.rope.pad_to_multiple_of,
             seed=cfg.train.seed,

@@ -63,6 +63,11 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
         """Return the number of tokens of each row, int64 (N,)."""
         return np.full(len(self), self.shape.width)
 
+    def patches(self) -> npt.NDArray[np.int64]:
+        """Return the number of patches of each row, images and clips together, int64 (N,)."""
+        drawn = (self._images(torch.Generator().manual_seed(row)) for row in range(len(self)))
+        return np.array([_patches([*images, *self.clips]) for images in drawn])
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         # Seeded by the index, so that a row is the same in every worker and every epoch.
         generator = torch.Generator().manual_seed(index)
