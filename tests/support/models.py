@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mrope import MRopeSpec
 from mrope.hf.tiny_examples import tiny_examples as made_up
-from mrope.spec.families import FAMILIES
+from mrope.spec.families import FAMILIES, find_family
 
 TINY = Path(__file__).parent / "tiny"
+PLAIN = Path(__file__).parent / "plain"
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Those with a shipped config, which can be trained and attached; and those that are tested alone.
 # aero_realtime has no model in transformers.
@@ -26,11 +27,13 @@ MODEL_FAMILIES = tuple(
 )
 TINY_FAMILIES = tuple(sorted(file.stem for file in TINY.glob("*.yaml")))
 LIVE_FAMILIES = (*MODEL_FAMILIES, *TINY_FAMILIES)
+# Those whose text has 1-D positions.
+PLAIN_FAMILIES = tuple(sorted(file.stem for file in PLAIN.glob("*.yaml")))
 
 
 def model_config(family: str) -> dict[str, Any]:
     """Return the `model.config` section of the family's YAML file."""
-    folder = TINY if family in TINY_FAMILIES else CONFIGS
+    folder = TINY if family in TINY_FAMILIES else PLAIN if family in PLAIN_FAMILIES else CONFIGS
     section: Any = OmegaConf.to_container(OmegaConf.load(folder / f"{family}.yaml"))
     config: dict[str, Any] = section["model"]["config"]
     return config
@@ -62,8 +65,10 @@ def tiny_examples(
 
 def media_of(family: str) -> list[dict[str, bool]]:
     """Return the media that one batch of the unmodified model can hold: both, where it can."""
-    if FAMILIES[family].frames_as_images:
+    row = find_family(family)
+    assert row is not None
+    if row.frames_as_images and not row.one_dimensional:
         # transformers 5.23 counts a video's frames among the images, and refuses both together.
         return [{"images": True, "videos": False}, {"images": False, "videos": True}]
-    tower = FAMILIES[family].tower
+    tower = row.tower
     return [{"images": True, "videos": tower is not None and tower.videos}]

@@ -131,8 +131,9 @@ class MRopeCollator:
         Returns:
             The inner function's batch, with `position_ids` int64 (3, B, S) and `rope_deltas` int64
             (B, 1) added as torch tensors and no other key changed; a dict comes back as a
-            `CheckedBatch`. Families of `ONE_DIMENSIONAL` get `position_ids` (B, S) alone. With `packing`, the token columns are one row, `position_ids`
-            (4, 1, T), and the borders are added, see `mrope.collate.packing.flatten`. With
+            `CheckedBatch`. Families of `ONE_DIMENSIONAL` get `position_ids` (B, S) alone. With
+            `packing`, the token columns are one row, `position_ids` (4, 1, T), and the borders are
+            added, see `mrope.collate.packing.flatten`. With
             `vision`, also:
 
             - what `vision_tensors` returns for the images and for the videos, each under the

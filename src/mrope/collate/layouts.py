@@ -23,8 +23,8 @@ def to_batch_layout(batch: Mapping[str, Any]) -> dict[str, Any]:
 
     `batch_first` says by being there which layout this is; it survives whatever cuts dim 0.
     """
-    if BATCH_FIRST in batch:
-        return dict(batch)
+    if BATCH_FIRST in batch or batch["position_ids"].ndim == 2:
+        return dict(batch)  # 1-D position ids, (B, S), have the batch in front already
     position_ids = batch["position_ids"].transpose(0, 1).contiguous()
     mark = torch.ones(len(position_ids), dtype=torch.bool)
     return {**batch, "position_ids": position_ids, BATCH_FIRST: mark}
@@ -68,6 +68,8 @@ def _check_positions(batch: Mapping[str, Any]) -> None:
     ids, positions = batch.get("input_ids"), batch.get("position_ids")
     if not (isinstance(ids, torch.Tensor) and isinstance(positions, torch.Tensor)):
         return
+    if positions.shape == ids.shape:
+        return  # 1-D: the batch is in front in both
     axes = (1, 0) if BATCH_FIRST in batch else (0, 1)
     rows, width = positions.shape[axes[1]], positions.shape[-1]
     if positions.shape[axes[0]] in (3, 4) and (rows, width) == tuple(ids.shape[:2]):

@@ -56,6 +56,8 @@ def image_and_video_tensors(
         for borders, sizes in _SPLITS.items():
             if borders in tensors:
                 added[f"{modality}_{sizes}"] = np.diff(tensors[borders]).tolist()
+        if vision.host_grids:
+            added[f"{modality}_grid_sizes"] = grid_thw.tolist()
         if vision.raster:
             added[f"{modality}_block_index"] = block_index(grid_thw, vision.spatial_merge_size)
     return added

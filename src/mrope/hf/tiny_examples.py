@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mrope.positions.spans import token_types
+from mrope.spec.families import NO_TOKEN
 from mrope.spec.spec import MRopeSpec
 
 TEXT_IDS = range(20, 300)
@@ -74,10 +75,13 @@ def _span_tokens(
     as_image = kind == "image" or spec.family_row.frames_as_images
     placeholder = spec.image_token_id if as_image else spec.video_token_id
     shared = int(spec.extra.get("temporal_merge_size", 1)) if kind == "video" else 1
+    start = [] if spec.vision_start_token_id == NO_TOKEN else [spec.vision_start_token_id]
     tokens: list[int] = []
+    # Frames with newline tokens stand side by side.
+    apart = apart and not spec.family_row.newlines
     for _ in range(t if apart else 1):
-        size = (1 if apart else t // shared) * h * w // spec.spatial_merge_size**2
-        tokens += [spec.vision_start_token_id, *[placeholder] * size, *_text(rng, 2)]
+        size = (1 if apart else t // shared) * spec.frame_tokens(h, w)
+        tokens += [*start, *[placeholder] * size, *_text(rng, 2)]
     if kind == "video" and spec.family_row.frames_as_images:
         markers = spec.extra["video_start_token_id"], spec.extra["video_end_token_id"]
         tokens = [int(markers[0]), *tokens, int(markers[1])]

@@ -73,7 +73,7 @@ def rope_index(
 
     Raises:
         SpanMismatchError: placeholder tokens and grids do not fit together.
-        MRopeError: an argument of a wrong shape, dtype or value.
+        MRopeError: an argument of a wrong shape, dtype or value, or a family with 1-D positions.
         TypeError: an input that the family does not read.
 
     Source: `get_rope_index` of the family's model in the release that `spec.reference` names.
@@ -89,6 +89,12 @@ def rope_index(
         >>> delta.tolist()
         [[-2]]
     """
+    if spec.family_row.one_dimensional:
+        # 1-D positions are never returned where M-RoPE was asked for.
+        raise MRopeError(
+            f"{spec.family} numbers its tokens in 1-D, as those of a text: rope_index has nothing "
+            "to compute; MRopeCollator adds its position ids, for the sake of its towers' tensors"
+        )
     checked = check_inputs(
         spec,
         input_ids,
@@ -141,7 +147,14 @@ def _locate(spec: MRopeSpec, inputs: BatchInputs) -> Located:
 def position_tensors(
     spec: MRopeSpec, located: Located
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Compute `position_ids` and `rope_deltas` of a located batch; shapes as of `rope_index`."""
+    """Compute `position_ids` and `rope_deltas` of a located batch; shapes as of `rope_index`.
+
+    For `one_dimensional` families `position_ids` are int64 (B, S): 0, 1, 2 ... over the padding
+    too, as these models number their tokens themselves; their deltas are 0.
+    """
+    if spec.family_row.one_dimensional:
+        rows, width = located.inputs.shape
+        return np.tile(np.arange(width), (rows, 1)), np.zeros((rows, 1), np.int64)
     if located.spans is None:
         try:
             return _custom_tensors(spec, located)
@@ -149,7 +162,12 @@ def position_tensors(
             raise _with_mask_cause(spec, located.inputs, error) from None
     stream, (grids, runs, step_G) = located.stream, located.spans
     positions_3T, end_D = number_stream(
-        runs, grids.size_3G, step_G, spec.conventions.advance_over_time, grids.moves
+        runs,
+        grids.size_3G,
+        step_G,
+        spec.conventions.advance_over_time,
+        grids.moves,
+        spec.family_row.planes_at_zero,
     )
     shape = located.inputs.shape
     position_ids = to_batch(positions_3T, stream, shape, spec.conventions.fill)

@@ -127,10 +127,17 @@ CLASS_DEFAULTS: dict[str, Defaults] = {
     # The rotary sections, whose number is the number of axes, have no default.
     "hunyuan_vl": {"image_token_id": 120120}
     | _plain_tower(16, spatial_merge_size=2, temporal_patch_size=1),
+    "hy_v4_vl": {"image_token_id": 120120, "video_token_id": 120124}
+    | _plain_tower(16, spatial_merge_size=2),
     # All token ids are null by default.
     "minicpmv4_7": {"downsample_mode": "16x"} | _plain_tower(16),
-    "exaone4_5": _tower(14, window_size=112),
-    "hyperclovax_vision_v2": _tower(14, window_size=112),
+    "dots3_note": {"image_token_id": 151660, "video_token_id": 151680}
+    | _plain_tower(14, spatial_merge_size=2),
+    "exaone4_5": {"image_token_id": 67, "video_token_id": 68} | _tower(14, window_size=112),
+    "glm5_next": _glm(154854, 154830, 154832),
+    "hyperclovax_vision_v2": {"image_token_id": 128060, "video_token_id": 128061}
+    | _tower(14, window_size=112),
+    "lfm3_vl": {"image_token_id": 125030, "video_token_id": 125029} | _tower(16),
 }
 """Defaults by `model_type`. A family of `FAMILIES` without a class in transformers has no entry."""
 

@@ -28,6 +28,8 @@ class Tower:
             and its kin).
         raster: patches are in raster order over the whole frame, not in merged blocks, and the
             table is aligned with the frame by outer edges instead of corner centres (PaddleOCR-VL).
+        host_grids: the tower reads its grids on the host, whatever else it is given: an attached
+            model takes them from a list in the batch.
     """
 
     videos: bool = True
@@ -35,6 +37,7 @@ class Tower:
     windows: bool = False
     table: bool = False
     raster: bool = False
+    host_grids: bool = False
 
 
 class ConfigValue(NamedTuple):
@@ -64,11 +67,22 @@ class Family:
             and its kin, whose processors write a timestamp before each frame).
         frames_as_images: frames have the placeholder of images, between a video's start and end
             marker (GLM-V).
+        newlines: each line of a frame ends with one more placeholder, a newline token, which counts
+            as a column; each frame, of an image too, is a span of its own (HunYuan V4 VL).
+        planes_at_zero: rows and columns of an image count from 0, not from its position, and text
+            goes on 1 after its time (Isaac).
+        still_images: an image of more than one frame is refused, as nothing says how to compute
+            its position ids.
         merges: patches merged along each side, by the config's `downsample_mode`; None: read from
-            `vision_config.spatial_merge_size`.
+            `vision_config`, under one of `merge_keys`.
         timed: the temporal step of a video is `tokens_per_second * second_per_grid_ts`.
+        one_dimensional: the model itself numbers tokens 0, 1, 2 ..., padding included, on one axis:
+            position ids are (B, S), and only the towers' tensors are worth computing.
         packs: packing verified: no attention across examples (see `mrope.collate.packing`).
-        references: keys of `REFERENCES` that the family was compared with.
+        references: keys of `REFERENCES` that the family was compared with. With a `source`: those
+            whose conventions for padding and rope deltas it can have.
+        source: where the rule is published, for a family without a class in transformers: its
+            position ids were compared with `tests/twins/published.py`, which is written from that.
         image_keys, video_keys, start_keys: alternative names in the config of the token ids of the
             image placeholder, the video placeholder and the vision start marker; empty: the family
             has no such token.
@@ -82,10 +96,16 @@ class Family:
     inputs: tuple[str, ...] = ()
     frames_apart: bool = False
     frames_as_images: bool = False
+    newlines: bool = False
+    planes_at_zero: bool = False
+    still_images: bool = False
     merges: Mapping[str, int] | None = None
+    merge_keys: tuple[str, ...] = ("spatial_merge_size",)
     timed: bool = False
+    one_dimensional: bool = False
     packs: bool = True
     references: tuple[str, ...] = tuple(REFERENCES)
+    source: str | None = None
     image_keys: tuple[str, ...] = ("image_token_id",)
     video_keys: tuple[str, ...] = ("video_token_id",)
     start_keys: tuple[str, ...] = ("vision_start_token_id",)
@@ -130,6 +150,9 @@ _OMNI_VALUES = (
     ConfigValue("audio_start_token_id", "audio_start_token_id", 105),
     ConfigValue("position_id_per_seconds", "position_id_per_seconds", 25),
 )
+
+# Served by vLLM, trained with code of their own. None of these rules looks for a start marker.
+_SERVED = Family(frames_apart=True, still_images=True, packs=False, start_keys=())
 
 _CROPS = ("target_sizes", "target_sizes_videos", "downsample_mode")
 
@@ -205,6 +228,7 @@ FAMILIES: dict[str, Family] = {
     "hunyuan_vl": Family(
         custom_index="hunyuan",
         inputs=("mm_token_type_ids", "images_per_sample"),
+        still_images=True,
         packs=False,
         references=_SINCE_5_6,
         video_keys=(),
@@ -220,12 +244,53 @@ FAMILIES: dict[str, Family] = {
         start_keys=("image_start_id",),
         extra=_tokens("image_end_id", "slice_start_id", "slice_end_id", "newline_id"),
     ),
+    # transformers 5.24 is the first release that has it.
+    "hy_v4_vl": Family(
+        frames_apart=True,
+        newlines=True,
+        packs=False,
+        references=("transformers-5.23",),
+        start_keys=(),
+        tower=Tower(positions=False),
+    ),
+    "KeyeVL": replace(_SERVED, source="vLLM, keye.py (cab63df)"),
+    "KeyeVL1_5": replace(_SERVED, source="vLLM, keye_vl1_5.py (03c11e7)"),
+    "openpangu_vl": replace(_SERVED, source="vLLM, openpangu_vl.py (00d1d4c)"),
+    "bailing_moe_v3_vl": replace(_SERVED, source="vLLM, bailing_moe_v3_vl.py (54fc980)"),
+    "intern_s2_preview": replace(_SERVED, source="vLLM, interns2_preview.py (fb73c46)"),
+    "interns2_mobius": replace(_SERVED, source="SGLang, interns2_mobius.py (252129a)"),
+    "isaac": replace(
+        _SERVED,
+        planes_at_zero=True,
+        source="Perceptron, modular_isaac.py of Isaac 0.1 and 0.2",
+        video_keys=(),
+        merge_keys=("pixel_shuffle_scale_factor",),
+    ),
 }
 
 
-ONE_DIMENSIONAL: dict[str, Tower | None] = {
-    "exaone4_5": Tower(windows=True),
-    "hyperclovax_vision_v2": Tower(windows=True),
-    "video_llama_3": None,
+_PLAIN = Family(
+    one_dimensional=True,
+    packs=False,
+    references=("transformers-5.23",),
+    start_keys=(),
+    tower=Tower(),
+)
+
+ONE_DIMENSIONAL: dict[str, Family] = {
+    "dots3_note": _PLAIN,
+    "exaone4_5": replace(_PLAIN, tower=Tower(windows=True)),
+    "glm5_next": replace(_GLM, one_dimensional=True, references=_PLAIN.references),
+    "hyperclovax_vision_v2": replace(_PLAIN, tower=Tower(windows=True)),
+    "lfm3_vl": replace(_PLAIN, frames_apart=True, tower=Tower(host_grids=True)),
 }
-"""Vision-language models with 1-D positions in transformers 5.23, and their vision towers."""
+"""Vision-language models with 1-D positions, as they are in transformers 5.24.
+
+A table of their own: whatever computes M-RoPE positions goes by `FAMILIES`, and a model is here
+only because its own forward numbers its tokens on one axis.
+"""
+
+
+def find_family(name: object) -> Family | None:
+    """Return the row of a `model_type` in either table; None: it is in neither."""
+    return FAMILIES.get(str(name)) or ONE_DIMENSIONAL.get(str(name))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mrope.errors import MRopeError
-from mrope.spec.families import FAMILIES, NO_TOKEN, ONE_DIMENSIONAL, Family
+from mrope.spec.families import FAMILIES, NO_TOKEN, ONE_DIMENSIONAL, Family, find_family
 from mrope.spec.model_config import read_dotted, read_int, read_model, with_class_defaults
 from mrope.spec.references import (
     REFERENCES,
@@ -25,7 +25,7 @@ class MRopeSpec:
     """Values of a model that position ids depend on: plain data, picklable, comparable.
 
     Attributes:
-        family: `model_type` of the config, a key of `FAMILIES`.
+        family: `model_type` of the config, a key of `FAMILIES` or `ONE_DIMENSIONAL`.
         reference: release whose position ids are computed, a key of `REFERENCES`.
         image_token_id, video_token_id, vision_start_token_id: token ids of the model; `NO_TOKEN`
             if the family has no such token.
@@ -45,13 +45,18 @@ class MRopeSpec:
 
     @property
     def family_row(self) -> Family:
-        """The family's row of `FAMILIES`."""
-        return FAMILIES[self.family]
+        """The family's row of `FAMILIES`, or of `ONE_DIMENSIONAL`."""
+        return FAMILIES[self.family] if self.family in FAMILIES else ONE_DIMENSIONAL[self.family]
 
     @property
     def conventions(self) -> Reference:
         """The reference's row of `REFERENCES`."""
         return REFERENCES[self.reference]
+
+    def frame_tokens(self, height: int, width: int) -> int:
+        """Return how many placeholder tokens a frame of `height` x `width` patches has."""
+        merge = self.spatial_merge_size
+        return height // merge * (width // merge + self.family_row.newlines)
 
     @classmethod
     def from_config(
@@ -83,9 +88,9 @@ class MRopeSpec:
             2
         """
         name, table = read_model(config)
-        if name not in FAMILIES:
+        family = find_family(name)
+        if family is None:
             raise MRopeError(_describe_unknown_family(name))
-        family = FAMILIES[name]
         by_release = reference in (None, "auto")
         reference = resolve_reference(reference or "auto")
         if reference not in family.references:
@@ -104,14 +109,14 @@ class MRopeSpec:
             image_token_id=_read_token(table, family.image_keys, name),
             video_token_id=_read_token(table, family.video_keys, name),
             vision_start_token_id=_read_token(table, family.start_keys, name),
-            spatial_merge_size=read_int(vision, ("spatial_merge_size",), where, 1)
+            spatial_merge_size=read_int(vision, family.merge_keys, where, 1)
             if family.merges is None
             else _read_merge(table, family.merges, name),
             tokens_per_second=timed,
             extra={value.name: read_dotted(table, value.key, name) for value in family.extra},
         )
         _refuse_equal_tokens(spec)
-        if by_release:
+        if by_release and not family.one_dimensional:
             prove_if_unknown("positions", spec)
         return spec
 
@@ -126,10 +131,10 @@ def example_config(family: str) -> dict[str, Any]:
         >>> example_config("qwen3_vl")["vision_config"]
         {'spatial_merge_size': 2}
     """
-    if family not in FAMILIES:
+    row = find_family(family)
+    if row is None:
         raise MRopeError(_describe_unknown_family(family))
-    row = FAMILIES[family]
-    vision = {} if row.merges is not None else {"spatial_merge_size": 2}
+    vision = {} if row.merges is not None else {row.merge_keys[0]: 2}
     vision |= {"tokens_per_second": 2} if row.timed else {}
     config: dict[str, Any] = {"model_type": family, "vision_config": vision}
     for keys, token in ((row.start_keys, 101), (row.image_keys, 102), (row.video_keys, 103)):
@@ -180,9 +185,4 @@ def _describe_unknown_family(name: object) -> str:
     # The usual mistake: `config.text_config` instead of the config.
     if re.search(r"_(text|vision)$", name):
         return f"model_type {name!r} is a part of a model; give the whole model's config; {known}"
-    if name in ONE_DIMENSIONAL:
-        return (
-            f"transformers 5.23 numbers the tokens of {name} in 1-D, as those of a text: there is "
-            f"nothing to compute; {known}"
-        )
     return f"unknown model_type {name!r}{nearest(name, FAMILIES)}; {known}"

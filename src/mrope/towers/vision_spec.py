@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mrope.errors import MRopeError
-from mrope.spec.families import FAMILIES, ONE_DIMENSIONAL, Tower
+from mrope.spec.families import FAMILIES, ONE_DIMENSIONAL, Tower, find_family
 from mrope.spec.model_config import read_int, read_model, read_tower
 from mrope.spec.references import VISION_READ_SINCE, as_release, installed_transformers
 
@@ -26,7 +26,7 @@ class VisionSpec:
         table_side: learned positions along each side of the tower's table; None: no table.
         positions: the tower takes row and column of each patch.
         videos: the tower takes videos.
-        raster: see `mrope.spec.families.Tower`.
+        raster, host_grids: see `mrope.spec.families.Tower`.
         patch_shape: shape of a patch in `pixel_values`; None: the config does not say.
     """
 
@@ -37,6 +37,7 @@ class VisionSpec:
     videos: bool = True
     raster: bool = False
     patch_shape: tuple[int, ...] | None = None
+    host_grids: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> VisionSpec:
@@ -71,6 +72,7 @@ class VisionSpec:
             videos=tower.videos,
             raster=tower.raster,
             patch_shape=_read_patch_shape(vision, where, tower),
+            host_grids=tower.host_grids,
         )
 
     @property
@@ -157,10 +159,11 @@ def _find_tower(name: object) -> tuple[str, Tower]:
     # A tower's own `model_type` may have a suffix, "_vision" or "_vision_encoder".
     plain = str(name).removesuffix("_encoder").removesuffix("_vision")
     family = next((one for one in (plain, f"{plain}_thinker") if one in FAMILIES), plain)
-    tower = FAMILIES[family].tower if family in FAMILIES else ONE_DIMENSIONAL.get(family)
+    row = find_family(family)
+    tower = None if row is None else row.tower
     if tower is None:
-        known = [name for name, row in FAMILIES.items() if row.tower is not None]
-        known += [name for name, tower in ONE_DIMENSIONAL.items() if tower is not None]
+        rows = {**FAMILIES, **ONE_DIMENSIONAL}
+        known = [name for name, row in rows.items() if row.tower is not None]
         raise MRopeError(
             f"model_type {name!r} has no vision tower whose tensors mrope computes; "
             f"known: {', '.join(known)}"

@@ -1,0 +1,84 @@
+"""Attached models with 1-D positions: results of the unmodified model, and no syncs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from hf.test_forwards import assert_same_step, step, tensor_collator
+from mrope import MRopeCollator, MRopeError, rope_index
+from mrope.collate.padding import PaddingCollator
+from mrope.hf import attach, detach
+from mrope.hf.plain_forwards import PLAIN_FORWARDS
+from mrope.spec import ONE_DIMENSIONAL
+from mrope.training.step import guarded_step
+from support.models import PLAIN_FAMILIES, media_of, tiny_examples, tiny_model, tiny_spec
+
+TEXT = {"images": False, "videos": False}
+CASES = [(family, media) for family in PLAIN_FAMILIES for media in [*media_of(family), TEXT]]
+
+
+def make_batches(family: str, media: dict[str, bool], padded: bool) -> tuple[Any, Any]:
+    examples = tiny_examples(family, **media)
+    examples = examples if padded else [examples[0]] * 2
+    inner = PaddingCollator(padding_side="left")
+    return inner(examples), tensor_collator(family, inner)(examples)
+
+
+def test_these_are_the_families() -> None:
+    assert set(PLAIN_FAMILIES) == set(PLAIN_FORWARDS) == set(ONE_DIMENSIONAL)
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "media"), CASES)
+def test_the_same_step_without_a_sync(
+    family: str, media: dict[str, bool], attention: str, padded: bool
+) -> None:
+    """To the last bit. The plain batch has no position ids: the collator's are the model's own."""
+    plain, batch = make_batches(family, media, padded)
+    model = tiny_model(family, attention).train()
+    theirs = step(model, plain)
+    assert_same_step(step(model, batch), theirs)  # the unmodified model takes the batch too
+    attach(model)
+    assert_same_step(step(model, batch), theirs)
+    guard = guarded_step(model, batch)
+    assert guard.count == 0, guard.report()
+    detach(model)
+    assert_same_step(step(model, plain), theirs)
+
+
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
+def test_positions_are_those_of_a_text_and_only_the_collator_gives_them(family: str) -> None:
+    spec, examples = tiny_spec(family), tiny_examples(family)
+    batch = MRopeCollator(None, spec, layout="batch")(examples)
+    rows, width = batch["input_ids"].shape
+    assert batch["position_ids"].tolist() == [list(range(width))] * rows
+    assert "rope_deltas" not in batch
+    with pytest.raises(MRopeError, match=f"{family} numbers its tokens in 1-D"):
+        rope_index(spec, [[7, 8]])
+    with pytest.raises(MRopeError, match=f"refused for {family}"):
+        MRopeCollator(None, spec, packing="flatten")
+
+
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
+def test_wrong_tensors_would_be_seen(family: str) -> None:
+    _, batch = make_batches(family, {"images": True, "videos": False}, padded=True)
+    model = attach(tiny_model(family))
+    with torch.no_grad():
+        right = model(**batch).logits
+        # GLM-5-Next has no positions in its text at all.
+        for name in ("image_position_ids", "position_ids")[: 1 if family == "glm5_next" else 2]:
+            wrong = model(**batch | {name: batch[name].flip(0, 1)}).logits
+            assert not torch.equal(wrong, right), name
+
+
+def test_audio_is_left_to_the_models_own_forward() -> None:
+    _, batch = make_batches("dots3_note", TEXT, padded=False)
+    model = attach(tiny_model("dots3_note"))
+    with pytest.raises(MRopeError, match="an attached dots3_note takes no audio"):
+        model(**batch, input_features=torch.zeros(1, 16, 8))
