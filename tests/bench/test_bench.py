@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mrope import MRopeCollator, MRopeSpec, rope_index
+from mrope import MRopeCollator, MRopeSpec, Shapes, VisionSpec, rope_index
 from mrope.bench.harness import interleaved_medians, one_thread
-from mrope.bench.packing import fitted_exponent, make_examples
+from mrope.bench.packing import fitted_exponent, make_examples, make_pixel_examples
 from mrope.bench.positions import Case, make_batch
 from mrope.bench.rivals import RowsOnHost, per_span_rope_index, rope_index_on_device
 from mrope.bench.step import Measured, step_table
@@ -64,6 +64,23 @@ def test_packing_is_measured_on_the_stated_number_of_tokens(tokens: int) -> None
     assert sum(lengths) == tokens and len(set(lengths)) > 1
     batch = MRopeCollator(None, SPEC, packing="flatten")(examples)
     assert batch["input_ids"].shape == (1, tokens)
+
+
+def test_fixed_shapes_are_measured_on_images_of_many_sizes() -> None:
+    config = example_config("qwen3_vl")
+    config["vision_config"] |= {"patch_size": 2, "num_position_embeddings": 16}
+    vision = VisionSpec.from_config(config)
+    examples = make_pixel_examples(4096, SPEC, vision)
+    assert sum(len(example["input_ids"]) for example in examples) == 4096
+    grids = torch.cat([example["image_grid_thw"] for example in examples])
+    assert len(grids.unique(dim=0)) > 10
+    plain, fixed = (
+        MRopeCollator(None, SPEC, vision, packing="flatten", shapes=shapes)(examples)
+        for shapes in (None, Shapes((4096,), (12288,), 784))
+    )
+    patches = len(plain["pixel_values"])
+    assert torch.equal(fixed["pixel_values"][:patches], plain["pixel_values"])
+    assert torch.equal(fixed["input_ids"], plain["input_ids"])
 
 
 def test_medians_are_per_call_and_every_function_runs_in_each_round() -> None:

@@ -1,8 +1,11 @@
-"""Time the collator's stage on padded and on flattened batches: `mrope bench packing`.
+"""Time the collator on padded and flattened batches, and with fixed shapes: `mrope bench packing`.
 
 The stage is what `MRopeCollator` adds after the inner collate function: position ids, vision
 tensors, document borders and, for flattened batches, the token columns joined into one row. Padded
 batches contain the padding that examples of mixed lengths need; times are per valid token.
+
+Fixed shapes are compared on whole calls, from examples to batch, as a worker makes them: pixels
+included, of images of many sizes. The rival is the same collator without `shapes`.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from mrope.bench.harness import (
     write_json,
 )
 from mrope.collate.collator import MRopeCollator
+from mrope.collate.ladder import Shapes
 from mrope.collate.padding import PaddingCollator
 from mrope.positions.spans import token_types
 from mrope.spec.spec import MRopeSpec, example_config
@@ -33,6 +37,12 @@ from mrope.towers import VisionSpec
 TOKENS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 _MEAN_LENGTH = 1024
 _IMAGE_SIDE = 16  # merged patches: 256 tokens
+# Pixels of larger batches would take gigabytes; a worker's batch is rarely that large.
+_MOST_WITH_PIXELS = 16384
+# Sides of images of many sizes, in merged patches: 96 to 448 pixels.
+_SIDES = (3, 14)
+# A rung is so much larger than the batch: half of the padding that `Shapes.fit` aims below.
+_ABOVE = 1.04
 
 
 def bench_packing(
@@ -47,10 +57,13 @@ def bench_packing(
     sizes = TOKENS[:4] if quick else TOKENS
     with one_thread():
         cases = [_measure(tokens, repeats) for tokens in sizes]
+        with_pixels = [tokens for tokens in sizes if tokens <= _MOST_WITH_PIXELS]
+        fixed = [_measure_fixed(tokens, repeats) for tokens in with_pixels]
     report = {
         "conditions": conditions(),
         "repeats": repeats,
         "cases": cases,
+        "fixed_shapes": fixed,
         "exponents": {
             name: fitted_exponent(
                 [case["tokens"] for case in cases], [case["seconds"][name] for case in cases]
@@ -97,11 +110,58 @@ def _example(length: int, spec: MRopeSpec) -> dict[str, Any]:
     }
 
 
-def _measure(tokens: int, repeats: int) -> dict[str, Any]:
+def make_pixel_examples(tokens: int, spec: MRopeSpec, vision: VisionSpec) -> list[dict[str, Any]]:
+    """Return examples as `make_examples`, with images of many sizes and their pixels."""
+    assert vision.patch_shape is not None
+    rng = np.random.default_rng(tokens)
+    examples = []
+    for start in range(0, tokens, _MEAN_LENGTH):
+        length = min(_MEAN_LENGTH, tokens - start)
+        ids, grids = [7], []
+        # Half of a row is vision, as in the other cases.
+        while len(ids) < length // 2:
+            height, width = rng.integers(_SIDES[0], _SIDES[1] + 1, 2).tolist()
+            ids += [spec.vision_start_token_id, *[spec.image_token_id] * (height * width)]
+            grids.append([1, spec.spatial_merge_size * height, spec.spatial_merge_size * width])
+        input_ids = torch.tensor([*ids, *[7] * (length - len(ids))])
+        grid_thw = torch.tensor(grids)
+        pixels = torch.randn(int(grid_thw.prod(dim=1).sum()), *vision.patch_shape)
+        example = {"input_ids": input_ids, "labels": input_ids, "image_grid_thw": grid_thw}
+        examples.append(example | {"pixel_values": pixels})
+    return examples
+
+
+def _measure_fixed(tokens: int, repeats: int) -> dict[str, Any]:
+    spec, vision = _specs()
+    examples = make_pixel_examples(tokens, spec, vision)
+    patches = sum(len(example["pixel_values"]) for example in examples)
+    rungs = [-(-int(_ABOVE * size) // 64) * 64 for size in (tokens, patches)]
+    longest = (spec.spatial_merge_size * _SIDES[1]) ** 2
+    shapes = Shapes(rungs[:1], rungs[1:], longest, patches_per_segment=64)
+    contenders: dict[str, Callable[[], Any]] = {
+        "flattened": _stage(MRopeCollator(None, spec, vision, packing="flatten"), examples),
+        "fixed shapes": _stage(
+            MRopeCollator(None, spec, vision, packing="flatten", shapes=shapes), examples
+        ),
+    }
+    assert len(contenders["fixed shapes"]()["pixel_values"]) == rungs[1]
+    return {
+        "tokens": tokens,
+        "images": sum(len(example["image_grid_thw"]) for example in examples),
+        "patches": patches,
+        "rungs": rungs,
+        "seconds": interleaved_medians(contenders, repeats),
+    }
+
+
+def _specs() -> tuple[MRopeSpec, VisionSpec]:
     config = example_config("qwen3_vl")
-    spec = MRopeSpec.from_config(config, "transformers-5.23")
-    config["vision_config"]["num_position_embeddings"] = 2304
-    vision = VisionSpec.from_config(config)
+    config["vision_config"] |= {"patch_size": 16, "num_position_embeddings": 2304}
+    return MRopeSpec.from_config(config, "transformers-5.23"), VisionSpec.from_config(config)
+
+
+def _measure(tokens: int, repeats: int) -> dict[str, Any]:
+    spec, vision = _specs()
     examples = make_examples(tokens, spec)
     # The inner collate function only copies a dict, so that its own time is not measured.
     padded = PaddingCollator()(examples)
@@ -138,9 +198,24 @@ def _print(report: dict[str, Any]) -> None:
         )
     console = make_console()
     console.print(table)
+    console.print(_fixed_table(report))
     exponents = ", ".join(f"{name} {value:.2f}" for name, value in report["exponents"].items())
     console.print(f"time = c * tokens**k with k: {exponents} (at most 1.1)")
     console.print(one_line(report["conditions"]))
+
+
+def _fixed_table(report: dict[str, Any]) -> Any:
+    numbers = ("tokens", "images", "patches", "flattened", "fixed shapes", "ratio")
+    title = "a worker's batch with pixels: median time, one thread; ratio at most 1.3"
+    table = make_table(title, (), numbers)
+    for case in report["fixed_shapes"]:
+        seconds = case["seconds"]
+        table.add_row(
+            *(f"{case[name]:,}" for name in ("tokens", "images", "patches")),
+            *(f"{seconds[name] * 1e3:.2f} ms" for name in ("flattened", "fixed shapes")),
+            f"{seconds['fixed shapes'] / seconds['flattened']:.2f}",
+        )
+    return table
 
 
 def _plot(report: dict[str, Any], file: Path) -> None:

@@ -54,7 +54,7 @@ def packing(
     repeats: Repeats = 15,
     quick: Quick = False,
 ) -> None:
-    """Time the stage on padded and on flattened batches of 2k to 128k tokens."""
+    """Time the stage on padded and flattened batches, and a worker's batch with fixed shapes."""
     from mrope.bench.packing import bench_packing
 
     bench_packing(repeats, quick, json_file, plot_file)
