@@ -12,16 +12,23 @@ from typing import Any
 import numpy as np
 
 from mrope import MRopeSpec
-from mrope.spec.families import FAMILIES
+from mrope.spec.families import FAMILIES, NO_TOKEN
 
 # Every family with every reference that it was compared with.
 ROWS = [(family, name) for family, row in FAMILIES.items() for name in row.references]
+# Those with a class in transformers, and those compared with a published rule.
+RELEASED_ROWS = [(family, name) for family, name in ROWS if FAMILIES[family].source is None]
+PUBLISHED_ROWS = [(family, name) for family, name in ROWS if FAMILIES[family].source is not None]
 # Those that `mrope.positions.rope_index` numbers; the others have rules of their own.
 SPAN_ROWS = [(family, name) for family, name in ROWS if FAMILIES[family].custom_index is None]
 
+# Families of frames apart whose clips have no token between two frames.
+SIDE_BY_SIDE = ("hy_v4_vl", "KeyeVL")
 TEXT_IDS = range(1, 50)
 PAD_ID = 0
 VISION_END_ID = 99
+# Stands where other families have their start marker; it means nothing.
+NO_START_ID = 98
 
 
 @dataclass
@@ -94,7 +101,7 @@ def _random_row(
     row = Row(touching=touching)
     for _ in range(rng.randrange(5) if vision and rng.random() < 0.85 else 0):
         row.add(rng.choice(TEXT_IDS), rng.choice([0, 0, 1, 2, 5]))
-        add = _add_image if rng.random() < 0.5 else _add_video
+        add = _add_image if rng.random() < 0.5 or not spec.family_row.video_keys else _add_video
         add(rng, spec, row, marked)
     row.add(rng.choice(TEXT_IDS), rng.choice([0, 1, 2, 7]) if row.tokens else rng.randrange(1, 9))
     return row
@@ -106,7 +113,8 @@ def _random_grid(rng: random.Random, spec: MRopeSpec, frames: int) -> list[int]:
 
 
 def _add_image(rng: random.Random, spec: MRopeSpec, row: Row, marked: bool) -> None:
-    grid = _random_grid(rng, spec, frames=rng.choice([1, 1, 1, 1, 2]))
+    frames = 1 if spec.family_row.still_images else rng.choice([1, 1, 1, 1, 2])
+    grid = _random_grid(rng, spec, frames)
     row.images.append(grid)
     _add_span(rng, spec, row, grid, 1, marked)
 
@@ -116,13 +124,17 @@ def _add_video(rng: random.Random, spec: MRopeSpec, row: Row, marked: bool) -> N
     grid = _random_grid(rng, spec, frames=max(least, rng.choice([1, 2, 3, 4, 9])))
     row.videos.append(grid)
     row.seconds.append(rng.choice([0.1, 0.25, 1 / 3, 0.4, 0.5, 0.8, 1.0, 1.5, 2.0, 2.7, 4.0]))
-    if not spec.family_row.frames_apart:
+    if not spec.family_row.frames_apart or spec.family in SIDE_BY_SIDE:
         _add_span(rng, spec, row, [grid[0] // least, *grid[1:]], 2, marked)
         return
     markers = ("video_start_token_id", "video_end_token_id")
     start, end = (spec.extra.get(name) for name in markers)
     row.add(int(start or 0), 1 if start else 0)
-    for _ in range(grid[0]):
+    for frame in range(grid[0]):
+        if spec.family == "openpangu_vl":
+            row.add(VISION_END_ID, 2 if frame else 0)  # its end marker and its start marker
+            row.add(spec.video_token_id, spec.frame_tokens(*grid[1:]), 2)
+            continue
         _add_span(rng, spec, row, [1, *grid[1:]], 2, marked)
     row.add(int(end or 0), 1 if end else 0)
 
@@ -130,11 +142,12 @@ def _add_video(rng: random.Random, spec: MRopeSpec, row: Row, marked: bool) -> N
 def _add_span(
     rng: random.Random, spec: MRopeSpec, row: Row, grid: list[int], kind: int, marked: bool
 ) -> None:
-    tokens = grid[0] * grid[1] * grid[2] // spec.spatial_merge_size**2
+    tokens = grid[0] * spec.frame_tokens(*grid[1:])
     as_image = kind == 1 or spec.family_row.frames_as_images
     placeholder = spec.image_token_id if as_image else spec.video_token_id
     if marked:
-        row.add(spec.vision_start_token_id, 1)
+        start = spec.vision_start_token_id
+        row.add(NO_START_ID if start == NO_TOKEN else start, 1)
     elif not row.touching and row.types and row.types[-1] == kind:
         row.add(rng.choice(TEXT_IDS), 1)
     row.add(placeholder, tokens, kind)

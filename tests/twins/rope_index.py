@@ -6,12 +6,14 @@ spans, and rows without a token.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from mrope import MRopeSpec
 from support.custom import SLOW
+from twins.published import PUBLISHED
 
 
 def slow_rope_index(spec: MRopeSpec, batch: dict[str, Any]) -> tuple[Any, Any]:
@@ -39,6 +41,9 @@ def slow_rope_index(spec: MRopeSpec, batch: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _number_row(spec: MRopeSpec, tokens: list[int], spans: dict[int, list[Any]]) -> list[Any]:
+    if spec.family in PUBLISHED:
+        media = {token: _taken(grids) for token, grids in spans.items()}
+        return PUBLISHED[spec.family](spec, tokens, media)
     numbers: list[tuple[int, int, int]] = []
     cursor = 0
     at = 0
@@ -65,6 +70,12 @@ def _number_row(spec: MRopeSpec, tokens: list[int], spans: dict[int, list[Any]])
     return numbers
 
 
+def _taken(grids: list[Any]) -> Iterator[Any]:
+    """Yield grids as they are asked for, and take them out of the list of the whole batch."""
+    while grids:
+        yield grids.pop(0)
+
+
 def _kind(spec: MRopeSpec, tokens: list[int], at: int) -> int:
     """Return a token's id, or for an image token between a GLM video's markers the video's id."""
     if not spec.family.startswith("glm") or tokens[at] != spec.image_token_id:
@@ -79,6 +90,15 @@ def _spans(spec: MRopeSpec, batch: dict[str, Any]) -> dict[int, list[Any]]:
     """Return for each placeholder id its spans in order: times of the frames, height, width."""
     merge = spec.spatial_merge_size
     spans: dict[int, list[Any]] = {spec.image_token_id: [], spec.video_token_id: []}
+    if spec.family in PUBLISHED:
+        for name, token in (("image", spec.image_token_id), ("video", spec.video_token_id)):
+            spans[token] = _rows(batch[f"{name}_grid_thw"])
+        return spans
+    if spec.family == "hy_v4_vl":
+        for name, token in (("image", spec.image_token_id), ("video", spec.video_token_id)):
+            for t, h, w in _rows(batch[f"{name}_grid_thw"]):
+                spans[token] += [([0], h // merge, w // merge + 1)] * t
+        return spans
     timed = spec.family == "qwen2_5_vl"
     for t, h, w in _rows(batch["image_grid_thw"]):
         still = timed and spec.reference == "transformers-4.57"

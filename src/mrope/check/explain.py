@@ -143,7 +143,7 @@ def to_sample(words: Sequence[str], spec: MRopeSpec) -> Sample:
             continue
         frames, height, width = size if kind == "video" else (1, *size)
         sample.grids[kind].append((frames, height, width))
-        area = (height // spec.spatial_merge_size) * (width // spec.spatial_merge_size)
+        area = spec.frame_tokens(height, width)
         spans = frames if spec.family_row.frames_apart else 1
         marker = [spec.vision_start_token_id]
         _append(sample, [placeholders[kind]], frames // spans * area, spans, marker)

@@ -36,11 +36,14 @@ def installed_reference() -> str:
     return resolve_reference("auto", transformers.__version__)
 
 
+# lmms-engine calls Qwen3-VL's function for the first, and for the others where there is none.
+_AS_QWEN3_VL = ("aero_realtime", "qwen3_5", "qwen3_5_moe")
+
+
 def has_rope_index(family: str) -> bool:
     """Whether the installed transformers has a function that positions can be compared with."""
     name = family.removesuffix("_thinker")
-    # lmms-engine calls Qwen3-VL's function for it.
-    return name == "aero_realtime" or _find_module(name) is not None
+    return name in _AS_QWEN3_VL or _find_module(name) is not None
 
 
 def reference_class(family: str) -> Any:
@@ -48,9 +51,12 @@ def reference_class(family: str) -> Any:
 
     For aero_realtime, and for qwen3_5 in releases without it, that is the class of Qwen3-VL:
     lmms-engine calls its function for both.
+
+    Raises:
+        ModuleNotFoundError: the installed transformers does not have the family.
     """
     name = family.removesuffix("_thinker")
-    if _find_module(name) is None:
+    if name in _AS_QWEN3_VL and _find_module(name) is None:
         name = "qwen3_vl"
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     classes = (one for one in vars(module).values() if isinstance(one, type))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mrope.positions.spans import token_types
+from mrope.spec.families import NO_TOKEN
 from mrope.spec.spec import MRopeSpec
 
 _TEXT_IDS = 90
@@ -44,6 +45,12 @@ class _Draft:
         tokens = [spec.image_token_id, spec.video_token_id, spec.vision_start_token_id]
         tokens += [int(value) for name, value in spec.extra.items() if name.endswith("_id")]
         return max(tokens) + 1, max(tokens) + 1 + _TEXT_IDS
+
+    @property
+    def start(self) -> list[int]:
+        """Return the start marker of an image or frame; nothing if the family has none."""
+        marker = self.spec.vision_start_token_id
+        return [] if marker == NO_TOKEN else [marker]
 
     @property
     def end(self) -> int:
@@ -82,7 +89,8 @@ def random_arguments(spec: MRopeSpec, rng: np.random.Generator) -> dict[str, Any
         whatever else the family's rule reads.
     """
     draft = _Draft(spec, rng, audio_in_video=bool(rng.random() < 0.5))
-    kinds = _KINDS.get(spec.family_row.custom_index, (_image, _clip))
+    media = (_image, _clip) if spec.family_row.video_keys else (_image,)
+    kinds = _KINDS.get(spec.family_row.custom_index, media)
     counters = [name for name in spec.family_row.inputs if name.endswith("_per_sample")]
     for _ in range(int(rng.integers(1, 4))):
         draft.rows.append([])
@@ -121,24 +129,29 @@ def _merge(draft: _Draft) -> dict[str, Any]:
 
 
 def _image(draft: _Draft) -> None:
-    spec, grid = draft.spec, draft.grid((1, 1, 1, 2))
-    draft.note("image_grid_thw", draft.patches(grid))
-    draft.add(spec.vision_start_token_id, *[spec.image_token_id] * int(np.prod(grid)), draft.end)
+    spec, row = draft.spec, draft.spec.family_row
+    grid = draft.grid((1,) if row.still_images else (1, 1, 1, 2))
+    frames, *size = patches = draft.patches(grid)
+    draft.note("image_grid_thw", patches)
+    draft.add(*draft.start, *[spec.image_token_id] * (frames * spec.frame_tokens(*size)), draft.end)
 
 
 def _clip(draft: _Draft) -> None:
     spec, row = draft.spec, draft.spec.family_row
     merged = int(spec.extra.get("temporal_merge_size", 1))
     frames, height, width = draft.grid((1, 2, 3, 5))
-    draft.note("video_grid_thw", draft.patches((frames * merged, height, width)))
+    _, *size = patches = draft.patches((frames * merged, height, width))
+    draft.note("video_grid_thw", patches)
     if spec.tokens_per_second is not None:
         draft.note("second_per_grid_ts", draft.rng.choice([0.25, 1 / 3, 0.5, 1.0, 2.7]))
     token = spec.image_token_id if row.frames_as_images else spec.video_token_id
-    spans = [height * width] * frames if row.frames_apart else [frames * height * width]
+    # The frames of a family with newline tokens stand side by side.
+    apart, area = row.frames_apart and not row.newlines, spec.frame_tokens(*size)
+    spans = [area] * frames if apart else [frames * area]
     if row.frames_as_images:
         draft.add(int(spec.extra["video_start_token_id"]))
     for tokens in spans:
-        draft.add(spec.vision_start_token_id, *[token] * tokens, draft.end)
+        draft.add(*draft.start, *[token] * tokens, draft.end)
     if row.frames_as_images:
         draft.add(int(spec.extra["video_end_token_id"]))
 

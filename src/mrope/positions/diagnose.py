@@ -153,8 +153,9 @@ class _Walk:
         frames, height, width = self.grids.size_3G[:, column].tolist()
         merge = self.grids.merge
         over_time = self.grids.frame_merge if column >= self.grids.images else 1
-        patches = [frames * over_time, height * merge, width * merge]
+        patches = [frames * over_time, height * merge, (width - self.grids.newlines) * merge]
         merged = f"{merge}" if over_time == 1 else f"{over_time} x {merge} x {merge}"
+        merged += " with a newline token for each line" if self.grids.newlines else ""
         return f"its grid {patches}, merged by {merged}, needs {frames * height * width}"
 
 

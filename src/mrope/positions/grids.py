@@ -21,13 +21,14 @@ class Grids(NamedTuple):
     """One grid for each span, in merged units: images first, then videos or their frames.
 
     Attributes:
-        size_3G: frames, merged height and merged width; the product is the span's token count.
-        images: how many of the G are images.
+        size_3G: frames, merged height and merged width, newline column included; the product is the
+            span's token count.
+        images: how many of the G are images, or their frames where these are spans.
         frames_N: how many of the G each video has: 1, or its frames where these are spans.
         row_G: row of the batch that each belongs to, -1 if unknown; None if no counts were given.
         moves: whether any span has more than one frame, so that time advances inside it.
-        merge, frame_merge: patches along a side, and frames of a video, that share a token; for
-            messages.
+        merge, frame_merge, newlines: patches along a side, and frames of a video, that share a
+            token, and newline columns, 0 or 1; for messages.
     """
 
     size_3G: IntArray
@@ -37,39 +38,73 @@ class Grids(NamedTuple):
     moves: bool
     merge: int
     frame_merge: int
+    newlines: int
 
 
 def to_grids(spec: MRopeSpec, inputs: BatchInputs) -> Grids:
     """Check the grids of a batch and divide them by the merge size.
 
     Raises:
-        MRopeError: a size below 1, not divisible, or beyond the batch; counts that do not add up.
+        MRopeError: a size below 1, not divisible, or beyond the batch; videos, or images of several
+            frames, where the family has none; counts that do not add up.
     """
+    row, (rows, _) = spec.family_row, inputs.shape
     image_N3, video_N3 = inputs.image_grid_thw, inputs.video_grid_thw
-    rows, tokens, images = inputs.shape[0], inputs.input_ids.size, len(image_N3)
+    tokens, images = inputs.input_ids.size, len(image_N3)
     size_3G = _merged(spec, image_N3, video_N3, tokens)
+    _refuse_unknown_media(spec, inputs)
     frame_merge = int(spec.extra.get("temporal_merge_size", 1))
     if frame_merge != 1:
         size_3G[0, images:] //= frame_merge
         _check_clips(size_3G[0, images:], video_N3, frame_merge)
-    if spec.family_row.frames_apart and len(video_N3):
-        frames_N = size_3G[0, images:]
-        if np.add.reduce(frames_N) > tokens:
-            frames_N = _clipped(frames_N, tokens)
-        spans_G = size_3G[0].copy()
-        spans_G[:images] = 1
-        spans_G[images:] = frames_N
-        size_3G = size_3G.repeat(spans_G, axis=1)
-        size_3G[0, images:] = 1
-    else:
-        frames_N = np.ones(len(video_N3), np.int64)
+    spans_N = np.ones(images + len(video_N3), np.int64)
+    if row.frames_apart and (len(video_N3) or row.newlines):
+        first = 0 if row.newlines else images
+        size_3G = _apart(size_3G, spans_N, first, tokens)
     row_G = None
     if inputs.images_per_sample is not None or inputs.videos_per_sample is not None:
         image_rows = rows_of("images_per_sample", inputs.images_per_sample, images, rows)
         video_rows = rows_of("videos_per_sample", inputs.videos_per_sample, len(video_N3), rows)
-        row_G = np.concatenate((image_rows, video_rows.repeat(frames_N)))
-    moves = bool(size_3G[0].max(initial=1) > 1)
-    return Grids(size_3G, images, frames_N, row_G, moves, spec.spatial_merge_size, frame_merge)
+        row_G = np.concatenate((image_rows, video_rows)).repeat(spans_N)
+    return Grids(
+        size_3G,
+        int(np.add.reduce(spans_N[:images])),
+        spans_N[images:],
+        row_G,
+        bool(size_3G[0].max(initial=1) > 1),
+        spec.spatial_merge_size,
+        frame_merge,
+        int(row.newlines),
+    )
+
+
+def _apart(size_3N: IntArray, spans_N: IntArray, first: int, tokens: int) -> IntArray:
+    """Give each frame a column of its own, and write the frames of each grid to `spans_N`.
+
+    Args:
+        first: grids before this one keep their frames together.
+
+    Example: a grid of 2 frames of 3 x 4 becomes two columns (1, 3, 4).
+    """
+    spans_N[first:] = size_3N[0, first:]
+    if np.add.reduce(spans_N[first:]) > tokens:
+        spans_N[first:] = _clipped(spans_N[first:], tokens)
+    size_3G: IntArray = size_3N.repeat(spans_N, axis=1)
+    size_3G[0, first:] = 1
+    return size_3G
+
+
+def _refuse_unknown_media(spec: MRopeSpec, inputs: BatchInputs) -> None:
+    """Refuse videos, or images of several frames, for which the family has no rule."""
+    if len(inputs.video_grid_thw) and not spec.family_row.video_keys:
+        raise MRopeError(f"{spec.family} has no videos, but video_grid_thw is given")
+    frames_N = inputs.image_grid_thw[:, 0]
+    if spec.family_row.still_images and (frames_N > 1).any():
+        image = int((frames_N > 1).argmax())
+        raise MRopeError(
+            f"image_grid_thw[{image}] has {frames_N[image]} frames, but an image of "
+            f"{spec.family} has 1"
+        )
 
 
 def rows_of(name: str, per_sample: npt.ArrayLike | None, sizes: int, rows: int) -> IntArray:
@@ -104,6 +139,8 @@ def _merged(spec: MRopeSpec, image_N3: IntArray, video_N3: IntArray, tokens: int
     if outside or np.count_nonzero(rest_2G):
         raise _wrong_size(size_3G, images, merge, limit, tokens)
     size_3G[1:] = merged_2G
+    if spec.family_row.newlines:
+        size_3G[2] += 1
     return size_3G
 
 

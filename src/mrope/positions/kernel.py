@@ -24,7 +24,12 @@ PositionIds = npt.NDArray[np.int64]
 
 
 def number_stream(
-    runs: Runs, size_3G: IntArray, step_G: Steps | None, advance_over_time: bool, moves: bool
+    runs: Runs,
+    size_3G: IntArray,
+    step_G: Steps | None,
+    advance_over_time: bool,
+    moves: bool,
+    planes_at_zero: bool = False,
 ) -> tuple[PositionIds, PositionIds]:
     """Compute the position ids of every token of a stream.
 
@@ -34,6 +39,8 @@ def number_stream(
         step_G: temporal step of each span, int64 or float; None: 1 everywhere.
         advance_over_time: text goes on after a span's largest position, time included.
         moves: whether any span has more than one frame.
+        planes_at_zero: rows and columns count from 0, and text goes on 1 after a span's time; no
+            span has more than one frame.
 
     Returns:
         positions (3, T) int64, and for each document its largest position + 1, (D,) int64.
@@ -54,7 +61,7 @@ def number_stream(
     advance_R, lines_R, base_R, height_R, start_R, width_R = table_6R = table_6R1[:, :-1]
     advance_R[:] = width_R[:] = runs.length_R
     lines_R[:] = 1
-    advance_G = np.maximum(height_G, width_G)
+    advance_G = np.ones_like(height_G) if planes_at_zero else np.maximum(height_G, width_G)
     reach_G = np.maximum(advance_G, _in_steps(frames_G - 1, step_G) + 1) if moves else advance_G
     advance_R[runs.vision_G] = reach_G if advance_over_time else advance_G
     lines_R[runs.vision_G] = frames_G * height_G if moves else height_G
@@ -84,7 +91,21 @@ def number_stream(
     positions_3T = line_3L.repeat(width_L, axis=1)
     positions_3T[2] += count_up(positions_3T.shape[1])
     np.copyto(positions_3T[:2], positions_3T[2], where=runs.text_T)
-    return positions_3T, end_D
+    return positions_3T, _move_to_zero(positions_3T, runs) if planes_at_zero else end_D
+
+
+def _move_to_zero(positions_3T: PositionIds, runs: Runs) -> PositionIds:
+    """Subtract each span's position from its rows and columns; return each document's end anew.
+
+    A large image may reach beyond all that stands behind it, so that the largest position of a
+    document can be anywhere.
+    """
+    np.subtract(positions_3T[1:], positions_3T[0], out=positions_3T[1:], where=~runs.text_T)
+    if len(runs.first_D1) == 1:
+        return np.empty(0, np.int64)
+    starts_D = runs.border_R1[runs.first_D1[:-1]]
+    ends_D: PositionIds = np.maximum.reduceat(positions_3T.max(axis=0), starts_D) + 1
+    return ends_D
 
 
 def _add_time(

@@ -20,6 +20,7 @@ from mrope.arrays import BoolArray, IntArray
 from mrope.positions.diagnose import mismatch, missing_start, stray_video
 from mrope.positions.grids import Grids
 from mrope.positions.stream import IMAGE, TEXT, VIDEO, Stream, documents_of, to_stream
+from mrope.spec.families import NO_TOKEN
 from mrope.spec.spec import MRopeSpec
 
 
@@ -56,7 +57,8 @@ def find_runs(spec: MRopeSpec, stream: Stream, grids: Grids, kind_T: npt.NDArray
     whole = _runs_of_one_kind(kind_T, stream.start_D)
     kind_R = kind_T[whole.start_R]
     vision_V: IntArray = kind_R.nonzero()[0]
-    if spec.conventions.start_required:
+    # A family without such a marker finds its spans by placeholders under every reference.
+    if spec.conventions.start_required and spec.vision_start_token_id != NO_TOKEN:
         _require_starts(spec, stream, whole.start_R[vision_V], kind_R[vision_V])
     cut, vision_G = whole, _match_one_to_one(vision_V, whole.length_R, kind_R, grids)
     if vision_G is None:

@@ -127,8 +127,6 @@ def _number(stream: Stream, images: Spans, size_3V: IntArray) -> IntArray:
 
 def _to_sizes(spec: MRopeSpec, inputs: BatchInputs) -> _Sizes:
     rows = inputs.shape[0]
-    if len(inputs.video_grid_thw):
-        raise MRopeError(f"{spec.family} has no videos, but video_grid_thw is given")
     # Each token of an image is a patch of its own, whatever the tower merges later.
     grids = to_grids(replace(spec, spatial_merge_size=1), inputs)
     if grids.row_G is not None:

@@ -28,7 +28,6 @@ from mrope.positions.custom.shared import (
     refuse_counts,
 )
 from mrope.positions.grids import Grids, to_grids
-from mrope.positions.inputs import BatchInputs
 from mrope.positions.located import Located
 from mrope.positions.stream import IMAGE, Stream, to_batch
 from mrope.spec.spec import MRopeSpec
@@ -72,7 +71,7 @@ def hunyuan_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
     """
     axes = _axes(spec)
     stream, kind_T, shape = located.stream, located.kind_T, located.inputs.shape
-    grids = _to_images(spec, located.inputs)
+    grids = to_grids(spec, located.inputs)
     images = find_spans(stream, kind_T, IMAGE, "image")
     cells_V = _match(stream, images, grids)
     # An image's tokens include its two wrappers, or the processor leaves them to the text.
@@ -97,20 +96,6 @@ def _axes(spec: MRopeSpec) -> int:
             f"{spec.family}: mrope_section has {axes} axes, but column, row and image take 3"
         )
     return axes
-
-
-def _to_images(spec: MRopeSpec, inputs: BatchInputs) -> Grids:
-    if len(inputs.video_grid_thw):
-        raise MRopeError(f"{spec.family} has no videos, but video_grid_thw is given")
-    grids = to_grids(spec, inputs)
-    clips = grids.size_3G[0] != 1
-    if clips.any():
-        image = int(clips.argmax())
-        raise MRopeError(
-            f"image_grid_thw[{image}] has {grids.size_3G[0, image]} frames, but an image of "
-            f"{spec.family} has 1"
-        )
-    return grids
 
 
 def _match(stream: Stream, images: Spans, grids: Grids) -> IntArray:
