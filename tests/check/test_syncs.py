@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 pytest.importorskip("transformers")
 
 from mrope import MRopeError, load_config
-from mrope.check.syncs import count_step_syncs, print_step_syncs
+from mrope.check.syncs import (
+    TRAINER_RECIPE,
+    count_step_syncs,
+    print_step_syncs,
+    print_trainer_syncs,
+    report_trainer,
+)
+from mrope.hf import SyncReport
+from mrope.training import loop, step
 from support.models import CONFIGS, MODEL_FAMILIES, model_config
 
 
@@ -30,6 +41,45 @@ def test_a_model_alone_is_enough(
     (total,) = (line for line in capsys.readouterr().out.splitlines() if "in all" in line)
     plain, attached = (int(cell) for cell in total.split("│")[3:5])
     assert attached == 0 < plain
+
+
+def test_the_trainer_has_none_with_the_recipe(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    cfg = load_config(CONFIGS / "demo.yaml", ["data.rows=8", "dataloader.num_workers=0"])
+    assert report_trainer(cfg, {}, steps=2).by_kind().keys() == {"copy", "trainer"}
+    assert report_trainer(cfg, TRAINER_RECIPE, steps=2).count == 0
+
+
+def test_the_trainer_s_report_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("accelerate")
+    (tmp_path / "config.json").write_text(json.dumps(model_config("qwen3_vl")), encoding="utf-8")
+    print_trainer_syncs(None, [], str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "0 syncs in 10 optimizer steps" in printed
+    assert "logging_nan_inf_filter=False" in printed
+
+
+@pytest.mark.parametrize("pins", [True, False])
+def test_the_package_s_own_loop_has_none(pins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With pinned memory no step syncs; without it each tensor of the batch does."""
+    steps, warmup = 3, 2
+    overrides = [f"train.steps={steps + warmup}", "data.rows=12", "model.attach=true"]
+    overrides += ["rope.enabled=true", "rope.vision=true", f"dataloader.pin_memory={pins}"]
+    cfg = load_config(CONFIGS / "demo.yaml", [*overrides, "dataloader.num_workers=0"])
+    own, report = step.train_steps, SyncReport(steps, warmup, quiet=True)
+
+    def counted(*args: Any) -> Iterator[Any]:
+        with report:
+            for one in own(*args):
+                yield one
+                report.step()
+
+    monkeypatch.setattr(loop, "train_steps", counted)
+    loop.train(cfg, Console(quiet=True))
+    assert report.watched == steps
+    assert report.by_kind().keys() == (set() if pins else {"copy"})
 
 
 def test_either_a_config_or_a_model() -> None:

@@ -1,7 +1,8 @@
-"""Run `mrope syncs`: list the host syncs of a training step, plain and attached, side by side."""
+"""Run `mrope syncs`: list the host syncs of a training step, or of transformers' Trainer."""
 
 from __future__ import annotations
 
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,23 @@ from rich.table import Table
 
 from mrope.errors import MRopeError
 from mrope.guard import Site
-from mrope.hf import attach, detach
+from mrope.hf import SyncReport, attach, detach
 from mrope.training.config import build_collator, load_config
 from mrope.training.dataloader import RowDataset
 from mrope.training.loop import load_run_rows
 from mrope.training.model import build_model
 from mrope.training.sections import Config
-from mrope.training.step import guarded_step, to_device
+from mrope.training.step import choose_device, guarded_step, to_device
+
+# What transformers' Trainer needs to run without syncs; docs/trainers/transformers.md says what
+# each setting gives up.
+TRAINER_RECIPE: dict[str, Any] = {
+    "accelerator_config": {"non_blocking": True},
+    "dataloader_pin_memory": True,
+    "logging_nan_inf_filter": False,
+    "include_num_input_tokens_seen": "no",
+    "logging_steps": 500,
+}
 
 
 def print_step_syncs(config: Path | None, overrides: list[str], model: str | None) -> None:
@@ -33,11 +44,81 @@ def print_step_syncs(config: Path | None, overrides: list[str], model: str | Non
     Raises:
         MRopeError: neither or both of config and model are given, or the model is unknown.
     """
+    before, after = count_step_syncs(_config(config, overrides, model))
+    Console().print(_table(before, after))
+
+
+def print_trainer_syncs(config: Path | None, overrides: list[str], model: str | None) -> None:
+    """Print the syncs of transformers' Trainer with an attached model, by place.
+
+    Twice: with the Trainer's defaults, and with `TRAINER_RECIPE`.
+
+    Args:
+        config, overrides, model: see `print_step_syncs`.
+
+    Raises:
+        MRopeError: as `print_step_syncs`, or accelerate is not installed.
+    """
+    cfg = _config(config, overrides, model)
+    console = Console()
+    for name, options in (("defaults", {}), ("with the recipe", TRAINER_RECIPE)):
+        report = report_trainer(cfg, options)
+        console.print(f"transformers' Trainer, {name}", *(f"{k}={v!r}" for k, v in options.items()))
+        console.print(report.table())
+
+
+def report_trainer(cfg: Config, options: dict[str, Any], steps: int = 10) -> SyncReport:
+    """Train an attached model under transformers' Trainer, and return what its steps synced.
+
+    Batches have `dataloader.batch_size` rows: the Trainer takes no token budget.
+
+    Args:
+        cfg: training config with the model and the data; `rope.enabled` and `rope.vision` are on.
+        options: of `TrainingArguments`.
+        steps: number of steps to watch, after three of warm-up.
+
+    Raises:
+        MRopeError: accelerate is not installed.
+    """
+    from transformers import Trainer, TrainingArguments
+    from transformers.utils import is_accelerate_available
+
+    if not is_accelerate_available():
+        raise MRopeError("transformers' Trainer needs accelerate; pip install accelerate")
+    on = cfg.rope.model_copy(update={"enabled": True, "vision": True})
+    cfg = cfg.model_copy(update={"rope": on})
+    torch.manual_seed(cfg.train.seed)
+    rows, report = load_run_rows(cfg), SyncReport(steps, quiet=True)
+    on_cpu = torch.cuda.is_available() and choose_device(cfg.train.device).type == "cpu"
+    with tempfile.TemporaryDirectory() as folder, report:
+        Trainer(
+            model=attach(build_model(cfg)),
+            args=TrainingArguments(
+                folder,
+                max_steps=report.warmup + steps,
+                per_device_train_batch_size=cfg.dataloader.batch_size,
+                dataloader_num_workers=cfg.dataloader.num_workers,
+                learning_rate=cfg.train.lr,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                # Only beside a CUDA device: it also turns `dataloader_pin_memory` off.
+                use_cpu=on_cpu,
+                **options,
+            ),
+            train_dataset=rows,
+            data_collator=build_collator(cfg),
+            callbacks=[report],
+        ).train()
+    return report
+
+
+def _config(config: Path | None, overrides: list[str], model: str | None) -> Config:
     if (config is None) == (model is None):
         raise MRopeError("give a CONFIG or --model, and not both")
-    cfg = load_config(config, overrides) if config is not None else _synthetic_config(str(model))
-    before, after = count_step_syncs(cfg)
-    Console().print(_table(before, after))
+    if config is not None:
+        return load_config(config, overrides)
+    return _synthetic_config(str(model))
 
 
 def count_step_syncs(cfg: Config) -> tuple[list[Site], list[Site]]:

@@ -248,14 +248,23 @@ def syncs(
         typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="Training config, and overrides."),
     ] = None,
     model: ModelName = None,
+    trainer: Annotated[
+        bool,
+        typer.Option(
+            "--trainer",
+            help="Run transformers' Trainer instead, attached, with its defaults and with the "
+            "settings that avoid syncs.",
+        ),
+    ] = False,
 ) -> None:
     """List the lines of code where one training step syncs, plain and attached."""
     configs, overrides = split_words(words or [])
     if len(configs) + (model is not None) != 1:
         raise typer.BadParameter("give one CONFIG, or --model")
-    from mrope.check.syncs import print_step_syncs
+    from mrope.check.syncs import print_step_syncs, print_trainer_syncs
 
-    print_step_syncs(configs[0] if configs else None, overrides, model)
+    print_syncs = print_trainer_syncs if trainer else print_step_syncs
+    print_syncs(configs[0] if configs else None, overrides, model)
 
 
 @app.command()

@@ -83,7 +83,7 @@ class Calls(TorchFunctionMode):
         """Any other call: a named device decides, else its tensors, else it is a host factory."""
         device = kwargs.get("device")
         if device is not None:
-            on_host = is_host(device)
+            on_host = is_host(device, self.places)
             kwargs = kwargs | {"device": HOST}
         else:
             on_host = self.places.all_on_host(list(tensors_in((args, kwargs))))
@@ -123,7 +123,7 @@ class Calls(TorchFunctionMode):
             return result
         flags = [one for one in args[1:] if isinstance(one, bool)]
         non_blocking = flags[0] if flags else kwargs.get("non_blocking", False)
-        if blocks(args[0], non_blocking, from_host):
+        if blocks(args[0], non_blocking, from_host, self.places.is_pinned(args[0])):
             self._copied(from_host)
         return self._separate(result, args[0], to_host)
 
@@ -140,7 +140,7 @@ class Calls(TorchFunctionMode):
         is_tensor = isinstance(data, torch.Tensor)
         from_host = not is_tensor or self.places.on_host(data)
         if kwargs.get("device") is not None:
-            to_host = is_host(kwargs["device"])
+            to_host = is_host(kwargs["device"], self.places)
         else:
             to_host = not isinstance(like, torch.Tensor) or self.places.on_host(like)
         # torch reads device tensors inside a list one by one.

@@ -61,13 +61,13 @@ def syncs(func: Any, args: tuple[Any, ...], kwargs: Any, on_host: OnHost) -> Ite
             yield "repeat_interleave without output_size"
 
 
-def blocks(source: torch.Tensor, non_blocking: bool, from_host: bool) -> bool:
+def blocks(source: torch.Tensor, non_blocking: bool, from_host: bool, pinned: bool) -> bool:
     """Return whether a copy between the host and the device syncs.
 
     A blocking copy waits for the stream, pinned or not. A non-blocking one syncs only if the driver
     must first copy pageable memory into a pinned buffer.
     """
-    pageable = from_host and not source.is_pinned()
+    pageable = from_host and not pinned
     return source.numel() > 0 and (pageable or not non_blocking)
 
 
@@ -75,7 +75,8 @@ def _copy(
     target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False, *, on_host: OnHost
 ) -> Iterator[str]:
     from_host = on_host(source)
-    if from_host != on_host(target) and blocks(source, non_blocking, from_host):
+    pinned = source.is_pinned()
+    if from_host != on_host(target) and blocks(source, non_blocking, from_host, pinned):
         yield TO_DEVICE if from_host else FROM_DEVICE
 
 

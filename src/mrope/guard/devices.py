@@ -16,10 +16,17 @@ HOST = torch.device("cpu")
 DEVICE = torch.device("cpu", 0)
 
 
-def is_host(device: Any) -> bool:
-    """Return whether a device argument names the host."""
+def is_host(device: Any, places: Places) -> bool:
+    """Return whether a device argument names the host.
+
+    A training loop on a CPU keeps its device as `torch.device("cpu")`, and asks for the host by
+    `.cpu()` or by the name "cpu": under `places.cpu_is_device` its object is the device.
+    """
     if isinstance(device, int):
         return False  # the ordinal of an accelerator
+    if places.cpu_is_device and isinstance(device, torch.device):
+        # `x.device` of a host tensor is this very object, and an object of the loop never is.
+        return device is HOST
     return bool(torch.device(device) == HOST)
 
 
@@ -41,7 +48,7 @@ def goes_to_host(func: Any, args: Any, kwargs: Any, places: Places) -> bool | No
         if isinstance(value, torch.Tensor):
             return places.on_host(value)
         if names_a_device(value):
-            return is_host(value)
+            return is_host(value, places)
     return None
 
 

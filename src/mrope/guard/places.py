@@ -19,10 +19,14 @@ class Places:
         muted: do not count syncs below a call that has been counted.
         factories: where a factory below the present call makes its tensors: True is the host, False
             the device, None is unknown.
+        cpu_is_device: `torch.device("cpu")` of the guarded code names the device, and `"cpu"` the
+            host; see `is_host`.
     """
 
     def __init__(self) -> None:
         self._storages: dict[int, Any] = {}
+        self._pinned: set[int] = set()
+        self.cpu_is_device = False
         self.muted = False
         self.factories: bool | None = None
 
@@ -30,14 +34,24 @@ class Places:
         """Return whether a tensor is on the host."""
         return address_of(tensor) in self._storages
 
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        """Return whether a host tensor is in pinned memory, or would be on a machine with CUDA."""
+        return address_of(tensor) in self._pinned or tensor.is_pinned()
+
     def all_on_host(self, tensors: list[torch.Tensor]) -> bool:
         """Return whether a result of these tensors is on the host."""
         # torch allows a 0-d host tensor beside device tensors, and the result is on the device:
         # 0-d tensors decide only where there are no others.
         return all(map(self.on_host, [one for one in tensors if one.ndim] or tensors))
 
-    def put(self, tensor: Any, *, on_host: bool) -> None:
-        """Record where a tensor is, and with it all that share its storage."""
+    def put(self, tensor: Any, *, on_host: bool, pinned: bool = False) -> None:
+        """Record where a tensor is, and with it all that share its storage.
+
+        Args:
+            tensor: any value; what is no tensor is ignored.
+            on_host: whether it is on the host.
+            pinned: count its memory as pinned, which torch can do only beside a device.
+        """
         address = address_of(tensor) if isinstance(tensor, torch.Tensor) else None
         if address is None:
             return
@@ -45,6 +59,10 @@ class Places:
             self._storages[address] = tensor.untyped_storage()
         else:
             self._storages.pop(address, None)
+        if pinned:
+            self._pinned.add(address)
+        else:
+            self._pinned.discard(address)
 
     @contextlib.contextmanager
     def below(self, *, muted: bool = False, factories: bool | None = None) -> Iterator[None]:

@@ -10,7 +10,17 @@ to process the demo's rows. No other wing does, except through these three.
 
 from mrope.hf.attach import attach, detach, explain_attention
 from mrope.hf.rope_deltas import drop_rope_deltas, keep_rope_deltas
+from mrope.hf.sync_places import SyncPlace
+from mrope.hf.sync_report import SyncReport
 
-__all__ = ["attach", "detach", "drop_rope_deltas", "explain_attention", "keep_rope_deltas"]
+__all__ = [
+    "SyncPlace",
+    "SyncReport",
+    "attach",
+    "detach",
+    "drop_rope_deltas",
+    "explain_attention",
+    "keep_rope_deltas",
+]
 
 keep_rope_deltas()

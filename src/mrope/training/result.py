@@ -15,7 +15,7 @@ class Step:
         loss: as the model returned it.
         tokens: valid tokens of the batch.
         data_seconds: time from asking the DataLoader for the batch until it came.
-        forward_seconds: duration of `model(**batch)`; on CUDA until the device is done.
+        forward_seconds: duration of `model(**batch)`; on CUDA as the device ran it, by events.
         worker: id of the process that collated the batch.
         attached: whether the batch came with `position_ids`.
     """

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from mrope.errors import MRopeError
 from mrope.guard import SyncGuard
 from mrope.prepare.sampler import TokenBudgetSampler
 from mrope.training.result import Step
+
+_Mark = float | torch.cuda.Event
 
 
 def guarded_step(model: torch.nn.Module, batch: Mapping[str, Any]) -> SyncGuard:
@@ -37,6 +41,9 @@ def train_steps(
 ) -> Iterator[Step]:
     """Train for `count` steps, and yield each when it is done.
 
+    On CUDA a step is yielded after the next one is launched, and nothing in the loop syncs: the
+    device always has a step to run while the host reads the loss of the one before.
+
     Args:
         model: in training mode, on `device`.
         optimizer: of the model's parameters.
@@ -45,6 +52,8 @@ def train_steps(
         device: where batches are copied.
     """
     batches = endless(loader)
+    launched: deque[_LaunchedStep] = deque()
+    ahead = 1 if device.type == "cuda" else 0
     for number in range(1, count + 1):
         start = time.perf_counter()
         batch, worker = next(batches)
@@ -54,15 +63,64 @@ def train_steps(
         tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
         attached = "position_ids" in batch
         batch = to_device(batch, device)
-        start = time.perf_counter()
+        began = _mark(device)
         loss = model(**batch).loss
-        # CUDA runs behind the host: without this only the launches would be timed.
-        finish(device)
-        forward_seconds = time.perf_counter() - start
+        ended = _mark(device)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        yield Step(number, loss.item(), tokens, data_seconds, forward_seconds, worker, attached)
+        # torch makes the copy in pinned memory, so that it does not block.
+        on_host = loss.detach().to("cpu", non_blocking=True)
+        known = (number, tokens, data_seconds, worker, attached)
+        launched.append(_LaunchedStep(known, on_host, began, ended, _mark(device)))
+        if len(launched) > ahead:
+            yield launched.popleft().result()
+    yield from (one.result() for one in launched)
+
+
+@dataclass(frozen=True)
+class _LaunchedStep:
+    """A step that a CUDA device may still be running, with its loss on the way to the host.
+
+    Attributes:
+        known: number, tokens, data_seconds, worker and attached of its `Step`.
+        loss: its loss, on the host, complete once `done` is reached.
+        began, ended, done: marks before and after the forward, and after the copy of the loss.
+    """
+
+    known: tuple[int, int, float, int, bool]
+    loss: torch.Tensor
+    began: _Mark
+    ended: _Mark
+    done: _Mark
+
+    def result(self) -> Step:
+        """Block until the device has reached `done`, and return the step."""
+        number, tokens, data_seconds, worker, attached = self.known
+        if not isinstance(self.done, float):
+            self.done.synchronize()
+        forward_seconds = _seconds_between(self.began, self.ended)
+        return Step(
+            number, self.loss.item(), tokens, data_seconds, forward_seconds, worker, attached
+        )
+
+
+def _mark(device: torch.device) -> _Mark:
+    """Return the time, or on CUDA an event: the device runs behind the host."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _seconds_between(began: Any, ended: Any) -> float:
+    seconds: float
+    if isinstance(began, float):
+        seconds = ended - began
+    else:
+        seconds = began.elapsed_time(ended) / 1000  # milliseconds
+    return seconds
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
