@@ -12,7 +12,11 @@ from mrope.collate.batch_inputs import as_batch, read_inputs
 from mrope.collate.decoding import remind_of_rope_deltas
 from mrope.collate.ladder import Shapes
 from mrope.collate.layouts import CheckedBatch, Layout, to_batch_layout
-from mrope.collate.model_tensors import image_and_video_tensors, sound_tensors
+from mrope.collate.model_tensors import (
+    expert_tensors,
+    image_and_video_tensors,
+    sound_tensors,
+)
 from mrope.collate.options import resolve_option
 from mrope.collate.packing import Flatten, check_packing, flatten
 from mrope.collate.padding import PaddingCollator
@@ -174,8 +178,9 @@ class MRopeCollator:
             added |= flatten(batch, located, position_ids, self.packing)
         if self.vision is not None and self.shapes is None:
             added |= image_and_video_tensors(self.vision, located, flattened)
+            added |= expert_tensors(batch)
         if self.audio is not None:
-            added |= sound_tensors(self.spec, self.audio, located, batch)
+            added |= sound_tensors(self.spec, self.audio, located, batch, flattened)
         for name, value in added.items():
             _refuse_second_source(batch, name)
             batch[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value

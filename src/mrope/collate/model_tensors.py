@@ -22,6 +22,7 @@ from mrope.towers import (
     audio_tensors,
     block_index,
     padded_features,
+    pair_index,
     vision_tensors,
 )
 
@@ -47,6 +48,8 @@ def image_and_video_tensors(
     added: dict[str, Any] = {"has_padding": located.stream.valid_BS is not None and not flattened}
     for modality, kind in _KINDS.items():
         grid_thw = getattr(inputs, f"{modality}_grid_thw")
+        if vision.draws_last and len(grid_thw):
+            grid_thw = _with_pixels(grid_thw, inputs.images_per_sample)
         if not len(grid_thw) or (modality == "video" and not vision.videos):
             continue
         tensors = vision_tensors(vision, grid_thw)
@@ -56,15 +59,50 @@ def image_and_video_tensors(
         for borders, sizes in _SPLITS.items():
             if borders in tensors:
                 added[f"{modality}_{sizes}"] = np.diff(tensors[borders]).tolist()
-        if vision.host_grids:
+        if vision.draws_last:
+            added[f"{modality}_source_grids"] = grid_thw
+        if vision.host_grids or vision.draws_last:
             added[f"{modality}_grid_sizes"] = grid_thw.tolist()
+        if vision.pairs:
+            added[f"{modality}_pair_index"] = pair_index(grid_thw, vision.spatial_merge_size)
         if vision.raster:
             added[f"{modality}_block_index"] = block_index(grid_thw, vision.spatial_merge_size)
     return added
 
 
+def expert_tensors(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which tokens go to the text experts, and which to the vision experts.
+
+    Args:
+        batch: with `moe_mm_token_type_ids` (B, S), as ERNIE's processor makes it: 0 for text, other
+            values for images, clips and their markers. Without it, nothing is returned: the model
+            then runs the text experts alone.
+
+    Returns:
+        `moe_text_index` and `moe_vision_index`, int64, flat indices into the B * S tokens.
+    """
+    types = batch.get("moe_mm_token_type_ids")
+    if types is None:
+        return {}
+    vision = np.asarray(types).ravel() != 0
+    return {"moe_text_index": np.flatnonzero(~vision), "moe_vision_index": np.flatnonzero(vision)}
+
+
+def _with_pixels(
+    grid_N3: npt.NDArray[np.int64], counts_B: npt.ArrayLike | None
+) -> npt.NDArray[np.int64]:
+    """Return the grids without the last of each row, an image that is to be drawn.
+
+    Counts [2, 0, 3] of 5 grids leave the first, the third and the fourth.
+    """
+    if counts_B is None:  # one row, as the model takes it
+        return grid_N3[:-1]
+    counts_B = np.asarray(counts_B)
+    return np.delete(grid_N3, counts_B.cumsum()[counts_B > 0] - 1, axis=0)
+
+
 def sound_tensors(
-    spec: MRopeSpec, audio: AudioSpec, located: Located, batch: Mapping[str, Any]
+    spec: MRopeSpec, audio: AudioSpec, located: Located, batch: Mapping[str, Any], flattened: bool
 ) -> dict[str, Any]:
     """Return the audio tower's keywords, and what an attached model reads besides."""
     lengths = located.inputs.audio_seqlens
@@ -77,7 +115,7 @@ def sound_tensors(
         features = torch.as_tensor(batch["input_features"])
         added["audio_padded_feature"] = padded_features(audio, features, np.asarray(lengths))
     placeholder_T = located.stream.tokens_T == spec.extra["audio_token_id"]
-    added["audio_scatter_index"] = _scatter_index(located, placeholder_T, flattened=False)
+    added["audio_scatter_index"] = _scatter_index(located, placeholder_T, flattened)
     return added
 
 

@@ -16,7 +16,14 @@ import torch
 
 from mrope.positions.inputs import length_error, refuse_stacked_grids
 
-TOKENS = ("input_ids", "attention_mask", "labels", "mm_token_type_ids", "token_type_ids")
+TOKENS = (
+    "input_ids",
+    "attention_mask",
+    "labels",
+    "mm_token_type_ids",
+    "moe_mm_token_type_ids",
+    "token_type_ids",
+)
 GRIDS = ("image_grid_thw", "video_grid_thw")
 CROPS = ("target_sizes", "target_sizes_videos")
 SECONDS = ("second_per_grid_ts", "video_second_per_grid")

@@ -10,31 +10,47 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from mrope.errors import MRopeError
-from mrope.hf.attention import (
-    AUDIO,
-    FUSED,
-    OMNI_2_5_VISION,
-    PADDLEOCR,
-    TowerLayer,
-    mix_by_segment,
-    tower_forward,
-    use_varlen,
-)
-from mrope.hf.forwards import VISION_FORWARDS, add_deepstack
+from mrope.hf.attention import has_layers, mix_by_segment, use_varlen
+from mrope.hf.forwards import VISION_FORWARDS, VISION_TOWERS, add_deepstack, raster_forward
+from mrope.hf.image_forwards import IMAGE_FORWARDS
+from mrope.hf.indexer import select_tokens
+from mrope.hf.merged_forwards import MERGED_FORWARDS, route
 from mrope.hf.methods import bind, copies, find_foreign, foreign_on_instance, is_wrapper, unbind
 from mrope.hf.omni_forwards import OMNI_FORWARDS
+from mrope.hf.plain_forwards import PLAIN_FORWARDS, pool_states
+from mrope.hf.tower_layers import (
+    AUDIO,
+    FUSED,
+    FUSED_NORMED,
+    HUNYUAN,
+    NORMED,
+    OMNI_2_5_VISION,
+    PADDLEOCR,
+    SIGLIP,
+    TowerLayer,
+    tower_forward,
+)
 from mrope.hf.varlen import HAS_KERNEL
 from mrope.spec import references
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-FORWARDS = VISION_FORWARDS | OMNI_FORWARDS
+FORWARDS = VISION_FORWARDS | MERGED_FORWARDS | OMNI_FORWARDS | PLAIN_FORWARDS | IMAGE_FORWARDS
 
 # What `attach` binds to instances; what `detach` may remove.
-_BOUND: set[Any] = {*FORWARDS.values(), tower_forward, mix_by_segment, add_deepstack}
+_BOUND: set[Any] = {
+    *FORWARDS.values(),
+    tower_forward,
+    mix_by_segment,
+    select_tokens,
+    route,
+    add_deepstack,
+    pool_states,
+}
 # Methods of a base model that its attached forward does not call: it calls the towers itself.
 _FEATURES = ("get_image_features", "get_video_features", "get_audio_features")
-_LAYERS = {"visual": (FUSED, OMNI_2_5_VISION, PADDLEOCR), "audio_tower": (AUDIO,)}
+_VISION = (FUSED, FUSED_NORMED, OMNI_2_5_VISION, PADDLEOCR, NORMED, HUNYUAN, SIGLIP)
+_LAYERS = {**dict.fromkeys(VISION_TOWERS, _VISION), "audio_tower": (AUDIO,)}
 _TEXT_LAYER = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 _log = logging.getLogger("mrope")
@@ -45,8 +61,8 @@ Attention = Literal["auto", "varlen", "segments"]
 def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> Model:
     """Replace a model's forward by one that computes nothing which a `MRopeCollator` computed.
 
-    Only instances change: the `forward` of the base model (the module with `visual` and
-    `language_model`), those of its towers' attention layers and of linear text layers, and for
+    Only instances change: the `forward` of the base model (the module with the vision tower
+    and `language_model`), those of its towers' attention layers and of linear text layers, and for
     Qwen3-VL the text model's `_deepstack_process`. Classes and modules of transformers, parameters,
     names and the state dict stay as they are. Outputs are those of the unmodified model:
     `docs/reading.md` says which are bit-equal.
@@ -78,7 +94,8 @@ def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> 
     base = base_model(model)
     _refuse_replaced(base)
     for text in copies(base.language_model):
-        if "sliding_attention" in (getattr(text.config, "layer_types", None) or ()):
+        kinds = getattr(text.config, "layer_types", None) or ()
+        if "sliding_attention" in kinds and base.config.model_type not in PLAIN_FORWARDS:
             raise MRopeError(
                 f"{base.config.model_type} with sliding window layers is not supported: their "
                 "mask is decided on the device"
@@ -95,8 +112,12 @@ def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> 
     bind(base, "forward", FORWARDS[base.config.model_type])
     for layer in _linear_layers(base):
         bind(layer, "forward", mix_by_segment)
+    for layer, forward in _replaced_layers(base):
+        bind(layer, "forward", forward)
     for text in _deepstack_models(base):
         bind(text, "_deepstack_process", add_deepstack)
+    for indexer in _pooling_indexers(base):
+        bind(indexer, "get_pooled_states", pool_states)
     return model
 
 
@@ -125,8 +146,12 @@ def _refuse_replaced(base: Any) -> None:
         )
     found = [find_foreign(base)]
     found += [find_foreign(text, "_deepstack_process") for text in _deepstack_models(base)]
-    for projector in copies(base.projector) if hasattr(base, "projector") else ():
-        found.append(find_foreign(projector))
+    found += [find_foreign(layer) for layer, _ in _replaced_layers(base)]
+    for resampler in copies(base.resampler_model) if hasattr(base, "resampler_model") else ():
+        found.append(find_foreign(resampler))
+    if FORWARDS[base.config.model_type] is raster_forward:  # all others call their projector
+        found += [find_foreign(projector) for projector in copies(base.projector)]
+    found += [find_foreign(one, "get_pooled_states") for one in _pooling_indexers(base)]
     # One that was replaced on the class is called for each segment.
     found += [foreign_on_instance(layer) for layer in _linear_layers(base)]
     _refuse(found)
@@ -145,7 +170,9 @@ def _refuse(found: list[str | None]) -> None:
 
 def _attending_parts(base: Any) -> Iterator[tuple[str, Any]]:
     """Yield name and module of the towers and the text model of a base model, and their copies."""
-    for name in ("visual", "audio_tower", "language_model"):
+    # The audio tower of dots3-note is run by the model's own forward.
+    own = ("audio_tower",) if base.config.model_type in PLAIN_FORWARDS else ()
+    for name in (*(one for one in _LAYERS if one not in own), "language_model"):
         for part in copies(getattr(base, name)) if hasattr(base, name) else ():
             yield name, part
 
@@ -177,10 +204,10 @@ def _attention_layers(name: str, part: Any) -> Iterator[tuple[str, TowerLayer | 
     """
     for path, module in part.named_modules():
         children = module._modules.keys()  # noqa: SLF001 - a wrapper has its copy's attributes
-        if name == "language_model" and children >= _TEXT_LAYER:
+        if name == "language_model" and children >= _TEXT_LAYER and hasattr(module, "config"):
             yield path, None
         for parts in _LAYERS.get(name, ()):
-            if children >= {*parts.inputs, parts.output}:
+            if parts.describes(module):
                 yield path, parts
 
 
@@ -203,6 +230,16 @@ def _linear_layers(base: Any) -> Iterator[Any]:
             yield from copies(module.linear_attn)
 
 
+def _replaced_layers(base: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield further layers of the text model whose forward is replaced, and what replaces it."""
+    for module in base.language_model.modules():
+        children = module._modules.keys()  # noqa: SLF001 - no public name
+        if "index_qk_proj" in children:
+            yield module, select_tokens
+        elif children >= {"text_moe", "vision_moe"}:
+            yield module, route
+
+
 def _deepstack_models(base: Any) -> Iterator[Any]:
     """Yield the text models that add deep-stack features in a method."""
     for text in copies(base.language_model):
@@ -210,11 +247,20 @@ def _deepstack_models(base: Any) -> Iterator[Any]:
             yield text
 
 
+def _pooling_indexers(base: Any) -> Iterator[Any]:
+    """Yield the indexers of the text model that select pools of tokens."""
+    for module in base.language_model.modules():
+        if hasattr(type(module), "get_pooled_states"):
+            yield module
+
+
 def _choose_attention(part: Any, attention: Attention) -> tuple[str, str]:
     """Return how a tower or text model attends, and the reason."""
     implementation = part.config._attn_implementation or "sdpa"  # noqa: SLF001 - no public name
     if "flash" in implementation:
         return "flash", f"the model was built with {implementation}"
+    if has_layers(part.config, "indexed_attention"):
+        return "segments", "its indexer selects tokens by a mask, which the kernel does not take"
     if attention != "auto":
         return attention, "as attach was told"
     if not HAS_KERNEL:
@@ -244,6 +290,7 @@ def detach(model: Model) -> Model:
     for module in base.modules():
         unbind(module, "forward", _BOUND)
         unbind(module, "_deepstack_process", _BOUND)
+        unbind(module, "get_pooled_states", _BOUND)
     return model
 
 
@@ -257,8 +304,8 @@ def base_model(model: torch.nn.Module) -> Any:
     found = [
         module
         for module in model.modules()
-        if hasattr(module, "visual")
-        and hasattr(module, "language_model")
+        if hasattr(module, "language_model")
+        and any(hasattr(module, name) for name in VISION_TOWERS)
         and getattr(getattr(module, "config", None), "model_type", None) in FORWARDS
         # `...ForConditionalGeneration` forwards both attributes from the base model inside it.
         and not hasattr(module, "model")

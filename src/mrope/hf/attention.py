@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import MutableMapping
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -30,6 +29,12 @@ from mrope.hf.varlen import attend_varlen, can_attend
 Pairs = tuple[tuple[int, int], ...]
 TEXT_ATTENTION = "mrope_varlen"
 """Name under which `attend_text` is registered with transformers."""
+ONLY_CAUSAL = "mrope_only_causal"
+"""Keyword of `attend_text`: the mask that it is given hides what is behind a token, and no more.
+
+While a graph is compiled with torch before 2.14, transformers makes such a mask where it makes none
+otherwise, and with it sdpa takes a slower kernel: twice the time of the step's attention at 16k.
+"""
 
 
 class Borders(NamedTuple):
@@ -51,106 +56,35 @@ class Borders(NamedTuple):
     varlen: bool
 
 
-@dataclass(frozen=True)
-class TowerLayer:
-    """Describe the attention layer of a tower: what differs between transformers' classes.
-
-    Attributes:
-        inputs: names of the projections to query, key and value: one fused projection, or three.
-        output: name of the projection behind the attention.
-        rotary: whether query and key are rotated by `position_embeddings`.
-        returns_pair: whether the layer returns (output, attention weights); the weights are None.
-    """
-
-    inputs: tuple[str, ...]
-    output: str
-    rotary: bool = True
-    returns_pair: bool = False
-
-
-FUSED = TowerLayer(("qkv",), "proj")
-OMNI_2_5_VISION = TowerLayer(("q", "k", "v"), "proj")
-PADDLEOCR = TowerLayer(("q_proj", "k_proj", "v_proj"), "out_proj", returns_pair=True)
-AUDIO = TowerLayer(("q_proj", "k_proj", "v_proj"), "out_proj", rotary=False)
-
-
-def tower_forward(
-    parts: TowerLayer,
-    self: Any,
-    hidden_states: torch.Tensor,
-    cu_seqlens: Borders | torch.Tensor,
-    segments: Borders | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Attend within segments; replaces the forward of a tower's attention layer.
-
-    Bound with `functools.partial`, which pickles and copies as a method of the class would.
-
-    Args:
-        parts: how the layer is built.
-        self: the layer.
-        hidden_states: (N, hidden), or (1, N, hidden) in towers of a batch of one.
-        cu_seqlens: `Borders` in place of the tensor. Given only a tensor, as under flash attention,
-            the layer's own forward is called.
-        segments: overrides `cu_seqlens`, for towers that need the tensor for themselves.
-    """
-    within = cu_seqlens if segments is None else segments
-    if isinstance(within, torch.Tensor):
-        return type(self).forward(self, hidden_states, cu_seqlens, **kwargs)
-    # Flash attention's argument; the other implementations would not know it.
-    kwargs.pop("max_seqlen", None)
-    rotary = kwargs.pop("position_embeddings") if parts.rotary else None
-    heads = _project(self, parts, hidden_states, rotary)
-    output = getattr(self, parts.output)(attend_within(self, *heads, within, **kwargs))
-    return (output, None) if parts.returns_pair else output
-
-
-def _project(
-    layer: Any,
-    parts: TowerLayer,
-    hidden_states: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor] | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return query, key and value, each (N, heads, dimension), from hidden states (N, hidden)."""
-    tokens = len(hidden_states)
-    projected = [getattr(layer, name)(hidden_states) for name in parts.inputs]
-    if len(projected) == 1:
-        query, key, value = projected[0].reshape(tokens, 3, layer.num_heads, -1).unbind(1)
-    else:
-        query, key, value = (one.reshape(tokens, layer.num_heads, -1) for one in projected)
-    if rotary is not None:
-        # Taken from the layer's own modelling file, so that rounding is that of its own forward.
-        query, key = _modelling(layer).apply_rotary_pos_emb_vision(query, key, *rotary)
-    return query, key, value
-
-
 def attend_within(
     layer: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     borders: Borders,
-    **kwargs: Any,
+    options: dict[str, Any],
 ) -> torch.Tensor:
     """Attend within segments, in one call where that is possible.
 
     Args:
-        layer: the attention layer, with `scaling`, `attention_dropout` and `config`.
+        layer: the attention layer, with `config`.
         query, key, value: (N, heads, dimension).
         borders: of the segments.
+        options: `scaling`, the factor of the scores, `dropout`, and what else transformers'
+            attention functions take.
 
     Returns:
         (N, heads * dimension).
     """
     if borders.varlen and can_attend(query):
         cu_seqlens, longest = borders.cu_seqlens, borders.longest
-        return attend_varlen(query, key, value, cu_seqlens, longest, layer.scaling).flatten(1)
+        scale = options["scaling"]
+        return attend_varlen(query, key, value, cu_seqlens, longest, scale).flatten(1)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
         layer.config._attn_implementation,  # noqa: SLF001 - no public name
-        _modelling(layer).eager_attention_forward,
+        modelling_of(layer).eager_attention_forward,
     )
-    dropout = layer.attention_dropout if layer.training else 0.0
-    options = {"scaling": layer.scaling, "dropout": dropout, "is_causal": False, **kwargs}
+    options = {"is_causal": False, **options}
     if borders.pairs is None:
         whole = (one.transpose(0, 1)[None] for one in (query, key, value))
         mask = borders.mask
@@ -201,7 +135,7 @@ def tower_borders(
         None under flash attention, whose kernel reads the borders on the device, and where the
         tower's forwards are not transformers' own: they know the tensor alone.
     """
-    if _is_flash(tower.config) or tower.mrope_attention == "own":
+    if is_flash(tower.config) or tower.mrope_attention == "own":
         return None
     varlen = tower.mrope_attention == "varlen"
     pairs = mask = None
@@ -238,6 +172,8 @@ def attend_text(
     A transformers attention function. It takes query (1, heads, T, dimension), and borders from
     `cu_seq_lens_q` and `max_length_q`, which text layers pass on.
     """
+    if kwargs.pop(ONLY_CAUSAL, False):
+        attention_mask = None
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     dropout = kwargs.get("dropout") or 0.0
     if cu_seqlens is None or attention_mask is not None or dropout or not can_attend(query):
@@ -302,19 +238,19 @@ def causal_mask(
         cache: key-value cache, or None.
 
     Returns:
-        None without padding: the attention kernel's own causal mode. With padding a mask made on
-        the device, (B, 1, S, S). Flash attention takes the 2-D mask, and syncs to unpad with it.
+        None without padding: the attention kernel's own causal mode; but layers with an indexer
+        (Qwen4-Exp) always take a mask. With padding a mask made on the device, (B, 1, S, S); where
+        layers differ, a dict by their kind. Flash attention takes the 2-D mask, and syncs to unpad
+        with it.
     """
-    if padding_mask is None or padding_mask.ndim != 2 or _is_flash(config):
+    if padding_mask is None or padding_mask.ndim != 2 or is_flash(config):
         return padding_mask
     # With the skip allowed, transformers reduces the mask to learn whether it is needed: a sync.
     # It is needed: the caller passes a padding mask only if the worker found padding.
     full = create_causal_mask(config, embeds, padding_mask, cache, allow_is_causal_skip=False)
-    if not _has_linear_layers(config):
-        return full
     # Linear layers multiply their input by the 2-D mask. Given a dict, the text model uses it as
     # it is; building it itself, it would ask first whether the mask is all ones: a sync.
-    return {"full_attention": full, "linear_attention": padding_mask.contiguous()}
+    return _by_layer(config, full, None if padding_mask is None else padding_mask.contiguous())
 
 
 def packed_mask(text: Any, embeds: torch.Tensor, inputs: MutableMapping[str, Any]) -> Any:
@@ -339,30 +275,40 @@ def packed_mask(text: Any, embeds: torch.Tensor, inputs: MutableMapping[str, Any
     inputs["position_ids"] = inputs["position_ids"][-3:]
     full = None
     varlen = text.mrope_attention == "varlen" and can_attend(embeds)
-    if not varlen and not _is_flash(config):
+    if not varlen and not is_flash(config):
         full = create_causal_mask(
             config, embeds, None, None, and_mask_function=packed_sequence_mask_function(seq_idx)
         )
-    if _has_linear_layers(config):
+    if has_layers(config, "linear_attention"):
         if inputs.get("segment_sizes") is None:
             raise MRopeError(
                 "shapes with packing='flatten' is not supported for text models with linear "
                 "layers, whose segments are cut by host ints; pad the batches instead"
             )
-        return {"full_attention": full, "linear_attention": None}
+        return _by_layer(config, full, None)
     inputs.pop("segment_sizes", None)
     return full
 
 
-def _is_flash(config: Any) -> bool:
+def is_flash(config: Any) -> bool:
+    """Whether a model runs under flash attention."""
     return "flash" in (config._attn_implementation or "")  # noqa: SLF001 - no public name
 
 
-def _has_linear_layers(config: Any) -> bool:
-    return "linear_attention" in (getattr(config, "layer_types", None) or ())
+def has_layers(config: Any, kind: str) -> bool:
+    """Whether the config of a text model lists layers of a kind."""
+    return kind in (getattr(config, "layer_types", None) or ())
 
 
-def _modelling(layer: Any) -> Any:
+def _by_layer(config: Any, full: Any, linear: torch.Tensor | None) -> Any:
+    """Return the mask of each kind of layer, for text models with linear layers; else the mask."""
+    if not has_layers(config, "linear_attention"):
+        return full
+    kind = "indexed_attention" if has_layers(config, "indexed_attention") else "full_attention"
+    return {kind: full, "linear_attention": linear}
+
+
+def modelling_of(layer: Any) -> Any:
     """Return the module of transformers that defines the layer's forward."""
     return _module_of_forward(type(layer))
 

@@ -23,7 +23,7 @@ from transformers.utils import can_return_tuple
 
 from mrope.collate.layouts import to_model_layout
 from mrope.errors import MRopeError
-from mrope.hf.attention import causal_mask, packed_mask, tower_borders
+from mrope.hf.attention import ONLY_CAUSAL, causal_mask, packed_mask, tower_borders
 from mrope.spec.references import VISION_READ_SINCE
 
 Tensors = MutableMapping[str, Any]
@@ -34,6 +34,10 @@ _PIXELS = {
     "video": "pixel_values_videos",
     "vision": "pixel_values",
 }
+
+
+# Where base models hold their vision tower.
+VISION_TOWERS = ("visual", "vision_tower", "vision_model")
 
 
 class Gather(NamedTuple):
@@ -64,32 +68,41 @@ _BORDERS = (
 
 @can_return_tuple  # type: ignore[untyped-decorator]
 def flat_forward(self: Any, **inputs: Any) -> Any:
-    """Forward of Qwen2-VL, Qwen2.5-VL and Qwen3.5: the tower returns features of one level."""
-    return _forward(self, inputs, _encode)
+    """Forward of Qwen2-VL, Qwen2.5-VL, Qwen3.5 and GLM-OCR: features of one level."""
+    return forward_with(self, inputs, _encode)
+
+
+@can_return_tuple  # type: ignore[untyped-decorator]
+def ngram_forward(self: Any, **inputs: Any) -> Any:
+    """Forward of Qwen4-Exp: its layers embed n-grams of token ids too."""
+    if self.config.text_config.ple_layer_ids:
+        # Without them the text model would search its embeddings for the ids: a sync.
+        inputs.setdefault("ple_input_ids", inputs.get("input_ids"))
+    return forward_with(self, inputs, _encode)
 
 
 @can_return_tuple  # type: ignore[untyped-decorator]
 def frames_forward(self: Any, **inputs: Any) -> Any:
     """Forward of GLM-4.1V to GLM-4.6V: the tower takes a grid for each frame."""
-    return _forward(self, inputs, _encode_frames)
+    return forward_with(self, inputs, _encode_frames)
 
 
 @can_return_tuple  # type: ignore[untyped-decorator]
 def raster_forward(self: Any, **inputs: Any) -> Any:
     """Forward of PaddleOCR-VL: patches are in raster order, and the projector merges them."""
-    return _forward(self, inputs, _encode_raster)
+    return forward_with(self, inputs, _encode_raster)
 
 
 @can_return_tuple  # type: ignore[untyped-decorator]
 def deepstack_forward(self: Any, **inputs: Any) -> Any:
-    """Forward of Qwen3-VL: deeper features are added to the outputs of the first text layers."""
+    """Forward of Qwen3-VL and its kin: deeper features are added to the first text layers."""
     inputs = to_model_layout(inputs)
-    if not _is_precomputed(self, inputs):
+    if not is_precomputed(self, inputs):
         return type(self).forward(self, **inputs)
     embeds = token_embeddings(self, inputs)
     indices: list[Any] = []
     levels, encoded = [], {}
-    for modality in _modalities(inputs):
+    for modality in modalities_of(inputs):
         index, features = _encode(self, modality, inputs)
         embeds = scatter_features(embeds, index, features.pooler_output)
         encoded[modality] = features
@@ -102,25 +115,25 @@ def deepstack_forward(self: Any, **inputs: Any) -> Any:
         inputs["deepstack_visual_embeds"] = [
             torch.cat(level) for level in zip(*levels, strict=True)
         ]
-    return _run_text_model(self, embeds, inputs, encoded)
+    return run_text_model(self, embeds, inputs, encoded)
 
 
-def _forward(self: Any, inputs: Tensors, encode: Encode) -> Any:
-    """Replace placeholders by features of one level, and run the text model.
+def forward_with(self: Any, inputs: Tensors, encode: Encode) -> Any:
+    """Run a base model whose features are of one level: towers first, then the text model.
 
     Args:
         encode: runs the tower on a modality's pixels; returns the scatter index, and the tower's
             output with the features in `pooler_output`. Removes from `inputs` what it uses.
     """
     inputs = to_model_layout(inputs)
-    if not _is_precomputed(self, inputs):
+    if not is_precomputed(self, inputs):
         return type(self).forward(self, **inputs)
     embeds = token_embeddings(self, inputs)
     encoded = {}
-    for modality in _modalities(inputs):
+    for modality in modalities_of(inputs):
         index, encoded[modality] = encode(self, modality, inputs)
         embeds = scatter_features(embeds, index, encoded[modality].pooler_output)
-    return _run_text_model(self, embeds, inputs, encoded)
+    return run_text_model(self, embeds, inputs, encoded)
 
 
 def add_deepstack(
@@ -146,13 +159,13 @@ def add_deepstack(
     return flat.index_add(0, index, features.to(flat.dtype)).view_as(hidden_states)
 
 
-def _is_precomputed(self: Any, inputs: Tensors) -> bool:
+def is_precomputed(self: Any, inputs: Tensors) -> bool:
     """Return whether the batch has what an attached forward needs.
 
     Raises:
         MRopeError: it does not, and the model is strict; or it has vision tensors alone.
     """
-    modalities = _modalities(inputs)
+    modalities = modalities_of(inputs)
     missing = [
         name for modality in modalities for name in _needed(modality) if inputs.get(name) is None
     ]
@@ -162,7 +175,7 @@ def _is_precomputed(self: Any, inputs: Tensors) -> bool:
             raise MRopeError("the batch has vision tensors of a MRopeCollator, but no position_ids")
         return True
     # `generate` computes position ids and prefills with a cache: its batches come from no collator.
-    generating = _cache(inputs) is not None and inputs.get("position_ids") is not None
+    generating = cache_of(inputs) is not None and inputs.get("position_ids") is not None
     if modalities and self.mrope_strict and not generating:
         wanted = "position_ids" if inputs.get("position_ids") is None else ", ".join(missing)
         raise MRopeError(
@@ -173,13 +186,14 @@ def _is_precomputed(self: Any, inputs: Tensors) -> bool:
     return False
 
 
-def _cache(inputs: Tensors) -> Any:
+def cache_of(inputs: Tensors) -> Any:
+    """Return the key-value cache, or None."""
     # transformers 5.24 renamed the argument, and takes the old name until 5.40.
     cache = inputs.get("cache")
     return inputs.get("past_key_values") if cache is None else cache
 
 
-def _modalities(inputs: Tensors) -> list[str]:
+def modalities_of(inputs: Tensors) -> list[str]:
     """Return what the batch has pixels of."""
     if inputs.get("vision_feature_index") is not None:
         return ["vision"]
@@ -188,7 +202,7 @@ def _modalities(inputs: Tensors) -> list[str]:
 
 def _needed(modality: str) -> tuple[str, ...]:
     if modality == "vision":
-        return ("vision_feature_index", "vision_feature_mask", "vision_cu_seqlens")
+        return ("vision_feature_index", "vision_feature_mask", "vision_cu_seqlens", "has_padding")
     return (f"{modality}_scatter_index", f"{modality}_split_sizes")
 
 
@@ -208,7 +222,7 @@ def token_embeddings(self: Any, inputs: Tensors) -> torch.Tensor:
 
 def _encode(self: Any, modality: str, inputs: Tensors) -> tuple[Places, Any]:
     """Run the tower on one modality's pixels; return the scatter index, and the tower's output."""
-    index, pixels, grid_thw, known = _tower_inputs(self, modality, inputs)
+    index, pixels, grid_thw, known = tower_inputs(self, modality, inputs)
     return index, self.visual(pixels, grid_thw=grid_thw, return_dict=True, **known)
 
 
@@ -216,7 +230,7 @@ def _encode_frames(self: Any, modality: str, inputs: Tensors) -> tuple[Places, A
     """Run a tower that uses `cu_seqlens` beside its attention, and takes a grid for each frame."""
     cu_seqlens = inputs[f"{modality}_cu_seqlens"]
     frames = len(cu_seqlens) - 1
-    index, pixels, grid_thw, known = _tower_inputs(self, modality, inputs)
+    index, pixels, grid_thw, known = tower_inputs(self, modality, inputs)
     if not isinstance(known["cu_seqlens"], torch.Tensor):
         # The tower interpolates its position embeddings by the tensor; attention needs host ints.
         known |= {"cu_seqlens": cu_seqlens, "segments": known["cu_seqlens"]}
@@ -230,7 +244,7 @@ def _encode_frames(self: Any, modality: str, inputs: Tensors) -> tuple[Places, A
 def _encode_raster(self: Any, modality: str, inputs: Tensors) -> tuple[Places, Any]:
     """Run PaddleOCR-VL's tower, and merge the patches of all images at once by their index."""
     blocks = inputs.pop(f"{modality}_block_index")
-    index, pixels, grid_thw, known = _tower_inputs(self, modality, inputs)
+    index, pixels, grid_thw, known = tower_inputs(self, modality, inputs)
     output = self.visual(pixels[None], grid_thw=grid_thw, return_dict=True, **known)
     # The projector's own forward splits by image, whose sizes it reads back from the grids.
     projector = self.projector
@@ -241,11 +255,26 @@ def _encode_raster(self: Any, modality: str, inputs: Tensors) -> tuple[Places, A
     return index, output
 
 
-def _tower_inputs(
+def vision_tower(self: Any) -> Any:
+    """Return the vision tower of a base model."""
+    return getattr(self, next(name for name in VISION_TOWERS if hasattr(self, name)))
+
+
+def host_grids(modality: str, inputs: Tensors, grid_thw: torch.Tensor) -> torch.Tensor:
+    """Return the grids of a modality on the host if the batch has them there too.
+
+    Some towers ask their grids for values, which is no sync then.
+    """
+    sizes = inputs.pop(f"{modality}_grid_sizes", None)
+    return grid_thw if sizes is None else torch.tensor(sizes)
+
+
+def tower_inputs(
     self: Any, modality: str, inputs: Tensors
 ) -> tuple[Places, torch.Tensor, torch.Tensor, dict[str, Any]]:
     """Remove a modality from `inputs`; return places, pixels, grids, and tower keywords."""
-    pixels = inputs.pop(_PIXELS[modality]).type(self.visual.dtype)
+    tower = vision_tower(self)
+    pixels = inputs.pop(_PIXELS[modality]).type(tower.dtype)
     known = {name: inputs.pop(f"{modality}_{name}", None) for name in VISION_READ_SINCE}
     known = {name: value for name, value in known.items() if value is not None}
     for name, longest, sizes in _BORDERS:
@@ -253,7 +282,7 @@ def _tower_inputs(
         if name not in known:
             continue
         # Towers pass `cu_seqlens` to their attention unread, so that this can take its place.
-        borders = tower_borders(self.visual, pixels, known[name], known[longest], lengths)
+        borders = tower_borders(tower, pixels, known[name], known[longest], lengths)
         if borders is not None:
             known[name] = borders
     return _take_places(modality, inputs), pixels, inputs.pop(f"{modality}_grid_thw"), known
@@ -283,7 +312,7 @@ def scatter_features(embeds: torch.Tensor, index: Places, features: torch.Tensor
     return embeds.flatten(0, 1).index_copy(0, index, features).view_as(embeds)
 
 
-def _run_text_model(
+def run_text_model(
     self: Any, embeds: torch.Tensor, inputs: Tensors, encoded: Mapping[str, Any]
 ) -> Any:
     """Run the text model on embeddings (B, S, hidden), under a mask decided by host facts.
@@ -302,19 +331,30 @@ def _run_text_model(
         # Whether a mask on the device holds a 0 is known on the device alone; asking is a sync.
         # The worker built the mask, so it sends the answer along.
         padding_mask = mask if inputs["has_padding"] else None
-        mask = causal_mask(config, embeds, padding_mask, _cache(inputs))
+        mask = causal_mask(config, embeds, padding_mask, cache_of(inputs))
+        if (
+            mask is None
+            and cache_of(inputs) is None
+            and self.language_model.mrope_attention == "varlen"
+        ):
+            inputs[ONLY_CAUSAL] = True
     for name in ("has_padding", "mm_token_type_ids", "second_per_grid_ts", "mm_encoder_outputs"):
         inputs.pop(name, None)
     outputs = self.language_model(
         input_ids=None, inputs_embeds=embeds, attention_mask=mask, **inputs
     )
+    return own_output(self, outputs, encoded)
+
+
+def own_output(self: Any, outputs: Any, encoded: Mapping[str, Any]) -> Any:
+    """Return the text model's outputs as the base model returns them."""
     multimodal = _multimodal_output(type(self))
     if multimodal is None:
         return outputs
     # Images and clips of fixed shapes come out of one tower call.
     named = {"image" if name == "vision" else name: tower for name, tower in encoded.items()}
     own = {f"{name}_outputs": tower for name, tower in named.items()}
-    own["rope_deltas"] = self.rope_deltas
+    own["rope_deltas"] = getattr(self, "rope_deltas", None)
     for name in _unknown_fields(type(self)):
         own.pop(name, None)
     return multimodal(**outputs, **own)
@@ -363,8 +403,12 @@ VISION_FORWARDS: dict[str, Callable[..., Any]] = {
     "qwen3_vl_moe": deepstack_forward,
     "qwen3_5": flat_forward,
     "qwen3_5_moe": flat_forward,
+    "qwen4_exp": ngram_forward,
     "glm4v": frames_forward,
     "glm4v_moe": frames_forward,
     "glm46v": frames_forward,
+    "glm_ocr": flat_forward,
+    "cohere_compass": deepstack_forward,
+    "cosmos3_omni": deepstack_forward,
     "paddleocr_vl": raster_forward,
 }

@@ -49,6 +49,11 @@ def _example(
         grids[kind].append(grid)
         tokens += _span_tokens(spec, kind, grid, rng)
     tokens += _text(rng, int(rng.integers(1, 6)))
+    pixels_of = {kind: list(sizes) for kind, sizes in grids.items()}
+    if spec.family_row.custom_index == "glm_image":
+        # The start of an image that is to be drawn, which has a grid and no pixels.
+        tokens += [spec.vision_start_token_id]
+        grids["image"].append([1, 2, 3])
     ids = np.array(tokens)
     types = token_types(spec, ids)
     example: dict[str, Any] = {
@@ -57,10 +62,14 @@ def _example(
         "labels": np.where(types, -100, ids),
         "mm_token_type_ids": types,
     }
+    if spec.family_row.tower is not None and spec.family_row.tower.pairs:
+        # ERNIE's experts for images and clips take the markers too.
+        example["moe_mm_token_type_ids"] = types | (ids == spec.vision_start_token_id)
     for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if grids[kind]:
             example[f"{kind}_grid_thw"] = np.array(grids[kind])
-            example[pixels] = _pixels(config, spec, grids[kind], rng)
+        if pixels_of[kind]:
+            example[pixels] = _pixels(config, spec, pixels_of[kind], rng)
     if spec.tokens_per_second is not None and grids["video"]:
         example["second_per_grid_ts"] = np.array([0.7] * len(grids["video"]), np.float32)
     return example
@@ -79,9 +88,15 @@ def _span_tokens(
     tokens: list[int] = []
     # Frames with newline tokens stand side by side.
     apart = apart and not spec.family_row.newlines
+    end, wrapper = [], 0
+    if spec.family_row.custom_index == "glm_image":
+        end = [int(spec.extra["image_end_token_id"])]
+    if spec.family_row.custom_index == "hunyuan":
+        # A newline behind each line, one placeholder in front of the image and one behind.
+        wrapper = h // spec.spatial_merge_size + 2
     for _ in range(t if apart else 1):
-        size = (1 if apart else t // shared) * spec.frame_tokens(h, w)
-        tokens += [*start, *[placeholder] * size, *_text(rng, 2)]
+        size = (1 if apart else t // shared) * spec.frame_tokens(h, w) + wrapper
+        tokens += [*start, *[placeholder] * size, *end, *_text(rng, 2)]
     if kind == "video" and spec.family_row.frames_as_images:
         markers = spec.extra["video_start_token_id"], spec.extra["video_end_token_id"]
         tokens = [int(markers[0]), *tokens, int(markers[1])]

@@ -30,6 +30,9 @@ class Tower:
             table is aligned with the frame by outer edges instead of corner centres (PaddleOCR-VL).
         host_grids: the tower reads its grids on the host, whatever else it is given: an attached
             model takes them from a list in the batch.
+        draws_last: the last grid of each row is of an image that is to be drawn, and has no pixels
+            (GLM-Image).
+        pairs: behind the tower, frames of a clip are merged in pairs (ERNIE-4.5-VL).
     """
 
     videos: bool = True
@@ -38,6 +41,8 @@ class Tower:
     table: bool = False
     raster: bool = False
     host_grids: bool = False
+    draws_last: bool = False
+    pairs: bool = False
 
 
 class ConfigValue(NamedTuple):
@@ -129,7 +134,6 @@ def _tokens(*names: str) -> tuple[ConfigValue, ...]:
 _GLM = Family(
     frames_apart=True,
     frames_as_images=True,
-    packs=False,
     references=_SINCE_5_6,
     start_keys=("image_start_token_id",),
     extra=_tokens("video_start_token_id", "video_end_token_id"),
@@ -140,7 +144,6 @@ _AUDIO = ("second_per_grid_ts", "audio_seqlens", "use_audio_in_video", "audios_p
 
 _OMNI = Family(
     inputs=(*_AUDIO, *_COUNTS),
-    packs=False,
     image_keys=("image_token_id", "image_token_index"),
     video_keys=("video_token_id", "video_token_index"),
 )
@@ -167,7 +170,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl_moe": Family(frames_apart=True, tower=_INTERPOLATED),
     "qwen3_5": Family(frames_apart=True, tower=_INTERPOLATED),
     "qwen3_5_moe": Family(frames_apart=True, tower=_INTERPOLATED),
-    "qwen4_exp": Family(frames_apart=True, packs=False, references=_SINCE_5_6, tower=_INTERPOLATED),
+    "qwen4_exp": Family(frames_apart=True, references=_SINCE_5_6, tower=_INTERPOLATED),
     # LMMs-Lab's config class exposes each id under two names; a hand-written one may have either.
     "aero_realtime": Family(
         frames_apart=True,
@@ -181,25 +184,21 @@ FAMILIES: dict[str, Family] = {
     "glm46v": _GLM,
     "glm_ocr": _GLM,
     "ernie4_5_vl_moe": Family(
-        packs=False,
         references=_SINCE_5_6,
         start_keys=("image_start_token_id",),
         extra=(ConfigValue("temporal_merge_size", "vision_config.temporal_merge_size", 2),),
-        tower=Tower(),
+        tower=Tower(pairs=True),
     ),
     "paddleocr_vl": Family(
-        packs=False,
         references=_SINCE_5_6,
         tower=Tower(videos=False, table=True, raster=True),
     ),
-    "cohere_compass": Family(
-        frames_apart=True, packs=False, references=_SINCE_5_6, tower=_INTERPOLATED
-    ),
-    "cosmos3_omni": Family(
-        frames_apart=True, packs=False, references=_SINCE_5_6, tower=_INTERPOLATED
-    ),
+    "cohere_compass": Family(frames_apart=True, references=_SINCE_5_6, tower=_INTERPOLATED),
+    "cosmos3_omni": Family(frames_apart=True, references=_SINCE_5_6, tower=_INTERPOLATED),
     "cosmos3_edge": Family(
-        frames_apart=True, packs=False, references=_SINCE_5_6, tower=Tower(positions=False)
+        frames_apart=True,
+        references=_SINCE_5_6,
+        tower=Tower(positions=False, host_grids=True),
     ),
     "qwen2_5_omni_thinker": replace(
         _OMNI,
@@ -223,7 +222,7 @@ FAMILIES: dict[str, Family] = {
         video_keys=(),
         start_keys=("image_start_token_id",),
         extra=(ConfigValue("image_end_token_id", "image_end_token_id", 103),),
-        tower=Tower(videos=False),
+        tower=Tower(videos=False, draws_last=True),
     ),
     "hunyuan_vl": Family(
         custom_index="hunyuan",
@@ -234,6 +233,7 @@ FAMILIES: dict[str, Family] = {
         video_keys=(),
         start_keys=(),
         extra=(ConfigValue("axes", _SECTIONS, [2, 2, 2, 2]),),
+        tower=Tower(videos=False, positions=False, host_grids=True),
     ),
     "minicpmv4_7": Family(
         custom_index="minicpm",
@@ -280,7 +280,7 @@ _PLAIN = Family(
 ONE_DIMENSIONAL: dict[str, Family] = {
     "dots3_note": _PLAIN,
     "exaone4_5": replace(_PLAIN, tower=Tower(windows=True)),
-    "glm5_next": replace(_GLM, one_dimensional=True, references=_PLAIN.references),
+    "glm5_next": replace(_GLM, one_dimensional=True, packs=False, references=_PLAIN.references),
     "hyperclovax_vision_v2": replace(_PLAIN, tower=Tower(windows=True)),
     "lfm3_vl": replace(_PLAIN, frames_apart=True, tower=Tower(host_grids=True)),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mrope.towers.audio import AudioSpec, audio_tensors, audio_tokens, padded_features
-from mrope.towers.vision import block_index, vision_tensors
+from mrope.towers.vision import block_index, pair_index, vision_tensors
 from mrope.towers.vision_spec import VisionSpec, check_release
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "block_index",
     "check_release",
     "padded_features",
+    "pair_index",
     "vision_tensors",
 ]

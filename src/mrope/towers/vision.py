@@ -124,6 +124,29 @@ def block_index(grid_thw: npt.ArrayLike, merge: int) -> Int64Array:
     return index_P
 
 
+def pair_index(grid_thw: npt.ArrayLike, merge: int) -> Int64Array:
+    """Compute the merged tokens that ERNIE-4.5-VL's resampler joins, int64 (2, M).
+
+    Frames 0 and 1, 2 and 3, and so on of a clip are joined token by token. A last frame without a
+    partner is left out, and an image is its own partner.
+
+    Example:
+        >>> pair_index([[2, 2, 4], [1, 2, 2]], 2).tolist()
+        [[0, 1, 4], [2, 3, 4]]
+    """
+    grid_N3 = _as_grids(grid_thw, merge)
+    frames_N = grid_N3[:, 0]
+    size_F = (grid_N3[:, 1] * grid_N3[:, 2] // merge**2).repeat(frames_N)
+    ordinal_F = np.arange(len(size_F)) - (frames_N.cumsum() - frames_N).repeat(frames_N)
+    alone_F = (frames_N == 1).repeat(frames_N)
+    leads_F = alone_F | ((ordinal_F % 2 == 0) & (ordinal_F + 1 < frames_N.repeat(frames_N)))
+    size_L = size_F[leads_F]
+    start_L = (size_F.cumsum() - size_F)[leads_F] - (size_L.cumsum() - size_L)
+    first_M = start_L.repeat(size_L) + np.arange(size_L.sum())
+    partner_M = np.where(alone_F[leads_F], 0, size_L).repeat(size_L)
+    return np.stack((first_M, first_M + partner_M))
+
+
 def window_order(grid_N3: Int64Array, merge: int, side: int) -> tuple[Int64Array, Int32Array]:
     """Compute the permutation of merged tokens into attention windows, and the windows' borders.
 

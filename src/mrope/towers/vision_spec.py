@@ -26,7 +26,7 @@ class VisionSpec:
         table_side: learned positions along each side of the tower's table; None: no table.
         positions: the tower takes row and column of each patch.
         videos: the tower takes videos.
-        raster, host_grids: see `mrope.spec.families.Tower`.
+        raster, draws_last, host_grids, pairs: see `mrope.spec.families.Tower`.
         patch_shape: shape of a patch in `pixel_values`; None: the config does not say.
     """
 
@@ -38,6 +38,8 @@ class VisionSpec:
     raster: bool = False
     patch_shape: tuple[int, ...] | None = None
     host_grids: bool = False
+    draws_last: bool = False
+    pairs: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> VisionSpec:
@@ -73,6 +75,8 @@ class VisionSpec:
             raster=tower.raster,
             patch_shape=_read_patch_shape(vision, where, tower),
             host_grids=tower.host_grids,
+            draws_last=tower.draws_last,
+            pairs=tower.pairs,
         )
 
     @property

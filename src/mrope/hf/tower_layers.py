@@ -1,0 +1,118 @@
+"""Attention layers of towers: how each class is built, and the forward that replaces its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mrope.hf.attention import Borders, attend_within, modelling_of
+
+
+@dataclass(frozen=True)
+class TowerLayer:
+    """Describe the attention layer of a tower: what differs between transformers' classes.
+
+    Attributes:
+        inputs: names of the projections to query, key and value: one fused projection, or three.
+        output: name of the projection behind the attention.
+        norms: names of the norms of query and key, before they are rotated.
+        rotary: whether query and key are rotated by `position_embeddings`.
+        scale: attribute with the factor of the scores.
+        dropout: attribute with the rate of attention dropout.
+        returns_pair: whether the layer returns (output, attention weights); the weights are None.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    norms: tuple[str, ...] = ()
+    rotary: bool = True
+    scale: str = "scaling"
+    dropout: str = "attention_dropout"
+    returns_pair: bool = False
+
+    def describes(self, layer: torch.nn.Module) -> bool:
+        """Whether a layer has these modules and no other, which it might run in between."""
+        # A wrapper has its copy's attributes, but not its modules.
+        children = layer._modules.keys()  # noqa: SLF001 - no public name
+        return children == {*self.inputs, *self.norms, self.output} and hasattr(layer, self.scale)
+
+
+FUSED = TowerLayer(("qkv",), "proj")
+FUSED_NORMED = TowerLayer(("qkv",), "proj", norms=("q_norm", "k_norm"))
+OMNI_2_5_VISION = TowerLayer(("q", "k", "v"), "proj")
+PADDLEOCR = TowerLayer(("q_proj", "k_proj", "v_proj"), "out_proj", returns_pair=True)
+AUDIO = TowerLayer(("q_proj", "k_proj", "v_proj"), "out_proj", rotary=False)
+HUNYUAN = TowerLayer(("q_proj", "k_proj", "v_proj"), "o_proj", rotary=False, returns_pair=True)
+NORMED = TowerLayer(
+    ("q_proj", "k_proj", "v_proj"), "out_proj", norms=("q_norm", "k_norm"), returns_pair=True
+)
+SIGLIP = TowerLayer(
+    ("q_proj", "k_proj", "v_proj"), "out_proj", rotary=False, scale="scale", dropout="dropout"
+)
+
+
+def tower_forward(
+    parts: TowerLayer,
+    self: Any,
+    hidden_states: torch.Tensor,
+    cu_seqlens: Borders | torch.Tensor,
+    segments: Borders | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Attend within segments; replaces the forward of a tower's attention layer.
+
+    Bound with `functools.partial`, which pickles and copies as a method of the class would.
+
+    Args:
+        parts: how the layer is built.
+        self: the layer.
+        hidden_states: (N, hidden), or (1, N, hidden) in towers of a batch of one.
+        cu_seqlens: `Borders` in place of the tensor. Given only a tensor, as under flash attention,
+            the layer's own forward is called.
+        segments: overrides `cu_seqlens`, for towers that need the tensor for themselves; the
+            tensor's own attribute `mrope_borders` does so where a tower passes on nothing else.
+    """
+    within = getattr(cu_seqlens, "mrope_borders", cu_seqlens) if segments is None else segments
+    if isinstance(within, torch.Tensor):
+        return type(self).forward(self, hidden_states, cu_seqlens, **kwargs)
+    # Flash attention's argument; the other implementations would not know it.
+    kwargs.pop("max_seqlen", None)
+    # Towers have none for the whole batch; some pass the argument on.
+    kwargs.pop("attention_mask", None)
+    # GLM-Image's tower, whose layers are built as others', adds its positions before them.
+    rotary = kwargs.pop("position_embeddings", None) if parts.rotary else None
+    heads = _project(self, parts, hidden_states, rotary)
+    kwargs["scaling"] = getattr(self, parts.scale)
+    kwargs["dropout"] = getattr(self, parts.dropout, 0.0) if self.training else 0.0
+    attended = attend_within(self, *heads, within, kwargs)
+    output = getattr(self, parts.output)(attended.view(*hidden_states.shape[:-1], -1))
+    return (output, None) if parts.returns_pair else output
+
+
+def _project(
+    layer: Any,
+    parts: TowerLayer,
+    hidden_states: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return query, key and value, each (N, heads, dimension), from hidden states (N, hidden)."""
+    tokens = hidden_states.shape[-2]
+    projected = [getattr(layer, name)(hidden_states) for name in parts.inputs]
+    # Heads of keys and values may serve several of queries.
+    shared = getattr(layer, "num_key_value_heads", layer.num_heads)
+    heads = (layer.num_heads, shared, shared)
+    if len(projected) == 1:
+        query, key, value = projected[0].reshape(tokens, sum(heads), -1).split(heads, dim=1)
+    else:
+        query, key, value = (
+            one.reshape(tokens, count, -1) for one, count in zip(projected, heads, strict=True)
+        )
+    if parts.norms:
+        query_norm, key_norm = (getattr(layer, name) for name in parts.norms)
+        query, key = query_norm(query), key_norm(key)
+    if rotary is not None:
+        # Taken from the layer's own modelling file, so that rounding is that of its own forward.
+        query, key = modelling_of(layer).apply_rotary_pos_emb_vision(query, key, *rotary)
+    return query, key, value
