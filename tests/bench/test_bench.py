@@ -73,7 +73,7 @@ def test_fixed_shapes_are_measured_on_images_of_many_sizes() -> None:
     examples = make_pixel_examples(4096, SPEC, vision)
     assert sum(len(example["input_ids"]) for example in examples) == 4096
     grids = torch.cat([example["image_grid_thw"] for example in examples])
-    assert len(grids.unique(dim=0)) > 10
+    assert len({*map(tuple, grids.tolist())}) > 10
     plain, fixed = (
         MRopeCollator(None, SPEC, vision, packing="flatten", shapes=shapes)(examples)
         for shapes in (None, Shapes((4096,), (12288,), 784))

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrope import MRopeCollator, MRopeError, gather_sequence, shard_sequence
+from mrope import MRopeCollator, MRopeError, Shapes, gather_sequence, shard_sequence
 from mrope.towers import VisionSpec
 from support.specs import example_spec
 
@@ -167,6 +167,87 @@ def _features_go_where_they_went(batch: Any, cut: list[Any]) -> None:
         assert not part.keys() & {"image_split_sizes", "has_padding", "segment_sizes"}
 
 
+# Fixed shapes.
+
+SHAPES = Shapes((64, 128), (96, 192), longest=16, patches_per_segment=8, tokens_per_example=16)
+SIZED = VisionSpec(spatial_merge_size=2, table_side=16, patch_shape=(6,))
+
+
+def fixed_batch(images: list[int], packing: Any) -> Any:
+    examples = pictures(*images)
+    for example in examples:
+        if "image_grid_thw" in example:
+            patches = 8 * len(example["image_grid_thw"])
+            example["pixel_values"] = torch.randn(patches, 6)
+    return MRopeCollator(None, SPEC, SIZED, packing=packing, shapes=SHAPES)(examples)
+
+
+def described(part: Any) -> dict[str, Any]:
+    """Shapes of tensors, and every other value: what a graph is compiled for."""
+    return {
+        name: tuple(value.shape) if torch.is_tensor(value) else value
+        for name, value in part.items()
+    }
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    images=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    ranks=st.integers(1, 4),
+    scheme=st.sampled_from(SCHEMES),
+    packing=st.sampled_from([None, "flatten"]),
+)
+def test_parts_of_fixed_shapes_together_are_the_whole(
+    images: list[int], ranks: int, scheme: Any, packing: Any
+) -> None:
+    batch = fixed_batch(images, packing)
+    features = len(batch["pixel_values"]) // 4
+    cut = parts(batch, ranks, scheme)
+    assert all(described(part) == described(cut[0]) for part in cut)
+    # The feature row that each token takes, and -1 where it takes none.
+    rows = batch["vision_feature_index"].view_as(batch["input_ids"])
+    taken = torch.where(batch["vision_feature_mask"], rows, -1)
+    for part in cut:
+        index = part.pop("vision_feature_index").view_as(part["input_ids"])
+        assert index.min() >= 0 and index.max() < features
+        part["taken"] = torch.where(part["vision_feature_mask"], index, -1)
+        # At placeholders, and nowhere else.
+        assert torch.equal(part["taken"] >= 0, part["input_ids"] == IMAGE)
+    whole = gather_sequence(cut, scheme)
+    kept, real = whole["input_ids"] != 0, batch["input_ids"] != 0
+    for name, was in {**batch, "taken": taken}.items():
+        if name in ("input_ids", "labels", "position_ids", "taken"):
+            assert torch.equal(whole[name][..., kept], was[..., real]), name
+    assert whole["labels"][~kept].eq(-100).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("packing", [None, "flatten"])
+def test_parts_of_one_pair_of_rungs_have_one_description(packing: Any, scheme: Any) -> None:
+    """Examples of many lengths; each rank compiles one graph for each pair of rungs."""
+    found = {
+        str(described(part))
+        for images in ([0], [1], [3], [1, 2], [2, 0, 1], [1, 1, 1])
+        for part in parts(fixed_batch(images, packing), 2, scheme)
+        if fixed_batch(images, packing)["input_ids"].shape[1] == 64
+    }
+    rows = 1 if packing else 3  # padded batches have their number of rows
+    assert len(found) <= rows
+
+
+def test_a_flattened_row_of_fixed_shapes_in_zigzag() -> None:
+    """Segments of 7 and 3 tokens, 54 of padding and 3 empty ones, cut into 4 each."""
+    shapes = Shapes((64,), (16,), longest=16, patches_per_segment=8, tokens_per_example=16)
+    batch = MRopeCollator(None, SPEC, SIZED, packing="flatten", shapes=shapes)(text(7, 3))
+    first, second = parts(batch, 2, "zigzag")
+    # Whatever the examples, 64 + 5 * 3 tokens hold their padding: 76 is the next multiple below.
+    assert first["input_ids"].shape == second["input_ids"].shape == (1, 38)
+    assert first["cu_seq_lens_q"].tolist() == [0, 4, 6, 34, 34, 38]
+    assert first["max_length_q"] == 38
+    assert first["input_ids"][0, :6].tolist() == [10, 11, 16, 0, 20, 0]
+    assert second["input_ids"][0, :6].tolist() == [12, 13, 14, 15, 21, 22]
+
+
 def test_the_batch_is_not_written_to_and_the_stage_pickles() -> None:
     batch = MRopeCollator(None, SPEC, VISION, packing="flatten")(pictures(2, 1))
     before = pickle.loads(pickle.dumps(batch))
@@ -185,7 +266,6 @@ def test_the_batch_is_not_written_to_and_the_stage_pickles() -> None:
         ({}, {"rank": 0, "world_size": 0}, "world_size=0"),
         ({}, {"scheme": "ring"}, "scheme must be 'contiguous' or 'zigzag', not 'ring'"),
         ({"position_ids": None}, {}, "without position_ids: .* MRopeCollator"),
-        ({"vision_feature_index": torch.ones(1)}, {}, "does not take batches of fixed shapes"),
         ({"batch_first": torch.ones(1)}, {}, r"call to_model_layout\(batch\) first"),
     ],
 )
@@ -206,6 +286,12 @@ def test_an_attached_model_refuses_a_part() -> None:
     model = attach(models.tiny_model("qwen2_vl"))
     with pytest.raises(MRopeError, match="without .*split_sizes"):
         model(**shard_sequence(batch, 0, 2))
+    shapes = Shapes((128,), (256,), 128, patches_per_segment=8)
+    fixed = MRopeCollator(None, models.tiny_spec("qwen2_vl"), vision, shapes=shapes)(
+        models.tiny_examples("qwen2_vl")
+    )
+    with pytest.raises(MRopeError, match="without has_padding"):
+        model(**shard_sequence(fixed, 0, 2))
 
 
 # Two processes.

@@ -71,6 +71,10 @@ def shard_sequence(
       example is padded and cut separately; `cu_seq_lens_*` and `max_length_*` are those of the
       rank's part, the padded ones divided by `world_size`.
 
+    Parts of batches of one shape (`MRopeCollator(shapes=...)`) have one shape too: `max_length_*`
+    are then the length of the row or part, and in zigzag the last segment, which is padding, takes
+    up what the padding of the examples leaves of the width.
+
     Args:
         batch: in model layout, with `input_ids` (B, S) and `position_ids` (3|4, B, S).
         rank, world_size: rank and size of the group that shares a sequence.
@@ -86,7 +90,9 @@ def shard_sequence(
         - `shift_labels`, if there are `labels`: the label of the next token. Models shift `labels`
           themselves and would lose one at each cut; transformers' losses take these instead.
         - `image_scatter_index`: indices among the rank's B * L tokens; `image_feature_index`: the
-          feature rows that go there. The same for `video_`. Other inputs of attached models are
+          feature rows that go there. The same for `video_`. With fixed shapes
+          `vision_feature_index` (B * L,) and `vision_feature_mask` (B, L): the feature row of each
+          of the rank's tokens, and which of them take one. Other inputs of attached models are
           dropped, since these attend within one process: an attached model refuses the part.
 
     Raises:
@@ -104,11 +110,13 @@ def shard_sequence(
     _check(batch, rank, world_size, scheme)
     whole = dict(batch)
     shape, flattened = tuple(batch["input_ids"].shape[:2]), "cu_seq_lens_q" in batch
+    fixed = "vision_feature_index" in batch
     if whole.get("labels") is not None:
         # Before cutting: the last token of a part predicts the first token of the next.
         whole["shift_labels"] = _next_labels(whole["labels"])
-    if not flattened and whole.get("attention_mask") is None:
-        # Parts get padding that the whole does not have, so a mask is needed now.
+    if not flattened and not fixed and whole.get("attention_mask") is None:
+        # Parts get padding that the whole does not have, so a mask is needed now. Padding of fixed
+        # shapes has no mask: it is on the right, where causal attention does not look.
         whole["attention_mask"] = torch.ones(shape, dtype=torch.int64)
     plan = _plan(whole, shape[1], rank, world_size, scheme)
     fills = {**_FILL, "input_ids": pad_token_id}
@@ -118,7 +126,12 @@ def shard_sequence(
             part[name] = _cut(value, plan, fills.get(name, 0))
     part["position_ids"] = _cut_positions(whole["position_ids"], plan, flattened)
     if flattened:
-        part |= _borders(plan, world_size if scheme == "zigzag" else 1)
+        part |= _borders(plan, world_size if scheme == "zigzag" else 1, fixed)
+    if fixed:
+        index = whole["vision_feature_index"].view(shape)
+        # Padding repeats an index: its mask is False, so that it may be any.
+        source = torch.from_numpy(plan.source_L).clamp(min=0)
+        part["vision_feature_index"] = index.index_select(1, source).flatten()
     for modality in ("image", "video"):
         if f"{modality}_scatter_index" in whole:
             part |= _places(modality, whole[f"{modality}_scatter_index"], plan, shape[1])
@@ -165,11 +178,6 @@ def _check(batch: Mapping[str, Any], rank: int, world_size: int, scheme: str) ->
             f"cannot shard a batch without {lacking[0]}: positions depend on the whole "
             "sequence, so apply a MRopeCollator first"
         )
-    if "vision_feature_index" in batch:
-        raise MRopeError(
-            "shard_sequence does not take batches of fixed shapes: their features are gathered by "
-            "the tokens of the whole row; leave out MRopeCollator(shapes=...)"
-        )
     if BATCH_FIRST in batch:
         raise MRopeError("shard_sequence takes model layout; call to_model_layout(batch) first")
 
@@ -191,13 +199,13 @@ def _plan(
         rank 0      places 0 3 4 7            source 0 2 3 6            beyond 0 1 0 0
     """
     length_D = _lengths(whole, width)
+    tail = -width % world_size
+    if scheme == "contiguous" and tail and _without_tail(whole, len(length_D)):
+        # An empty segment, which only padding fills, keeps examples free of padding.
+        length_D = np.append(length_D, 0)
     if scheme == "zigzag":
-        padded_D = -(-length_D // (2 * world_size)) * (2 * world_size)
+        padded_D = _pad_each(whole, length_D, width, 2 * world_size)
     else:
-        tail = -width % world_size
-        if tail and _without_tail(whole, len(length_D)):
-            # An empty segment, which only padding fills, keeps examples free of padding.
-            length_D = np.append(length_D, 0)
         padded_D = length_D.copy()
         padded_D[-1] += tail
     borders_D = np.concatenate(([0], padded_D.cumsum()))
@@ -224,9 +232,24 @@ def _lengths(whole: Mapping[str, Any], width: int) -> IntArray:
 def _without_tail(whole: Mapping[str, Any], segments: int) -> bool:
     """Return whether a flattened row ends with an example, not with a tail of padding.
 
-    A tail is a segment without a rope delta.
+    A tail is a segment without a rope delta. The last segment of fixed shapes is always padding,
+    or empty, and such rows have no rope deltas.
     """
-    return "cu_seq_lens_q" in whole and segments == len(whole["rope_deltas"])
+    deltas = whole.get("rope_deltas")
+    return "cu_seq_lens_q" in whole and deltas is not None and segments == len(deltas)
+
+
+def _pad_each(whole: Mapping[str, Any], length_D: IntArray, width: int, multiple: int) -> IntArray:
+    """Round the length of each segment up to a multiple; with fixed shapes, to one total.
+
+    Segments of 4, 4 and 2 tokens, the last one padding, and a multiple of 4 give 4 4 4. With fixed
+    shapes they give 4 4 8: a batch with segments of 3, 5 and 2 tokens needs 4 8 4, 16 as well.
+    """
+    padded_D: IntArray = -(-length_D // multiple) * multiple
+    if "vision_feature_index" in whole and "cu_seq_lens_q" in whole:
+        most = width + len(length_D) * (multiple - 1)
+        padded_D[-1] = most // multiple * multiple - padded_D[:-1].sum()
+    return padded_D
 
 
 def _zigzag(borders_D: IntArray, rank: int, world_size: int) -> IntArray:
@@ -259,11 +282,15 @@ def _cut_positions(position_ids: torch.Tensor, plan: _Plan, flattened: bool) -> 
     return part + beyond_L
 
 
-def _borders(plan: _Plan, ranks: int) -> dict[str, Any]:
-    """Compute the borders of a part's segments, divided by `ranks`, and `seq_idx` (1, L)."""
+def _borders(plan: _Plan, ranks: int, fixed: bool) -> dict[str, Any]:
+    """Compute the borders of a part's segments, divided by `ranks`, and `seq_idx` (1, L).
+
+    Args:
+        fixed: the longest segment may not differ from batch to batch: it is the whole length.
+    """
     borders_D = plan.borders_D // ranks
     borders = torch.from_numpy(borders_D.astype(np.int32))
-    longest = int(np.diff(borders_D).max())
+    longest = int(borders_D[-1] if fixed else np.diff(borders_D).max())
     return {
         "cu_seq_lens_q": borders,
         "cu_seq_lens_k": borders.clone(),
