@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GlmImageForConditionalGeneration,
+)
 
 from mrope import MRopeSpec
 from mrope.hf.tiny_examples import tiny_examples as made_up
@@ -19,6 +23,7 @@ from mrope.spec.families import FAMILIES, find_family
 
 TINY = Path(__file__).parent / "tiny"
 PLAIN = Path(__file__).parent / "plain"
+SIZED = Path(__file__).parent / "sized"
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Those with a shipped config, which can be trained and attached; and those that are tested alone.
 # aero_realtime has no model in transformers.
@@ -29,12 +34,14 @@ TINY_FAMILIES = tuple(sorted(file.stem for file in TINY.glob("*.yaml")))
 LIVE_FAMILIES = (*MODEL_FAMILIES, *TINY_FAMILIES)
 # Those whose text has 1-D positions.
 PLAIN_FAMILIES = tuple(sorted(file.stem for file in PLAIN.glob("*.yaml")))
+# Those whose towers take images one by one, by sizes of their own.
+SIZED_FAMILIES = tuple(sorted(file.stem for file in SIZED.glob("*.yaml")))
 
 
 def model_config(family: str) -> dict[str, Any]:
     """Return the `model.config` section of the family's YAML file."""
-    folder = TINY if family in TINY_FAMILIES else PLAIN if family in PLAIN_FAMILIES else CONFIGS
-    section: Any = OmegaConf.to_container(OmegaConf.load(folder / f"{family}.yaml"))
+    files = (folder / f"{family}.yaml" for folder in (TINY, PLAIN, SIZED, CONFIGS))
+    section: Any = OmegaConf.to_container(OmegaConf.load(next(filter(Path.exists, files))))
     config: dict[str, Any] = section["model"]["config"]
     return config
 
@@ -44,7 +51,10 @@ def tiny_model(family: str, attention: str = "sdpa", seed: int = 0) -> Any:
     config = dict(model_config(family))
     torch.manual_seed(seed)
     live = AutoConfig.for_model(config.pop("model_type"), **config)
-    model = AutoModelForImageTextToText.from_config(live, attn_implementation=attention)
+    if family == "glm_image":  # no auto class has it
+        model = GlmImageForConditionalGeneration._from_config(live, attn_implementation=attention)
+    else:
+        model = AutoModelForImageTextToText.from_config(live, attn_implementation=attention)
     return model.eval()
 
 
