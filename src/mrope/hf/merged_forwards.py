@@ -14,7 +14,14 @@ import torch
 from transformers.utils import can_return_tuple
 
 from mrope.collate.layouts import to_model_layout
-from mrope.hf.forwards import Places, Tensors, forward_with, is_precomputed, tower_inputs
+from mrope.hf.forwards import (
+    Places,
+    Tensors,
+    forward_with,
+    host_grids,
+    is_precomputed,
+    tower_inputs,
+)
 
 
 class Experts(NamedTuple):
@@ -64,10 +71,9 @@ def _encode_pairs(self: Any, modality: str, inputs: Tensors) -> tuple[Places, An
 
 def _encode_resized(self: Any, modality: str, inputs: Tensors) -> tuple[Places, Any]:
     """Run Cosmos3-Edge's tower and projector on one modality's pixels."""
-    # The tower asks its grids for their values, which is no sync where they are on the host.
-    grids = torch.tensor(inputs.pop(f"{modality}_grid_sizes"))
-    places, pixels, _, known = tower_inputs(self, modality, inputs)
-    output = self.visual(pixels, grid_thw=grids, return_dict=True, **known)
+    places, pixels, grid_thw, known = tower_inputs(self, modality, inputs)
+    grid_thw = host_grids(modality, inputs, grid_thw)
+    output = self.visual(pixels, grid_thw=grid_thw, return_dict=True, **known)
     output.pooler_output = self.projector(output.last_hidden_state)
     return places, output
 
