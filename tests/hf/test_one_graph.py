@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mrope import MRopeCollator, Shapes, VisionSpec
+from mrope import MRopeCollator, MRopeError, Shapes, VisionSpec
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach, detach, explain_attention
 from support.models import media_of, model_config, tiny_examples, tiny_model, tiny_spec
@@ -139,6 +139,25 @@ def test_forward_and_backward_compile_to_one_graph(family: str) -> None:
         assert counted["stats"]["unique_graphs"] <= 2
 
 
+@pytest.mark.parametrize("family", PADDED)
+def test_compiled_text_layers_attend_without_a_mask(family: str) -> None:
+    causal = []
+
+    def find_causal(graph: Any, _: Any) -> Any:
+        for node in graph.graph.nodes:
+            if getattr(node.target, "__name__", "") == "scaled_dot_product_attention":
+                options = node.kwargs
+                causal.append(options["is_causal"] and options["attn_mask"] is None)
+        return graph
+
+    model: Any = attach(tiny_model(family).train())
+    layers = [one for one in model.modules() if getattr(one, "is_causal", False)]
+    with fresh_dynamo():
+        compiled: Any = torch.compile(model, fullgraph=True, dynamic=False, backend=find_causal)
+        compiled(**collate(family, examples_of(family), None, SHAPES))
+    assert sum(causal) == len(layers) > 0
+
+
 def checkpointed() -> Any:
     model: Any = attach(tiny_model("qwen3_vl").train())
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -211,3 +230,14 @@ def test_what_was_chosen_is_said() -> None:
     detach(model)
     attach(model, attention="segments")
     assert explain_attention(model).count("segments, as attach was told") == 2
+
+
+def test_another_attention_after_attach_is_refused_by_name() -> None:
+    model = attach(tiny_model("qwen3_vl"))
+    batch = collate("qwen3_vl", examples_of("qwen3_vl"), None, None)
+    model.set_attn_implementation("eager")
+    with pytest.raises(MRopeError, match="set_attn_implementation does not reach the text layers"):
+        model(**dict(batch))
+    want = attach(detach(model))(**dict(batch)).loss
+    detach(model).set_attn_implementation("sdpa")
+    assert (attach(model)(**batch).loss - want).abs() < 1e-5

@@ -171,7 +171,16 @@ def attend_text(
 
     A transformers attention function. It takes query (1, heads, T, dimension), and borders from
     `cu_seq_lens_q` and `max_length_q`, which text layers pass on.
+
+    Raises:
+        MRopeError: the attention implementation of the text model was changed after `attach`.
     """
+    model_config, implementation = module.mrope_attached
+    if model_config._attn_implementation != implementation:  # noqa: SLF001 - no public name
+        raise MRopeError(
+            "set_attn_implementation does not reach the text layers of an attached model: detach "
+            "it first, and attach it again"
+        )
     if kwargs.pop(ONLY_CAUSAL, False):
         attention_mask = None
     cu_seqlens = kwargs.get("cu_seq_lens_q")
@@ -197,8 +206,18 @@ def use_varlen(attention: Any) -> None:
 
     Only the layer gets another config: the text model itself makes masks by its own.
     """
-    attention.config = copy.copy(attention.config)
+    config = attention.config
+    # `set_attn_implementation` writes to the model's config, which the layer no longer reads.
+    attention.mrope_attached = config, config._attn_implementation  # noqa: SLF001
+    attention.config = copy.copy(config)
     attention.config._attn_implementation = TEXT_ATTENTION  # noqa: SLF001
+
+
+def undo_varlen(attention: Any) -> None:
+    """Undo `use_varlen`, where it was called."""
+    if hasattr(attention, "mrope_attached"):
+        attention.config, _ = attention.mrope_attached
+        del attention.mrope_attached
 
 
 def mix_by_segment(

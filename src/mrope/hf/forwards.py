@@ -246,13 +246,26 @@ def _encode_raster(self: Any, modality: str, inputs: Tensors) -> tuple[Places, A
     blocks = inputs.pop(f"{modality}_block_index")
     index, pixels, grid_thw, known = tower_inputs(self, modality, inputs)
     output = self.visual(pixels[None], grid_thw=grid_thw, return_dict=True, **known)
-    # The projector's own forward splits by image, whose sizes it reads back from the grids.
-    projector = self.projector
-    patches = projector.pre_norm(output.last_hidden_state).index_select(0, blocks)
-    across, down = projector.merge_kernel_size
-    merged = projector.linear_1(patches.reshape(-1, across * down * patches.shape[-1]))
-    output.pooler_output = projector.linear_2(projector.act(merged))
+    output.pooler_output = self.projector(output.last_hidden_state, blocks)
     return index, output
+
+
+def merge_patches(self: Any, image_features: torch.Tensor, image_grid_thw: torch.Tensor) -> Any:
+    """Merge patches of all images into features; replaces the forward of PaddleOCR-VL's projector.
+
+    The projector's own forward splits by image, whose sizes it reads back from the grids.
+
+    Args:
+        image_features: (P, hidden), in raster order.
+        image_grid_thw: int64 (P,), the order in which blocks of patches are merged. Given grids,
+            (images, 3), as from the model's own forward, the projector's own forward is called.
+    """
+    if image_grid_thw.ndim == 2:
+        return type(self).forward(self, image_features, image_grid_thw)
+    patches = self.pre_norm(image_features).index_select(0, image_grid_thw)
+    across, down = self.merge_kernel_size
+    merged = self.linear_1(patches.reshape(-1, across * down * patches.shape[-1]))
+    return self.linear_2(self.act(merged))
 
 
 def vision_tower(self: Any) -> Any:
