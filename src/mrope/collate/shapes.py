@@ -64,6 +64,11 @@ def check_family(spec: MRopeSpec, vision: VisionSpec) -> None:
         raise MRopeError(f"shapes is not supported for {spec.family}: audio and crops vary in size")
     if spec.family_row.one_dimensional:
         raise MRopeError(f"shapes is not supported for {spec.family}, which has 1-D positions")
+    if vision.pairs or vision.host_grids:
+        raise MRopeError(
+            f"shapes is not supported for {spec.family}: its features depend on the sizes of frames "
+            "behind or before the tower's layers, which differ from batch to batch"
+        )
     if vision.patch_shape is None:
         raise MRopeError(
             f"shapes needs the size of a patch, to make patches for batches of text: the config "

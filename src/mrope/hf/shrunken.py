@@ -45,6 +45,7 @@ _TOWER: Mapping[str, Any] = {
     "num_hidden_layers": _LAYERS,
     "num_heads": _HEADS,
     "num_attention_heads": _HEADS,
+    "num_key_value_heads": _HEADS,
     "hidden_size": _TOWER_WIDTH,
     "intermediate_size": 2 * _TOWER_WIDTH,
     "deepstack_visual_indexes": [0, 1],
@@ -82,7 +83,7 @@ def shrink_config(config: Any) -> Any:
     hidden = _shrink_text(text)
     _set(vision, _TOWER)
     # Qwen2-VL's tower calls its own width `embed_dim`, and that of its output `hidden_size`.
-    _set(vision, {"out_hidden_size": hidden})
+    _set(vision, {"out_hidden_size": hidden, "text_hidden_size": hidden})
     if hasattr(vision, "embed_dim"):
         vision.embed_dim, vision.hidden_size = _TOWER_WIDTH, hidden
     if getattr(small, "audio_config", None) is not None:
@@ -127,21 +128,42 @@ def _shrink_text(text: Any) -> int:
     text.hidden_size = _HEADS * head_dim
     _set(text, {"head_dim": head_dim})
     _give_sections(text, head_dim)
+    _give_indexer(text, head_dim)
     return int(text.hidden_size)
 
 
 def _give_sections(text: Any, head_dim: int) -> None:
     """Set rotary sections where a default config, which no checkpoint has, lacks them."""
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
-    if isinstance(rope, dict) and not rope.get("mrope_section"):
-        half = -(-int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2)
-        rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+    rope = getattr(text, "rope_parameters", None)
+    if rope == {}:
+        # Cohere Compass has a table for each kind of layer, and by default none.
+        kinds = dict.fromkeys(text.layer_types)
+        rope.update({kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in kinds})
+    rope = rope or getattr(text, "rope_scaling", None)
+    tables = [one for one in (rope or {}).values() if isinstance(one, dict)] or [rope]
+    for table in tables:
+        if isinstance(table, dict) and not table.get("mrope_section"):
+            half = -(-int(head_dim * table.get("partial_rotary_factor", 1.0)) // 2)
+            # ERNIE interleaves the first two, which must be equal.
+            table["mrope_section"] = [half // 3, half // 3, half - 2 * (half // 3)]
+
+
+def _give_indexer(text: Any, head_dim: int) -> None:
+    """Set an indexer where Qwen4-Exp's default config, which no checkpoint has, lacks one."""
+    if getattr(text, "indexer_n_heads", 0) is None:
+        # Enough heads that no two blocks of keys score the same, and a budget below the rows'
+        # lengths.
+        text.indexer_n_heads, text.indexer_kv_heads, text.indexer_head_dim = 8, 1, head_dim
+        text.indexer_budget, text.indexer_compress_ratio = 8, 4
 
 
 def _set(section: Any, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if hasattr(section, name):
-            setattr(section, name, copy.copy(value))
+            old = getattr(section, name)
+            # ERNIE has a width for each of its kinds of experts.
+            many = isinstance(old, list) and not isinstance(value, list)
+            setattr(section, name, [value] * len(old) if many else copy.copy(value))
 
 
 def _as_list(value: Any) -> list[Any]:

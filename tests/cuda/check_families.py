@@ -1,0 +1,206 @@
+"""Run every attached family on a device: no sync, and loss and gradients of the plain model.
+
+    PYTHONPATH=src:tests python tests/cuda/check_families.py OUT.json [FAMILY ...]
+
+Models are the small ones of `mrope doctor`, with head sizes that the variable-length kernel takes.
+Each runs forward and backward in float32 and in bfloat16, on padded batches and, where packing is
+verified, on flattened ones; attached once with a call for each run of equal segments ("segments",
+under sdpa) and, in bfloat16, once with the variable-length kernel ("varlen"). On CUDA the step runs
+under `torch.cuda.set_sync_debug_mode("error")`; on a CPU under `SyncGuard`, and without the kernel.
+
+A case passes without a sync and with loss and gradients near the plain model's on the padded batch.
+In float32 a mixture of experts may sync on CUDA: `torch.nn.functional.grouped_mm` reads its groups
+back there, for the plain model too. Prints a line for each case; exits with 1 if any fails.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mrope import MRopeCollator
+from mrope.bench.harness import conditions
+from mrope.guard import SyncGuard
+from mrope.hf import attach, detach
+from mrope.hf.attach import FORWARDS
+from mrope.hf.proof_models import _media, _plain_batch, _specs, default_model
+from mrope.hf.tiny_examples import tiny_examples
+from mrope.training.step import to_device
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Largest relative differences of loss and gradients: rounding, far below what a wrong frame,
+# position or mask makes.
+MOST = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (5e-3, 5e-2)}
+EXPECTED = "grouped_mm in float32"
+
+Batch = dict[str, Any]
+Case = dict[str, Any]
+
+
+class Subject:
+    """A small model of a family on the device, and the batches to run it on."""
+
+    def __init__(self, family: str, dtype: torch.dtype) -> None:
+        self.model = default_model(family)
+        self.specs = _specs(self.model)
+        self.dtype = dtype
+        self.has_experts = any("Experts" in type(one).__name__ for one in self.model.modules())
+        self.config = self.model.config.to_dict()
+        self.model.to(DEVICE, dtype)
+
+    def batches(self) -> Iterator[tuple[str, Batch, Batch]]:
+        """Yield a name, the plain model's batch, and the same examples from the stage."""
+        spec, vision, audio = self.specs
+        for media in _media(spec):
+            name = "+".join(kind for kind, wanted in media.items() if wanted)
+            plain = _plain_batch(self.model, self.specs, media)
+            stage = MRopeCollator(lambda _, made=plain: dict(made), spec, vision, audio=audio)
+            yield f"{name} padded", self.on_device(plain), self.on_device(stage(None))
+            if spec.family_row.packs and audio is None:
+                examples = tiny_examples(self.config, spec, **media)
+                flat = MRopeCollator(None, spec, vision, packing="flatten")(examples)
+                yield f"{name} flattened", self.on_device(plain), self.on_device(flat)
+
+    def on_device(self, batch: Batch) -> Batch:
+        """Return the batch on the device; audio in the model's dtype, which no layer casts to."""
+        moved = dict(to_device(batch, DEVICE))
+        for name in ("input_features", "audio_padded_feature"):
+            if name in moved:
+                moved[name] = moved[name].to(self.dtype)
+        return moved
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """Run forward and backward; return the loss, which stays on the device."""
+        self.model.zero_grad()
+        output = self.model(**batch)
+        loss: torch.Tensor = output[0] if output.get("loss") is None else output.loss
+        loss = loss if loss.ndim == 0 else loss.float().square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Return the gradients of the last step, in float64."""
+        named = self.model.named_parameters()
+        return {name: one.grad.double() for name, one in named if one.grad is not None}
+
+
+@contextmanager
+def no_syncs() -> Iterator[None]:
+    """Raise at a sync: CUDA's own debug mode, or on a CPU the guard."""
+    if DEVICE.type != "cuda":
+        with SyncGuard(mode="error"):
+            yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def compare(subject: Subject, attention: Any, staged: Batch, wanted: Any) -> Case:
+    """Return the differences of an attached step to the plain one, and the sync that it met."""
+    attach(subject.model, attention=attention)
+    try:
+        loss = subject.step(dict(staged))  # what is set up once may sync
+        gradients = subject.gradients()
+        try:
+            with no_syncs():
+                subject.step(dict(staged))
+            sync = None
+        except Exception as error:  # noqa: BLE001 - both modes raise their own
+            sync = described(error)
+    finally:
+        detach(subject.model)
+    own_loss, own_gradients = wanted
+    missing = sorted(own_gradients.keys() ^ gradients.keys())
+    return {
+        "loss": float((loss - own_loss).abs() / own_loss.abs()),
+        "gradients": relative(gradients, own_gradients),
+        "missing": missing,
+        "sync": sync,
+    }
+
+
+def relative(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Return the norm of the difference of all gradients, relative to the norm of theirs."""
+    both = ours.keys() & theirs.keys()
+    apart = sum(float((ours[name] - theirs[name]).square().sum()) for name in both)
+    return float((apart / sum(float(theirs[name].square().sum()) for name in both)) ** 0.5)
+
+
+def described(error: BaseException) -> str:
+    """Return what raised, and the innermost places of the package and of transformers."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{Path(one.filename).name}:{one.lineno} {one.name}" for one in frames]
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200] + " at " + " < ".join(
+        reversed(places[-4:])
+    )
+
+
+def verdict(case: Case) -> str:
+    """Return "ok", the expected sync, or what failed."""
+    if "error" in case:
+        return f"FAILED {case['error']}"
+    loss, gradients = MOST[getattr(torch, case["dtype"])]
+    # Not `>`, which a nan passes.
+    if case["missing"] or not (case["loss"] <= loss and case["gradients"] <= gradients):
+        return "FAILED differs"
+    if case["sync"] is None:
+        return "ok"
+    expected = DEVICE.type == "cuda" and case["experts"] and case["dtype"] == "float32"
+    return f"ok, {EXPECTED}" if expected else f"FAILED sync {case['sync']}"
+
+
+def check(family: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield the cases of a family in one dtype; one with an error where something was raised."""
+    head: Case = {"family": family, "dtype": str(dtype).removeprefix("torch.")}
+    try:
+        subject = Subject(family, dtype)
+        head["experts"] = subject.has_experts
+        for name, plain, staged in subject.batches():
+            wanted = subject.step(plain), subject.gradients()
+            varlen = DEVICE.type == "cuda" and dtype is torch.bfloat16
+            for attention in ("segments", "varlen") if varlen else ("segments",):
+                known = head | {"batch": name, "attention": attention}
+                try:
+                    yield known | compare(subject, attention, staged, wanted)
+                except Exception as error:  # noqa: BLE001 - the other cases are still to be run
+                    yield known | {"error": described(error)}
+    except Exception as error:  # noqa: BLE001 - so are the other families
+        yield head | {"error": described(error)}
+
+
+def main(file: Path, families: list[str]) -> int:
+    """Check the families, print and write every case; return 1 where one fails."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    report: dict[str, Any] = {"conditions": conditions(), "device": name, "cases": []}
+    start = time.perf_counter()
+    for family in families or FORWARDS:
+        for dtype in MOST:
+            for case in check(family, dtype):
+                case["verdict"] = verdict(case)
+                numbers = [f"{case[key]:.1e}" for key in ("loss", "gradients") if key in case]
+                labels = (family, case["dtype"], case.get("batch"), case.get("attention"))
+                print(*labels, *numbers, case["verdict"], flush=True)
+                report["cases"].append(case)
+            file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    bad = sum(case["verdict"].startswith("FAILED") for case in report["cases"])
+    seconds = time.perf_counter() - start
+    print(f"{len(report['cases'])} cases on {name} in {seconds:.0f} s, {bad} failed")
+    return min(bad, 1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1]), sys.argv[2:]))
