@@ -10,8 +10,14 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from mrope.errors import MRopeError
-from mrope.hf.attention import has_layers, mix_by_segment, use_varlen
-from mrope.hf.forwards import VISION_FORWARDS, VISION_TOWERS, add_deepstack, raster_forward
+from mrope.hf.attention import has_layers, mix_by_segment, undo_varlen, use_varlen
+from mrope.hf.forwards import (
+    VISION_FORWARDS,
+    VISION_TOWERS,
+    add_deepstack,
+    merge_patches,
+    raster_forward,
+)
 from mrope.hf.image_forwards import IMAGE_FORWARDS
 from mrope.hf.indexer import select_tokens
 from mrope.hf.merged_forwards import MERGED_FORWARDS, route
@@ -44,6 +50,7 @@ _BOUND: set[Any] = {
     mix_by_segment,
     select_tokens,
     route,
+    merge_patches,
     add_deepstack,
     pool_states,
 }
@@ -231,7 +238,10 @@ def _linear_layers(base: Any) -> Iterator[Any]:
 
 
 def _replaced_layers(base: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield further layers of the text model whose forward is replaced, and what replaces it."""
+    """Yield further modules whose forward is replaced, and what replaces it."""
+    if FORWARDS[base.config.model_type] is raster_forward:
+        # In a forward of its own: hooks on the projector, as FSDP2's, run around it.
+        yield from ((projector, merge_patches) for projector in copies(base.projector))
     for module in base.language_model.modules():
         children = module._modules.keys()  # noqa: SLF001 - no public name
         if "index_qk_proj" in children:
@@ -286,7 +296,7 @@ def detach(model: Model) -> Model:
         del part.mrope_attention, part.mrope_attention_reason
         for path, parts in _attention_layers(name, part):
             if parts is None:
-                part.get_submodule(path).config = part.config
+                undo_varlen(part.get_submodule(path))
     for module in base.modules():
         unbind(module, "forward", _BOUND)
         unbind(module, "_deepstack_process", _BOUND)
