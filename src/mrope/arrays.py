@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, cast
 
 import numpy as np
@@ -50,6 +51,22 @@ def as_integers(name: str, values: npt.ArrayLike, hint: str) -> IntArray:
     if array.size:
         raise MRopeError(f"{name} must hold integers, not {array.dtype}: {hint}")
     return array.astype(np.int64)
+
+
+def as_whole(name: str, value: Any, lowest: int) -> int:
+    """Return `value` as an int; numpy's integers pass, floats such as 2.0 do not.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is below `lowest`.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
+    if number < lowest:
+        raise ValueError(f"{name} must be at least {lowest}, not {number}")
+    return number
 
 
 _NO_GRID = np.empty((0, 3), np.int64)
