@@ -18,7 +18,7 @@ from mrope.check.syncs import (
     count_step_syncs,
     print_step_syncs,
     print_trainer_syncs,
-    report_trainer,
+    run_trainer,
 )
 from mrope.hf import SyncReport
 from mrope.training import loop, step
@@ -45,9 +45,12 @@ def test_a_model_alone_is_enough(
 
 def test_the_trainer_has_none_with_the_recipe(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    cfg = load_config(CONFIGS / "demo.yaml", ["data.rows=8", "dataloader.num_workers=0"])
-    assert report_trainer(cfg, {}, steps=2).by_kind().keys() == {"copy", "trainer"}
-    assert report_trainer(cfg, TRAINER_RECIPE, steps=2).count == 0
+    overrides = ["data.rows=8", "dataloader.num_workers=0", "model.attach=true", "rope.vision=true"]
+    cfg = load_config(CONFIGS / "demo.yaml", overrides)
+    before, after = (SyncReport(2, 1, quiet=True) for _ in range(2))
+    assert run_trainer(cfg, {}, before) == run_trainer(cfg, TRAINER_RECIPE, after)
+    assert before.by_kind().keys() == {"copy", "trainer"}
+    assert (after.watched, after.count) == (2, 0)
 
 
 def test_the_trainer_s_report_is_printed(

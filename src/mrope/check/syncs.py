@@ -17,7 +17,7 @@ from mrope.hf import SyncReport, attach, detach
 from mrope.training.config import build_collator, load_config
 from mrope.training.dataloader import RowDataset
 from mrope.training.loop import load_run_rows
-from mrope.training.model import build_model
+from mrope.training.model import attach_and_compile, build_model
 from mrope.training.sections import Config
 from mrope.training.step import choose_device, guarded_step, to_device
 
@@ -60,22 +60,27 @@ def print_trainer_syncs(config: Path | None, overrides: list[str], model: str | 
         MRopeError: as `print_step_syncs`, or accelerate is not installed.
     """
     cfg = _config(config, overrides, model)
+    # Attached, as a user would train: `print_step_syncs` shows what the model alone syncs.
+    model_on = cfg.model.model_copy(update={"attach": True})
+    rope_on = cfg.rope.model_copy(update={"enabled": True, "vision": True})
+    cfg = cfg.model_copy(update={"model": model_on, "rope": rope_on})
     console = Console()
     for name, options in (("defaults", {}), ("with the recipe", TRAINER_RECIPE)):
-        report = report_trainer(cfg, options)
+        report = SyncReport(quiet=True)
+        run_trainer(cfg, options, report)
         console.print(f"transformers' Trainer, {name}", *(f"{k}={v!r}" for k, v in options.items()))
         console.print(report.table())
 
 
-def report_trainer(cfg: Config, options: dict[str, Any], steps: int = 10) -> SyncReport:
-    """Train an attached model under transformers' Trainer, and return what its steps synced.
+def run_trainer(cfg: Config, options: dict[str, Any], report: SyncReport) -> float:
+    """Train under transformers' Trainer for the steps that a report asks for; return the mean loss.
 
     Batches have `dataloader.batch_size` rows: the Trainer takes no token budget.
 
     Args:
-        cfg: training config with the model and the data; `rope.enabled` and `rope.vision` are on.
+        cfg: training config with the model and the data.
         options: of `TrainingArguments`.
-        steps: number of steps to watch, after three of warm-up.
+        report: a callback of the run; afterwards it has what was counted.
 
     Raises:
         MRopeError: accelerate is not installed.
@@ -85,32 +90,30 @@ def report_trainer(cfg: Config, options: dict[str, Any], steps: int = 10) -> Syn
 
     if not is_accelerate_available():
         raise MRopeError("transformers' Trainer needs accelerate; pip install accelerate")
-    on = cfg.rope.model_copy(update={"enabled": True, "vision": True})
-    cfg = cfg.model_copy(update={"rope": on})
     torch.manual_seed(cfg.train.seed)
-    rows, report = load_run_rows(cfg), SyncReport(steps, quiet=True)
     on_cpu = torch.cuda.is_available() and choose_device(cfg.train.device).type == "cpu"
     with tempfile.TemporaryDirectory() as folder, report:
-        Trainer(
-            model=attach(build_model(cfg)),
-            args=TrainingArguments(
-                folder,
-                max_steps=report.warmup + steps,
-                per_device_train_batch_size=cfg.dataloader.batch_size,
-                dataloader_num_workers=cfg.dataloader.num_workers,
-                learning_rate=cfg.train.lr,
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                # Only beside a CUDA device: it also turns `dataloader_pin_memory` off.
-                use_cpu=on_cpu,
-                **options,
-            ),
-            train_dataset=rows,
+        arguments = TrainingArguments(
+            folder,
+            max_steps=report.warmup + report.steps,
+            per_device_train_batch_size=cfg.dataloader.batch_size,
+            dataloader_num_workers=cfg.dataloader.num_workers,
+            learning_rate=cfg.train.lr,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            # Only beside a CUDA device: it also turns `dataloader_pin_memory` off.
+            use_cpu=on_cpu,
+            **options,
+        )
+        trainer = Trainer(
+            model=attach_and_compile(cfg, build_model(cfg)),
+            args=arguments,
+            train_dataset=load_run_rows(cfg),
             data_collator=build_collator(cfg),
             callbacks=[report],
-        ).train()
-    return report
+        )
+        return float(trainer.train().training_loss)
 
 
 def _config(config: Path | None, overrides: list[str], model: str | None) -> Config:
