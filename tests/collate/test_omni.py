@@ -170,5 +170,7 @@ def test_the_collator_hands_audio_and_seconds_on() -> None:
     batch = MRopeCollator(inner, OLD)([None])
     assert batch["position_ids"][0, 0].tolist() == [0, 1, 1, 2, 2, 2, 3, 4, 77, 77, 78, 78, 79]
     assert batch["position_ids"].dtype == batch["rope_deltas"].dtype == torch.int64
-    with pytest.raises(MRopeError, match="refused for qwen2_5_omni_thinker"):
-        MRopeCollator(inner, OLD, packing="flatten")
+    flat = MRopeCollator(inner, OLD, packing="flatten")([None])
+    assert flat["position_ids"][1:].tolist() == batch["position_ids"].tolist()
+    # (audios, mel frames) is not (B, S), whatever the numbers are.
+    assert flat["feature_attention_mask"].shape == (1, 20)

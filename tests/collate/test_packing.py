@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from fuzz.samples import Merge, draw_examples, merged
 from mrope import MRopeCollator, MRopeError, MRopeSpec, SpanMismatchError, rope_index
 from mrope.collate.padding import PaddingCollator
 from mrope.spec.families import FAMILIES
@@ -22,7 +23,10 @@ from support.batches import Row, _random_row, merge_rows
 
 SPEC = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
 START, IMAGE, VIDEO = 101, 102, 103
-PACKED = tuple(name for name, row in FAMILIES.items() if row.packs)
+PACKED = tuple(name for name, row in FAMILIES.items() if row.packs and row.custom_index is None)
+THINKERS = tuple(
+    name for name, row in FAMILIES.items() if row.packs and row.custom_index is not None
+)
 
 
 def flat(spec: MRopeSpec = SPEC, **options: Any) -> MRopeCollator:
@@ -261,6 +265,29 @@ def test_each_example_is_numbered_as_if_it_were_alone(
         np.testing.assert_array_equal(part[1:].numpy(), expected, strict=True)
         assert part[0, 0].tolist() == list(range(len(row.tokens)))
         assert batch["rope_deltas"][number].tolist() == delta[0].tolist()
+
+
+@pytest.mark.parametrize("family", THINKERS)
+@pytest.mark.parametrize("seed", range(100))
+def test_thinkers_number_each_example_as_if_it_were_alone(family: str, seed: int) -> None:
+    """Of a batch with an example in each row, and of a row that holds them all."""
+    spec = MRopeSpec.from_config(example_config(family), "transformers-5.23")
+    rng = random.Random(f"{family} {seed}")
+    examples = draw_examples(rng, spec, rng.choice([1, 2, 3]))
+    alone = [rope_index(spec, **merged([example])) for example in examples]
+    ids = np.concatenate([positions for positions, _ in alone], axis=2)
+    deltas = np.concatenate([delta for _, delta in alone])
+    batch = MRopeCollator(Merge(spec), spec, packing="flatten")(examples)
+    np.testing.assert_array_equal(batch["position_ids"][1:].numpy(), ids, strict=True)
+    np.testing.assert_array_equal(batch["rope_deltas"].numpy(), deltas, strict=True)
+    lengths = [len(example["input_ids"]) for example in examples]
+    assert batch["position_ids"][0, 0].tolist() == [n for length in lengths for n in range(length)]
+
+    row = np.concatenate([example["input_ids"] for example in examples])[None]
+    sizes = {k: v for k, v in merged(examples).items() if k not in ("input_ids", "attention_mask")}
+    one = rope_index(spec, row, np.ones_like(row), seq_lengths=[lengths], **sizes)
+    for ours, theirs in zip(one, (ids, deltas), strict=True):
+        np.testing.assert_array_equal(ours, theirs, strict=True)
 
 
 def _one_row(row: Row) -> dict[str, Any]:

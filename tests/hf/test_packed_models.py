@@ -9,15 +9,28 @@ import torch
 
 pytest.importorskip("transformers")
 
-from mrope import MRopeCollator
+from hf import test_omni_forwards as omni
+from mrope import MRopeCollator, MRopeSpec
 from mrope.collate.packing import Flatten
 from mrope.hf import attach, detach
-from mrope.towers import VisionSpec
+from mrope.hf.attach import FORWARDS
+from mrope.spec import FAMILIES
+from mrope.towers import AudioSpec, VisionSpec
 from mrope.training.step import guarded_step
-from support.models import MODEL_FAMILIES, model_config, tiny_examples, tiny_model, tiny_spec
+from support.models import (
+    LIVE_FAMILIES,
+    media_of,
+    model_config,
+    tiny_examples,
+    tiny_model,
+    tiny_spec,
+)
 
 ATOL = 1e-4
-LINEAR = ("qwen3_5", "qwen3_5_moe")
+LINEAR = ("qwen3_5", "qwen3_5_moe", "qwen4_exp")
+PACKED = [family for family in LIVE_FAMILIES if FAMILIES[family].packs and family in FORWARDS]
+CASES = [(family, media) for family in PACKED for media in media_of(family)]
+Media = dict[str, bool]
 
 
 def collator(family: str, **options: Any) -> MRopeCollator:
@@ -25,10 +38,10 @@ def collator(family: str, **options: Any) -> MRopeCollator:
     return MRopeCollator(None, tiny_spec(family), vision, **options)
 
 
-def mixed_examples(family: str) -> list[dict[str, Any]]:
+def mixed_examples(family: str, media: Media) -> list[dict[str, Any]]:
     """Three examples with images and clips, and one of text between them."""
     [text] = tiny_examples(family, images=False, videos=False, rows=1, seed=1)
-    first, *rest = tiny_examples(family)
+    first, *rest = tiny_examples(family, **media)
     return [first, text, *rest]
 
 
@@ -47,11 +60,11 @@ def difference(model: Any, batch: Any, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("multiple", [1, 16])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", MODEL_FAMILIES)
+@pytest.mark.parametrize(("family", "media"), CASES)
 def test_the_logits_are_those_of_each_example_alone(
-    family: str, attention: str, multiple: int
+    family: str, media: Media, attention: str, multiple: int
 ) -> None:
-    examples = mixed_examples(family)
+    examples = mixed_examples(family, media)
     batch = collator(family, packing=Flatten(pad_to_multiple_of=multiple))(examples)
     assert batch["input_ids"].shape[1] % multiple == 0
     model = tiny_model(family, attention)
@@ -67,17 +80,17 @@ def test_the_logits_are_those_of_each_example_alone(
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", MODEL_FAMILIES)
-def test_an_attached_model_does_not_sync(family: str, attention: str) -> None:
-    batch = collator(family, packing="flatten")(mixed_examples(family))
+@pytest.mark.parametrize(("family", "media"), CASES)
+def test_an_attached_model_does_not_sync(family: str, media: Media, attention: str) -> None:
+    batch = collator(family, packing="flatten")(mixed_examples(family, media))
     guard = guarded_step(attach(tiny_model(family, attention).train()), batch)
     assert guard.count == 0, guard.report()
 
 
-@pytest.mark.parametrize("family", MODEL_FAMILIES)
-def test_loss_and_gradients_are_those_of_the_padded_batch(family: str) -> None:
+@pytest.mark.parametrize(("family", "media"), CASES)
+def test_loss_and_gradients_are_those_of_the_padded_batch(family: str, media: Media) -> None:
     """The mean over tokens of a flattened batch is that of the padded one."""
-    examples = mixed_examples(family)
+    examples = mixed_examples(family, media)
     model = attach(tiny_model(family).train())
     steps = []
     for options in ({}, {"packing": "flatten"}):
@@ -91,10 +104,52 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(family: str) -> None:
     torch.testing.assert_close(flat, padded, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("family", "media"), CASES)
+def test_a_leak_would_be_seen(family: str, media: Media) -> None:
+    """Without the text row the unmodified model does not know where examples begin."""
+    examples = mixed_examples(family, media)
+    batch = dict(collator(family, packing="flatten")(examples))
+    model = tiny_model(family)
+    expected = logits_alone(model, family, examples)
+    borders = [name for name in batch if name.startswith(("cu_seq_lens", "max_length", "seq_idx"))]
+    for name in borders:
+        del batch[name]
+    batch["position_ids"] = batch["position_ids"][1:]
+    assert difference(model, batch, expected) > 100 * ATOL
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", omni.KINDS)
+@pytest.mark.parametrize("family", omni.FAMILIES)
+def test_thinkers_give_the_logits_of_the_padded_batch(
+    family: str, kind: str, attention: str
+) -> None:
+    """A row of the padded batch is one example; audio, its length in videos too, goes along."""
+    model = omni.make_model(family, attention).eval()
+    plain, padded = omni.make_batches(family, kind, padded=True)
+    config = model.config
+    collate = MRopeCollator(
+        lambda _: dict(plain),
+        MRopeSpec.from_config(config),
+        VisionSpec.from_config(config),
+        audio=AudioSpec.from_config(config),
+        packing=Flatten(pad_to_multiple_of=8),
+    )
+    batch = collate(None)
+    assert batch["position_ids"].dtype == padded["position_ids"].dtype
+    with torch.no_grad():
+        expected = model(**padded).logits[padded["attention_mask"].bool()]
+    assert difference(model, batch, expected) < ATOL
+    attach(model)
+    assert difference(model, batch, expected) < ATOL
+    guard = guarded_step(model.train(), batch)
+    assert guard.count == 0, guard.report()
+
+
 @pytest.mark.parametrize("what", ["use_cache", "positions", "mask"])
 def test_each_part_of_the_batch_is_needed(what: str) -> None:
     """What the test above would see if a part were missing: the examples do leak into each other."""
-    examples = mixed_examples("qwen2_vl")
+    examples = mixed_examples("qwen2_vl", {"images": True, "videos": True})
     batch = dict(collator("qwen2_vl", packing="flatten")(examples))
     model = tiny_model("qwen2_vl")
     expected = logits_alone(model, "qwen2_vl", examples)

@@ -32,7 +32,15 @@ from mrope.spec.spec import MRopeSpec
 
 _IGNORED = -100
 # Their first two dimensions are (B, S) by accident, if they are.
-_NEVER_TOKENS = ("pixel_values", "image_", "video_", "second_per_grid")
+_NEVER_TOKENS = (
+    "pixel_values",
+    "image_",
+    "video_",
+    "second_per_grid",
+    "input_features",
+    "feature_attention_mask",
+    "audio_",
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ def refuse_packed(batch: Mapping[str, Any], examples: Any, shape: tuple[int, int
 def flatten(
     batch: MutableMapping[str, Any],
     located: Located,
-    position_ids: npt.NDArray[np.int64],
+    position_ids: npt.NDArray[Any],
     options: Flatten,
     width: int | None = None,
 ) -> dict[str, Any]:
@@ -132,12 +140,12 @@ def flatten(
 
     Args:
         located: the batch, with `seq_lengths` in its inputs.
-        position_ids: (3, B, S).
+        position_ids: (3, B, S) int64, or float32.
         width: tokens of the row, tail included; None: the next multiple that `options` asks for.
 
     Returns:
-        - `position_ids` int64 (4, 1, T): the text row, which restarts at every example, then
-          time, height and width.
+        - `position_ids` (4, 1, T), of the dtype given: the text row, which restarts at every
+          example, then time, height and width.
         - `cu_seq_lens_q`, `cu_seq_lens_k` int32 (D + 1,), `max_length_q`, `max_length_k` ints,
           `seq_idx` int32 (1, T): the borders, from lengths. Two arrays, since a model may write to
           one.
@@ -234,14 +242,15 @@ def _one_row(
 
 
 def _positions(
-    position_ids: npt.NDArray[np.int64],
+    position_ids: npt.NDArray[Any],
     index_T: npt.NDArray[np.int64] | None,
     borders_D: IntArray,
     length_D: IntArray,
     tail: int,
-) -> npt.NDArray[np.int64]:
+) -> npt.NDArray[Any]:
     """Return (4, 1, T): how far each token is from its border, then (3, B, S) in one row."""
-    rows_4T = np.empty((4, borders_D[-1]), np.int64)
+    # Qwen3-Omni's are float32, which holds the text row exactly up to 2 ** 24 tokens.
+    rows_4T = np.empty((4, borders_D[-1]), position_ids.dtype)
     rows_4T[0] = np.arange(borders_D[-1])
     rows_4T[0] -= borders_D[:-1].repeat(length_D)
     tokens = borders_D[-1] - tail

@@ -162,7 +162,9 @@ def _as_grids(name: str, values: npt.ArrayLike | None) -> npt.NDArray[np.int64]:
 def _refuse_unread(spec: MRopeSpec, others: Mapping[str, Any]) -> None:
     """Refuse arguments that the family does not read."""
     row = spec.family_row
-    known = _IGNORED if row.custom_index is None else _IGNORED.union(row.inputs) - {"seq_lengths"}
+    known = _IGNORED.union(row.inputs)
+    if row.custom_index is not None and not row.packs:
+        known -= {"seq_lengths"}
     unread = sorted(
         name for name, value in others.items() if value is not None and name not in known
     )

@@ -115,25 +115,31 @@ def _compute(thinker: Thinker, spec: MRopeSpec, located: Located) -> tuple[Array
     cursor = MediaCursor(read_media(spec, inputs), read_counts(inputs))
     audio_in_video = _as_flag(inputs.use_audio_in_video)
     positions_3T: Array = np.empty((3, len(stream.tokens_T)), thinker.dtype)
-    delta_B: Array = np.zeros(rows, thinker.dtype)
-    documents = dict(zip(stream.row_D.tolist(), stream.start_D.tolist(), strict=True))
-    lengths = dict(zip(stream.row_D.tolist(), stream.length_D.tolist(), strict=True))
+    delta_D: Array = np.zeros(len(stream.row_D), thinker.dtype)
+    first_B1 = stream.row_D.searchsorted(np.arange(rows + 1)).tolist()
     for row in range(rows):
         cursor.begin_row(row)
-        if row in documents:
-            part = slice(documents[row], documents[row] + lengths[row])
+        # One document, unless the row holds several examples.
+        for document in range(first_B1[row], first_B1[row + 1]):
+            part = slice(*stream.border_D1[document : document + 2].tolist())
             walk = _Row(thinker, spec, cursor, audio_in_video)
             positions_3T[:, part] = walk.number(stream.tokens_T[part])
-            delta_B[row] = positions_3T[:, part].max() + thinker.dtype(1) - lengths[row]
+            delta_D[document] = positions_3T[:, part].max() + thinker.dtype(1)
+            delta_D[document] -= part.stop - part.start
         cursor.check_row()
     cursor.check_all_taken()
     text = not inputs.has_grids
+    fill = 1 if text else thinker.fill
+    position_ids = to_batch(positions_3T, stream, inputs.shape, fill)
+    if inputs.seq_lengths is not None:
+        return position_ids, delta_D[:, None]
+    delta_B: Array = np.zeros(rows, thinker.dtype)
+    delta_B[stream.row_D] = delta_D
     if text and inputs.valid is not None:
         # The reference's text branch takes the maximum over the fill at padding too.
         least_B = (2 - inputs.valid.sum(axis=1)).astype(thinker.dtype)
         np.maximum(delta_B, least_B, out=delta_B, where=~inputs.valid.all(axis=1))
-    fill = 1 if text else thinker.fill
-    return to_batch(positions_3T, stream, inputs.shape, fill), delta_B[:, None]
+    return position_ids, delta_B[:, None]
 
 
 @dataclass
