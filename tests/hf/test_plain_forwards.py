@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
 from hf.test_forwards import assert_same_step, step, tensor_collator
-from mrope import MRopeCollator, MRopeError, rope_index
+from mrope import MRopeCollator, MRopeError, SpanMismatchError, rope_index
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach, detach
 from mrope.hf.plain_forwards import PLAIN_FORWARDS
@@ -82,3 +83,29 @@ def test_audio_is_left_to_the_models_own_forward() -> None:
     model = attach(tiny_model("dots3_note"))
     with pytest.raises(MRopeError, match="an attached dots3_note takes no audio"):
         model(**batch, input_features=torch.zeros(1, 16, 8))
+
+
+def test_tokens_that_video_llama_3_leaves_out() -> None:
+    """Its processor keeps of a video what changes; the mask says which tokens that is."""
+    (example,) = tiny_examples("video_llama_3", images=False, rows=1)
+    (places,) = (example["input_ids"] == 6).nonzero()
+    mask = torch.ones(len(places), dtype=torch.bool)
+    mask[1] = False
+    keep = np.delete(np.arange(len(example["input_ids"])), places[1])
+    example |= {name: example[name][keep] for name in ("input_ids", "labels", "mm_token_type_ids")}
+    example["video_compression_mask"] = mask
+    plain, batch = PaddingCollator()([example]), tensor_collator("video_llama_3")([example])
+    model = tiny_model("video_llama_3").train()
+    theirs = step(model, plain)
+    attach(model)
+    assert_same_step(step(model, batch), theirs)
+    assert guarded_step(model, batch).count == 0
+    example["video_compression_mask"] = ~mask
+    with pytest.raises(SpanMismatchError, match=f"{len(places) - 1} video tokens, .* need 1"):
+        tensor_collator("video_llama_3")([example])
+    example["video_merge_sizes"] = [1]
+    with pytest.raises(MRopeError, match="video_compression_mask has shape"):
+        tensor_collator("video_llama_3")([example])
+    example["video_merge_sizes"] = [0]
+    with pytest.raises(MRopeError, match="video_merge_sizes must hold one size"):
+        tensor_collator("video_llama_3")([example])

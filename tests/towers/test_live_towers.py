@@ -75,9 +75,15 @@ def pixels(family: str, section: Any) -> torch.Tensor:
     return flat.view(1, patches, 3, side, side) if family == "paddleocr_vl" else flat
 
 
+def merges(tower: Any) -> dict[str, Any]:
+    """Return what VideoLLaMA 3's tower takes besides: by how much each image is merged."""
+    named = "merge_sizes" in inspect.signature(tower.forward).parameters
+    return {"merge_sizes": torch.ones(len(GRIDS), dtype=torch.int64)} if named else {}
+
+
 def features(tower: Any, given: torch.Tensor, tensors: dict[str, Any]) -> list[torch.Tensor]:
     with torch.no_grad():
-        output = tower(given, grid_thw=torch.tensor(GRIDS), **tensors)
+        output = tower(given, grid_thw=torch.tensor(GRIDS), **tensors, **merges(tower))
     return [one for one in output.to_tuple() if isinstance(one, torch.Tensor)]
 
 

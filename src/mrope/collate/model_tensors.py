@@ -7,12 +7,14 @@ attached model (`mrope.hf.attach`) reads in addition, scatter indices and facts 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from mrope.positions.custom.counted import merge_size
 from mrope.positions.located import Located
 from mrope.positions.stream import IMAGE, VIDEO
 from mrope.spec.spec import MRopeSpec
@@ -52,6 +54,12 @@ def image_and_video_tensors(
             grid_thw = _with_pixels(grid_thw, inputs.images_per_sample)
         if not len(grid_thw) or (modality == "video" and not vision.videos):
             continue
+        if vision.merges_in_batch:
+            merge = merge_size(inputs, modality)
+            vision = replace(vision, spatial_merge_size=merge)
+            added[f"{modality}_merge_size"] = merge
+            if modality == "video" and inputs.video_compression_mask is not None:
+                added["video_feature_index"] = np.flatnonzero(inputs.video_compression_mask)
         tensors = vision_tensors(vision, grid_thw)
         added |= {f"{modality}_{name}": value for name, value in tensors.items()}
         placeholder_T = located.kind_T == kind

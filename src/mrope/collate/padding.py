@@ -23,6 +23,8 @@ from mrope.errors import MRopeError
 Example = Mapping[str, Any]
 
 _AUDIO = ("feature_attention_mask", "input_features")
+# Of VideoLLaMA 3.
+_MERGES = ("image_merge_sizes", "video_merge_sizes", "video_compression_mask")
 
 
 class PaddingCollator:
@@ -54,7 +56,7 @@ class PaddingCollator:
     """
 
     token_columns = TOKENS
-    flat_columns = (*PIXELS, *GRIDS, *CROPS, *SECONDS, "audio_seqlens", *_AUDIO)
+    flat_columns = (*PIXELS, *GRIDS, *CROPS, *SECONDS, "audio_seqlens", *_AUDIO, *_MERGES)
 
     def __init__(
         self,

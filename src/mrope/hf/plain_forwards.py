@@ -20,26 +20,34 @@ from mrope.hf.attention import TEXT_ATTENTION, is_flash
 from mrope.hf.forwards import (
     Tensors,
     cache_of,
+    host_grids,
     is_precomputed,
     modalities_of,
-    own_output,
     scatter_features,
     token_embeddings,
     tower_inputs,
     vision_tower,
 )
+from mrope.hf.outputs import own_output
 
 Masks = Callable[[Any, torch.Tensor, torch.Tensor | None, Any], Any]
 
 # Inputs of the collator that no text model knows.
-_UNUSED = ("has_padding", "mm_token_type_ids", "mm_encoder_outputs")
+_UNUSED = (
+    "has_padding",
+    "mm_token_type_ids",
+    "mm_encoder_outputs",
+    "image_merge_sizes",
+    "video_merge_sizes",
+    "video_compression_mask",
+)
 # Layers that multiply their input by the mask, (B, S), and attend to nothing.
 _MULTIPLIED = ("conv", "linear_attention")
 
 
 @can_return_tuple  # type: ignore[untyped-decorator]
 def plain_forward(self: Any, **inputs: Any) -> Any:
-    """Forward of dots3-note, EXAONE 4.5, HyperCLOVA X Vision V2 and LFM3-VL."""
+    """Forward of dots3-note, EXAONE 4.5, HyperCLOVA X Vision V2, LFM3-VL, VideoLLaMA 3."""
     return _forward(self, inputs, text_masks)
 
 
@@ -57,12 +65,15 @@ def _forward(self: Any, inputs: Tensors, make_masks: Masks) -> Any:
     encoded = {}
     for modality in modalities_of(inputs):
         places, pixels, grid_thw, known = tower_inputs(self, modality, inputs)
-        sizes = inputs.pop(f"{modality}_grid_sizes", None)
-        if sizes is not None:
-            # On the host: such a tower asks its grids for their values, which then is no sync.
-            grid_thw = torch.tensor(sizes)
+        grid_thw = host_grids(modality, inputs, grid_thw)
+        merge = inputs.pop(f"{modality}_merge_size", None)
+        if merge is not None:
+            known["merge_sizes"] = torch.full((len(grid_thw),), merge)
         output = vision_tower(self)(pixels, grid_thw=grid_thw, return_dict=True, **known)
         output.pooler_output = _project(self, output)
+        kept = inputs.pop(f"{modality}_feature_index", None)
+        if kept is not None:
+            output.pooler_output = output.pooler_output.index_select(0, kept)
         embeds = scatter_features(embeds, places, output.pooler_output)
         encoded[modality] = output
     return _run_text_model(self, embeds, inputs, encoded, make_masks)
@@ -225,4 +236,5 @@ PLAIN_FORWARDS: dict[str, Callable[..., Any]] = {
     "glm5_next": pooled_forward,
     "hyperclovax_vision_v2": plain_forward,
     "lfm3_vl": plain_forward,
+    "video_llama_3": plain_forward,
 }

@@ -100,19 +100,20 @@ def compare_packing(model: Any) -> Outcome:
     Raises:
         Exception: one of `FAILURES`, from the unmodified model: nothing was compared.
     """
-    spec, vision, _ = _specs(model)
-    examples = tiny_examples(model.config.to_dict(), spec)
-    padded = MRopeCollator(None, spec, vision)(examples)
-    flat = MRopeCollator(None, spec, vision, packing="flatten")(examples)
-    theirs = _step(model, padded)
+    specs = _specs(model)
+    spec, vision, audio = specs
     what = f"a small {type(model).__name__} on padded and on flattened batches"
     layers = getattr(base_model(model).language_model.config, "layer_types", None) or ()
     # Linear layers keep borders only through kernels, and raise where these are not installed.
     modes = ("attached",) if "linear_attention" in layers else ("plain", "attached")
-    for mode in modes:
-        difference = _try_step(model, flat, theirs, attached=mode == "attached")
-        if difference is not None:
-            return False, f"{what}, {mode}, differ: {difference}"
+    for media in _media(spec):
+        given = _return(_plain_batch(model, specs, media))
+        flat = MRopeCollator(given, spec, vision, audio=audio, packing="flatten")(None)
+        theirs = _step(model, MRopeCollator(given, spec, vision, audio=audio)(None))
+        for mode in modes:
+            difference = _try_step(model, flat, theirs, attached=mode == "attached")
+            if difference is not None:
+                return False, f"{what}, {mode}, differ: {difference}"
     return True, f"{what}, {' and '.join(modes)}: logits, loss and gradients are equal"
 
 
@@ -120,12 +121,9 @@ def _specs(model: Any) -> tuple[MRopeSpec, VisionSpec, AudioSpec | None]:
     config = model.config
     # Not "auto": that would compare positions first, which is another feature.
     spec = MRopeSpec.from_config(config, resolve_reference())
-    audio = getattr(config, "audio_config", None)
-    return (
-        spec,
-        VisionSpec.from_config(config),
-        None if audio is None else AudioSpec.from_config(config),
-    )
+    has_audio = "audio_seqlens" in spec.family_row.inputs
+    audio = AudioSpec.from_config(config) if has_audio else None
+    return spec, VisionSpec.from_config(config), audio
 
 
 def _media(spec: MRopeSpec) -> list[dict[str, bool]]:
@@ -144,7 +142,12 @@ def _plain_batch(
     spec, _, audio = specs
     examples = tiny_examples(model.config.to_dict(), spec, **media)
     if audio is None:
-        return dict(PaddingCollator(padding_side="left")(examples))
+        batch = dict(PaddingCollator(padding_side="left")(examples))
+        if spec.family_row.custom_index == "glm_image":
+            batch["images_per_sample"] = torch.tensor(
+                [len(example["image_grid_thw"]) for example in examples]
+            )
+        return batch
     for example, frames in zip(examples, _MEL_FRAMES, strict=True):
         _append_audio(example, spec, audio, frames)
     batch = dict(PaddingCollator(padding_side="left")(examples))

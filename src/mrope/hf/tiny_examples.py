@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,13 +42,18 @@ def _example(
     config: Mapping[str, Any], spec: MRopeSpec, kinds: list[str], rng: np.random.Generator
 ) -> dict[str, Any]:
     tokens: list[int] = _text(rng, 4)
+    tower = spec.family_row.tower
+    in_batch = tower is not None and tower.merges_in_batch
+    # The processors of VideoLLaMA 3 merge patches of videos alone.
+    merges = {"image": spec.spatial_merge_size, "video": 2 if in_batch else spec.spatial_merge_size}
     grids: dict[str, list[list[int]]] = {"image": [], "video": []}
     for kind in kinds:
         # Three temporal steps, so that first, inner and last frame differ.
         frames = 3 * int(spec.extra.get("temporal_merge_size", 1)) if kind == "video" else 1
-        grid = [frames, *(spec.spatial_merge_size * rng.integers(1, 4, 2)).tolist()]
+        own = replace(spec, spatial_merge_size=merges[kind])
+        grid = [frames, *(own.spatial_merge_size * rng.integers(1, 4, 2)).tolist()]
         grids[kind].append(grid)
-        tokens += _span_tokens(spec, kind, grid, rng)
+        tokens += _span_tokens(own, kind, grid, rng)
     tokens += _text(rng, int(rng.integers(1, 6)))
     pixels_of = {kind: list(sizes) for kind, sizes in grids.items()}
     if spec.family_row.custom_index == "glm_image":
@@ -68,6 +74,8 @@ def _example(
     for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if grids[kind]:
             example[f"{kind}_grid_thw"] = np.array(grids[kind])
+            if in_batch:
+                example[f"{kind}_merge_sizes"] = np.full(len(grids[kind]), merges[kind])
         if pixels_of[kind]:
             example[pixels] = _pixels(config, spec, pixels_of[kind], rng)
     if spec.tokens_per_second is not None and grids["video"]:

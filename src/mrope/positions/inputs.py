@@ -47,6 +47,7 @@ class BatchInputs(NamedTuple):
         seq_lengths: for each row the tokens of the examples that it holds; None: a row is one.
         audio_seqlens, use_audio_in_video: of the Omni thinkers.
         target_sizes, target_sizes_videos, downsample_mode: of MiniCPM-V.
+        image_merge_sizes, video_merge_sizes, video_compression_mask: of VideoLLaMA 3.
     """
 
     input_ids: IntArray
@@ -66,6 +67,9 @@ class BatchInputs(NamedTuple):
     target_sizes: npt.ArrayLike | None = None
     target_sizes_videos: npt.ArrayLike | None = None
     downsample_mode: str | None = None
+    image_merge_sizes: npt.ArrayLike | None = None
+    video_merge_sizes: npt.ArrayLike | None = None
+    video_compression_mask: npt.ArrayLike | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -152,7 +152,7 @@ def position_tensors(
     For `one_dimensional` families `position_ids` are int64 (B, S): 0, 1, 2 ... over the padding
     too, as these models number their tokens themselves; their deltas are 0.
     """
-    if spec.family_row.one_dimensional:
+    if spec.family_row.one_dimensional and located.spans is not None:
         rows, width = located.inputs.shape
         return np.tile(np.arange(width), (rows, 1)), np.zeros((rows, 1), np.int64)
     if located.spans is None:

@@ -138,6 +138,7 @@ CLASS_DEFAULTS: dict[str, Defaults] = {
     "hyperclovax_vision_v2": {"image_token_id": 128060, "video_token_id": 128061}
     | _tower(14, window_size=112),
     "lfm3_vl": {"image_token_id": 125030, "video_token_id": 125029} | _tower(16),
+    "video_llama_3": {"image_token_id": 151655, "video_token_id": 151656} | _plain_tower(16),
 }
 """Defaults by `model_type`. A family of `FAMILIES` without a class in transformers has no entry."""
 

@@ -32,6 +32,8 @@ class Tower:
             model takes them from a list in the batch.
         draws_last: the last grid of each row is of an image that is to be drawn, and has no pixels
             (GLM-Image).
+        merges_in_batch: by how many patches along each side images and videos are merged stands in
+            the batch, not in the config (VideoLLaMA 3).
         pairs: behind the tower, frames of a clip are merged in pairs (ERNIE-4.5-VL).
     """
 
@@ -42,6 +44,7 @@ class Tower:
     raster: bool = False
     host_grids: bool = False
     draws_last: bool = False
+    merges_in_batch: bool = False
     pairs: bool = False
 
 
@@ -79,7 +82,7 @@ class Family:
         still_images: an image of more than one frame is refused, as nothing says how to compute
             its position ids.
         merges: patches merged along each side, by the config's `downsample_mode`; None: read from
-            `vision_config`, under one of `merge_keys`.
+            `vision_config`, under one of `merge_keys`; 1 without any.
         timed: the temporal step of a video is `tokens_per_second * second_per_grid_ts`.
         one_dimensional: the model itself numbers tokens 0, 1, 2 ..., padding included, on one axis:
             position ids are (B, S), and only the towers' tensors are worth computing.
@@ -283,6 +286,13 @@ ONE_DIMENSIONAL: dict[str, Family] = {
     "glm5_next": replace(_GLM, one_dimensional=True, packs=False, references=_PLAIN.references),
     "hyperclovax_vision_v2": replace(_PLAIN, tower=Tower(windows=True)),
     "lfm3_vl": replace(_PLAIN, frames_apart=True, tower=Tower(host_grids=True)),
+    "video_llama_3": replace(
+        _PLAIN,
+        custom_index="counted",
+        merge_keys=(),
+        inputs=("image_merge_sizes", "video_merge_sizes", "video_compression_mask"),
+        tower=Tower(host_grids=True, merges_in_batch=True),
+    ),
 }
 """Vision-language models with 1-D positions, as they are in transformers 5.24.
 

@@ -109,9 +109,7 @@ class MRopeSpec:
             image_token_id=_read_token(table, family.image_keys, name),
             video_token_id=_read_token(table, family.video_keys, name),
             vision_start_token_id=_read_token(table, family.start_keys, name),
-            spatial_merge_size=read_int(vision, family.merge_keys, where, 1)
-            if family.merges is None
-            else _read_merge(table, family.merges, name),
+            spatial_merge_size=_read_merge(table, vision, family, name),
             tokens_per_second=timed,
             extra={value.name: read_dotted(table, value.key, name) for value in family.extra},
         )
@@ -134,7 +132,7 @@ def example_config(family: str) -> dict[str, Any]:
     row = find_family(family)
     if row is None:
         raise MRopeError(_describe_unknown_family(family))
-    vision = {} if row.merges is not None else {row.merge_keys[0]: 2}
+    vision = {} if row.merges is not None else dict.fromkeys(row.merge_keys[:1], 2)
     vision |= {"tokens_per_second": 2} if row.timed else {}
     config: dict[str, Any] = {"model_type": family, "vision_config": vision}
     for keys, token in ((row.start_keys, 101), (row.image_keys, 102), (row.video_keys, 103)):
@@ -154,7 +152,13 @@ def _read_token(table: Mapping[str, Any], keys: tuple[str, ...], where: str) -> 
     return read_int(table, keys, where) if keys else NO_TOKEN
 
 
-def _read_merge(table: Mapping[str, Any], merges: Mapping[str, int], name: str) -> int:
+def _read_merge(
+    table: Mapping[str, Any], vision: Mapping[str, Any], family: Family, name: str
+) -> int:
+    merges = family.merges
+    if merges is None:
+        where = f"{name} vision_config"
+        return read_int(vision, family.merge_keys, where, 1) if family.merge_keys else 1
     mode = str(table.get("downsample_mode"))
     if mode not in merges:
         raise MRopeError(f"{name}: downsample_mode must be one of {', '.join(merges)}, not {mode}")

@@ -26,7 +26,7 @@ class VisionSpec:
         table_side: learned positions along each side of the tower's table; None: no table.
         positions: the tower takes row and column of each patch.
         videos: the tower takes videos.
-        raster, draws_last, host_grids, pairs: see `mrope.spec.families.Tower`.
+        raster, draws_last, host_grids, merges_in_batch, pairs: see `mrope.spec.families.Tower`.
         patch_shape: shape of a patch in `pixel_values`; None: the config does not say.
     """
 
@@ -39,6 +39,7 @@ class VisionSpec:
     patch_shape: tuple[int, ...] | None = None
     host_grids: bool = False
     draws_last: bool = False
+    merges_in_batch: bool = False
     pairs: bool = False
 
     @classmethod
@@ -65,7 +66,9 @@ class VisionSpec:
         name, table = read_model(config)
         family, tower = _find_tower(name)
         vision, where = read_tower(table, "vision_config", name, family)
-        merge = read_int(vision, ("spatial_merge_size",), where, 1)
+        merge = 1
+        if not tower.merges_in_batch:
+            merge = read_int(vision, ("spatial_merge_size",), where, 1)
         return cls(
             spatial_merge_size=merge,
             window_side=_read_window_side(vision, where, merge) if tower.windows else None,
@@ -76,6 +79,7 @@ class VisionSpec:
             patch_shape=_read_patch_shape(vision, where, tower),
             host_grids=tower.host_grids,
             draws_last=tower.draws_last,
+            merges_in_batch=tower.merges_in_batch,
             pairs=tower.pairs,
         )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from mrope.positions.custom.counted import counted_index
 from mrope.positions.custom.glm_image import glm_image_index
 from mrope.positions.custom.hunyuan import hunyuan_index
 from mrope.positions.custom.minicpm import minicpm_index
@@ -22,6 +23,7 @@ from mrope.spec.spec import MRopeSpec
 CustomIndex = Callable[[MRopeSpec, Located], tuple[npt.NDArray[Any], npt.NDArray[Any]]]
 
 CUSTOM_INDICES: dict[str, CustomIndex] = {
+    "counted": counted_index,
     "glm_image": glm_image_index,
     "hunyuan": hunyuan_index,
     "minicpm": minicpm_index,
