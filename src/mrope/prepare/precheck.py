@@ -47,7 +47,7 @@ _COUNTED = {
     "audios_per_sample": ("audio_seqlens",),
 }
 # Columns that identify a row in an error where `map` does not give its index.
-_NAMES = ("mrope_index", "index", "id")
+NAMES = ("mrope_index", "index", "id")
 
 
 class Precheck:
@@ -250,7 +250,7 @@ def _of_dataset(
     error: MRopeError, row: int, columns: Mapping[str, Any], indices: Sequence[int] | None
 ) -> MRopeError:
     """Return the error of a batch of one row as that of a row of the dataset."""
-    name = next((name for name in _NAMES if name in columns), None)
+    name = next((name for name in NAMES if name in columns), None)
     place = None if indices is None else int(indices[row])
     if place is not None:
         where = f"row {place} of the dataset"
@@ -259,7 +259,7 @@ def _of_dataset(
     else:
         where = (
             f"row {row} of a batch at an unknown place in the dataset (pass with_indices=True to "
-            f"map, or add a column {' or '.join(_NAMES)})"
+            f"map, or add a column {' or '.join(NAMES)})"
         )
     # The batch's row is always 0 and would mislead; the copy keeps the error's other attributes.
     named = copy.copy(error)
