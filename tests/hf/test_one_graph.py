@@ -20,7 +20,18 @@ from support.models import media_of, model_config, tiny_examples, tiny_model, ti
 SHAPES = Shapes(
     tokens=(128, 256), patches=(128, 512), longest=128, patches_per_segment=8, tokens_per_example=8
 )
-PADDED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "paddleocr_vl")
+PADDED = (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_5",
+    "qwen4_exp",
+    "glm4v",
+    "glm_ocr",
+    "paddleocr_vl",
+    "cohere_compass",
+    "cosmos3_omni",
+)
 FLATTENED = ("qwen2_5_vl", "qwen3_vl")
 CASES = [*((one, None) for one in PADDED), *((one, "flatten") for one in FLATTENED)]
 ALONE = {"images": False, "videos": False}
@@ -241,3 +252,23 @@ def test_another_attention_after_attach_is_refused_by_name() -> None:
     want = attach(detach(model))(**dict(batch)).loss
     detach(model).set_attn_implementation("sdpa")
     assert (attach(model)(**batch).loss - want).abs() < 1e-5
+
+
+@pytest.mark.parametrize("packing", [None, "flatten"])
+@pytest.mark.parametrize("attached", [False, True])
+def test_rungs_of_tokens_alone_are_for_unmodified_models_too(attached: bool, packing: Any) -> None:
+    """Tokens get a rung; pixels and tower tensors keep the shapes of their batch."""
+    family = "qwen3_vl"
+    examples = examples_of(family)
+    batch = collate(family, examples, packing, Shapes(tokens=(192,), tokens_per_example=8))
+    assert batch["input_ids"].shape[1] == 192
+    plain: Any = tiny_model(family).train()
+    want = unmodified_loss(plain, family, examples)
+    model = attach(plain) if attached else plain
+    assert (model(**batch).loss - want).abs() < 1e-5
+
+
+def test_an_unmodified_model_does_not_take_rungs_of_patches() -> None:
+    batch = collate("qwen3_vl", examples_of("qwen3_vl"), None, SHAPES)
+    with pytest.raises(AttributeError):  # it looks for grids of images, which vary in number
+        tiny_model("qwen3_vl")(**batch)

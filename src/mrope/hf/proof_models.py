@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ def default_model(family: str) -> Any:
     Raises:
         ImportError, LookupError, ValueError: the installed transformers has no such model.
     """
+    import transformers
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForTextToWaveform
 
     config = AutoConfig.for_model(family)
@@ -71,7 +72,11 @@ def default_model(family: str) -> Any:
         classes = auto._model_mapping  # noqa: SLF001 - no public name
         if type(config) in classes:
             return build_model(classes[type(config)], shrink_config(config), "sdpa")
-    raise LookupError(f"no class for {family}")
+    # No auto class has GLM-Image.
+    name = f"{type(config).__name__.removesuffix('Config')}ForConditionalGeneration"
+    if not hasattr(transformers, name):
+        raise LookupError(f"no class for {family}")
+    return build_model(getattr(transformers, name), shrink_config(config), "sdpa")
 
 
 def compare_steps(model: Any) -> Outcome:
@@ -107,7 +112,8 @@ def compare_packing(model: Any) -> Outcome:
     # Linear layers keep borders only through kernels, and raise where these are not installed.
     modes = ("attached",) if "linear_attention" in layers else ("plain", "attached")
     for media in _media(spec):
-        given = _return(_plain_batch(model, specs, media))
+        # Of a row padded on the left, the first token counts in the loss too, predicted by padding.
+        given = _return(_plain_batch(model, specs, media, "right"))
         flat = MRopeCollator(given, spec, vision, audio=audio, packing="flatten")(None)
         theirs = _step(model, MRopeCollator(given, spec, vision, audio=audio)(None))
         for mode in modes:
@@ -136,13 +142,16 @@ def _media(spec: MRopeSpec) -> list[dict[str, bool]]:
 
 
 def _plain_batch(
-    model: Any, specs: tuple[MRopeSpec, VisionSpec, AudioSpec | None], media: dict[str, bool]
+    model: Any,
+    specs: tuple[MRopeSpec, VisionSpec, AudioSpec | None],
+    media: dict[str, bool],
+    padding_side: Literal["left", "right"] = "left",
 ) -> Batch:
     """Return three padded rows: media of both kinds, only text, and media; Omnis have audio too."""
     spec, _, audio = specs
     examples = tiny_examples(model.config.to_dict(), spec, **media)
     if audio is None:
-        batch = dict(PaddingCollator(padding_side="left")(examples))
+        batch = dict(PaddingCollator(padding_side=padding_side)(examples))
         if spec.family_row.custom_index == "glm_image":
             batch["images_per_sample"] = torch.tensor(
                 [len(example["image_grid_thw"]) for example in examples]
@@ -150,7 +159,7 @@ def _plain_batch(
         return batch
     for example, frames in zip(examples, _MEL_FRAMES, strict=True):
         _append_audio(example, spec, audio, frames)
-    batch = dict(PaddingCollator(padding_side="left")(examples))
+    batch = dict(PaddingCollator(padding_side=padding_side)(examples))
     # The thinkers' own function takes no token types.
     batch.pop("mm_token_type_ids", None)
     batch["video_second_per_grid"] = torch.full((len(batch["video_grid_thw"]),), 0.5)

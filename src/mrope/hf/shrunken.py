@@ -140,9 +140,10 @@ def _give_sections(text: Any, head_dim: int) -> None:
         kinds = dict.fromkeys(text.layer_types)
         rope.update({kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in kinds})
     rope = rope or getattr(text, "rope_scaling", None)
-    tables = [one for one in (rope or {}).values() if isinstance(one, dict)] or [rope]
-    for table in tables:
-        if isinstance(table, dict) and not table.get("mrope_section"):
+    if not isinstance(rope, dict):
+        return
+    for table in [one for one in rope.values() if isinstance(one, dict)] or [rope]:
+        if not table.get("mrope_section"):
             half = -(-int(head_dim * table.get("partial_rotary_factor", 1.0)) // 2)
             # ERNIE interleaves the first two, which must be equal.
             table["mrope_section"] = [half // 3, half // 3, half - 2 * (half // 3)]
