@@ -1,6 +1,6 @@
-"""Assign examples to batches by exact first-fit, and split batches until ranks share them evenly.
+"""Assign examples to batches by first-fit, and split batches until ranks share them evenly.
 
-Shape suffixes: N examples, B batches.
+Shape suffixes: N examples, B batches, K budgets.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+
+# Batches that `first_fit_budgets` looks at for an example.
+_OPEN = 512
 
 
 def first_fit(lengths_N: IntArray, capacity: int, max_examples: int | None = None) -> IntArray:
@@ -62,6 +65,40 @@ def first_fit(lengths_N: IntArray, capacity: int, max_examples: int | None = Non
             if room[node] == left:
                 break  # the nodes above do not change either
             room[node] = left
+    return batch_N
+
+
+def first_fit_budgets(sizes_KN: IntArray, capacity_K: IntArray) -> IntArray:
+    """Assign each example to the first of the newest batches that has room in every budget.
+
+    Only the newest `_OPEN` batches are looked at, so that a million examples take seconds.
+
+    Args:
+        sizes_KN: what each example takes of each budget, 0 to `capacity_K`, in the order in which
+            they are placed.
+        capacity_K: what a batch holds.
+
+    Returns:
+        int64 (N,): the batch of each example, numbered as by `first_fit`.
+    """
+    budgets, examples = sizes_KN.shape
+    room_KB = np.repeat(capacity_K[:, None], min(2 * _OPEN, examples), axis=1)
+    batch_N = np.empty(examples, np.int64)
+    used = closed = 0  # batches in use among those in `room_KB`, and before them
+    for index, size_K in enumerate(sizes_KN.T):
+        if used == room_KB.shape[1]:
+            room_KB[:, :_OPEN] = room_KB[:, -_OPEN:]
+            room_KB[:, _OPEN:] = capacity_K[:, None]
+            used, closed = _OPEN, closed + room_KB.shape[1] - _OPEN
+        start = max(0, used - _OPEN)
+        # One more than those in use is empty, and has room.
+        fits = room_KB[0, start : used + 1] >= size_K[0]
+        for budget in range(1, budgets):
+            fits &= room_KB[budget, start : used + 1] >= size_K[budget]
+        batch = start + int(fits.argmax())
+        used = max(used, batch + 1)
+        room_KB[:, batch] -= size_K
+        batch_N[index] = closed + batch
     return batch_N
 
 

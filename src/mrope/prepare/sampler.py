@@ -1,8 +1,9 @@
-"""Sample batches up to a token budget, for `torch.utils.data.DataLoader(batch_sampler=...)`.
+"""Sample batches up to budgets of tokens and patches, and of similar work in each step.
 
-First-fit places the examples in shuffled order, so that each batch is a random mixture of lengths.
-In the order of length it would need slightly fewer batches, and every batch would hold examples of
-about one length.
+For `torch.utils.data.DataLoader(batch_sampler=...)`. With tokens alone, first-fit places the
+examples in shuffled order, so that each batch is a random mixture of lengths. In the order of
+length it would need slightly fewer batches, and every batch would hold examples of about one
+length.
 
 Shape suffixes: N examples, B batches of all ranks, S steps of an epoch, R ranks.
 """
@@ -10,8 +11,7 @@ Shape suffixes: N examples, B batches of all ranks, S steps of an epoch, R ranks
 from __future__ import annotations
 
 import hashlib
-import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -20,11 +20,15 @@ import numpy.typing as npt
 import torch.distributed as dist
 from torch.utils.data import Sampler
 
+from mrope.arrays import as_whole
+from mrope.collate.ladder import Shapes
 from mrope.errors import MRopeError
-from mrope.prepare.binning import first_fit, split_largest
+from mrope.prepare.binning import first_fit, first_fit_budgets, split_largest
+from mrope.prepare.budgets import Cost, Lengths, read_budgets, read_work
+from mrope.prepare.dealing import deal_evenly
 
-Lengths = Sequence[int] | npt.NDArray[np.integer[Any]]
 _Ints = npt.NDArray[np.int64]
+_Floats = npt.NDArray[np.float64]
 
 # What a saved position depends on. The rank is absent: any rank can resume from any rank's state.
 _SETTINGS = (
@@ -36,6 +40,8 @@ _SETTINGS = (
     "drop_last",
     "num_replicas",
 )
+# States of samplers that have neither may lack them.
+_LATER_SETTINGS = ("max_patches", "shapes")
 
 
 @dataclass(frozen=True)
@@ -64,16 +70,29 @@ class EpochPlan:
 
 
 class TokenBudgetSampler(Sampler[list[int]]):
-    """Fill batches with examples up to a token budget, first-fit, evenly over ranks.
+    """Fill batches with examples up to budgets of tokens and patches, evenly over ranks.
 
-    An example goes into the first batch that has room for it, see `first_fit`. The plan of an epoch
-    depends only on the arguments and the epoch: all ranks compute the same one, without
-    communication.
+    The plan of an epoch depends only on the arguments and the epoch: all ranks compute the same
+    one, without communication. With `max_tokens` alone an example goes into the first batch that
+    has room for it, see `first_fit`. With `patches` or `cost`, and `shuffle`, examples are dealt,
+    see `deal_evenly`.
 
     Args:
         lengths: (N,) tokens of each example, placeholders of images and videos included.
         max_tokens: maximum number of tokens in a batch, after rounding up.
-        max_examples: maximum number of examples in a batch; None: no limit.
+        patches: (N,) patches of each example, images and clips together; 0 for text.
+        max_patches: maximum number of patches in a batch; None: no limit but that of `shapes`.
+        cost: work of examples, by which the batches of a step are made similar: a `WorkModel`, or
+            a function of `lengths` and `patches` (zeros if None), both int64 (N,), and of
+            `patch_pairs` if given, that returns (N,) numbers of 0 or more. A batch's work is the
+            sum. None: the work is the tokens.
+        patch_pairs: (N,) sum of squared patches over the images and frames of each example, for
+            `cost`: pairs of patches that attend to each other in the vision tower.
+        shapes: the collator's ladder. No batch is above its top rungs of tokens and patches, nor
+            has more examples, and images and frames if `segments` is given, than those have borders
+            for. Needs `patches`.
+        segments: (N,) images and frames of each example, for `shapes`.
+        max_examples: maximum number of examples in a batch; None: no limit but that of `shapes`.
         pad_to_multiple_of: the collator's value: a flattened row is padded to a multiple of it.
         shuffle: take the examples in random order, a different one in each epoch; see `set_epoch`.
             False: in the order of the dataset, and batches in the order of their first examples.
@@ -81,19 +100,20 @@ class TokenBudgetSampler(Sampler[list[int]]):
         drop_last: what to do if the number of batches is not a multiple of the ranks. False: split
             batches in two, the one with the most tokens first, until it is; repeat some only if
             every batch is down to one example. True: drop the surplus batches with the fewest
-            tokens. With one rank neither happens.
+            tokens. With one rank neither happens. Dealt examples get a multiple to begin with.
         rank, num_replicas: default to those of torch.distributed if it is initialised, else 0 and
             1.
 
-    With `shuffle`, the batches of one step have similar token counts: batches are sorted by tokens
-    and grouped into steps; then the steps, and the ranks within each step, are shuffled. Without
-    it, a step takes the next batches in order.
+    With `shuffle`, the batches of one step have similar work: batches are sorted by work and
+    grouped into steps; then the steps, and the ranks within each step, are shuffled. Without it, a
+    step takes the next batches in order.
 
     Raises:
         TypeError: an argument that must be an int is not.
-        ValueError: an argument is out of range.
-        MRopeError: there are no lengths, one is not an integer above 0, or an example does not fit
-            into an empty batch.
+        ValueError: an argument is out of range, or needs another one.
+        MRopeError: there are no lengths, one is not an integer above 0, another column is not of
+            one number of 0 or more for each example, or an example does not fit into an empty
+            batch.
 
     Example:
         >>> sampler = TokenBudgetSampler([6, 5, 3, 4, 2], max_tokens=10, shuffle=False)
@@ -106,6 +126,12 @@ class TokenBudgetSampler(Sampler[list[int]]):
         lengths: Lengths,
         max_tokens: int,
         *,
+        patches: Lengths | None = None,
+        max_patches: int | None = None,
+        cost: Cost | None = None,
+        patch_pairs: Lengths | None = None,
+        shapes: Shapes | None = None,
+        segments: Lengths | None = None,
         max_examples: int | None = None,
         pad_to_multiple_of: int = 1,
         shuffle: bool = True,
@@ -114,36 +140,36 @@ class TokenBudgetSampler(Sampler[list[int]]):
         rank: int | None = None,
         num_replicas: int | None = None,
     ) -> None:
-        distributed = dist.is_available() and dist.is_initialized()
-        if num_replicas is None:
-            num_replicas = dist.get_world_size() if distributed else 1
-        if rank is None:
-            rank = dist.get_rank() if distributed else 0
-        self.max_tokens = _whole("max_tokens", max_tokens, 1)
+        self.max_tokens = as_whole("max_tokens", max_tokens, 1)
+        self.max_patches = None if max_patches is None else as_whole("max_patches", max_patches, 1)
         self.max_examples = (
-            None if max_examples is None else _whole("max_examples", max_examples, 1)
+            None if max_examples is None else as_whole("max_examples", max_examples, 1)
         )
-        self.pad_to_multiple_of = _whole("pad_to_multiple_of", pad_to_multiple_of, 1)
+        self.pad_to_multiple_of = as_whole("pad_to_multiple_of", pad_to_multiple_of, 1)
         self.shuffle = bool(shuffle)
-        self.seed = _whole("seed", seed, 0)
+        self.seed = as_whole("seed", seed, 0)
         self.drop_last = bool(drop_last)
-        self.num_replicas = _whole("num_replicas", num_replicas, 1)
-        self.rank = _whole("rank", rank, 0)
-        if self.rank >= self.num_replicas:
-            raise ValueError(f"rank must be below num_replicas ({num_replicas}), not {rank}")
-        # A row is padded up to a multiple, which must not exceed max_tokens.
-        self.capacity = self.max_tokens // self.pad_to_multiple_of * self.pad_to_multiple_of
-        if not self.capacity:
+        self.rank, self.num_replicas = _place(rank, num_replicas)
+        self.shapes = None if shapes is None else str(shapes)
+        if self.max_tokens < self.pad_to_multiple_of:
             raise ValueError(
                 f"max_tokens {max_tokens} is below pad_to_multiple_of {pad_to_multiple_of}"
             )
-        self.lengths_N = _checked(lengths, self.capacity, self.max_tokens)
+        self._check_pairs(patches, cost, patch_pairs, segments)
+        self.budgets = read_budgets(
+            {"tokens": lengths, "patches": patches, "segments": segments},
+            {name: getattr(self, f"max_{name}") for name in ("tokens", "patches", "examples")},
+            shapes,
+            self.pad_to_multiple_of,
+        )
+        lengths_N = self.budgets["tokens"].sizes_N
+        self.work_N = None if cost is None else read_work(cost, lengths_N, patches, patch_pairs)
         self.epoch = 0
         self._made: tuple[int, EpochPlan] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, and so the order, of later iterators, as in `DistributedSampler`."""
-        self.epoch = _whole("epoch", epoch, 0)
+        self.epoch = as_whole("epoch", epoch, 0)
 
     def __len__(self) -> int:
         """Return the number of batches of a rank in the epoch set; it may differ between epochs."""
@@ -182,45 +208,86 @@ class TokenBudgetSampler(Sampler[list[int]]):
     def _make(self, epoch: int) -> EpochPlan:
         # Seed and epoch as a pair: as a sum, epoch 1 of seed 0 would equal epoch 0 of seed 1.
         rng = np.random.default_rng((self.seed, epoch)) if self.shuffle else None
-        examples = len(self.lengths_N)
-        order_N = np.arange(examples) if rng is None else rng.permutation(examples)
-        batch_N = first_fit(self.lengths_N[order_N], self.capacity, self.max_examples)
+        lengths_N = self.budgets["tokens"].sizes_N
+        order_N = np.arange(len(lengths_N)) if rng is None else rng.permutation(len(lengths_N))
+        batch_N = self._fill(order_N, rng)
         # Stable, so that examples keep their order within a batch, and all platforms agree.
         examples_N = order_N[np.argsort(batch_N, kind="stable")]
-        tokens_N = self.lengths_N[examples_N]
+        tokens_N = lengths_N[examples_N]
         borders = np.concatenate(([0], np.bincount(batch_N).cumsum()))
         if not self.drop_last:
             borders = split_largest(tokens_N, borders, (1 - len(borders)) % self.num_replicas)
-        grid_SR = self._grid(np.add.reduceat(tokens_N, borders[:-1]), rng)
-        digest = hashlib.blake2b(digest_size=16)
-        for array in (self.lengths_N, examples_N, borders, grid_SR):
-            digest.update(np.ascontiguousarray(array).data)
-        identity = {**self._settings(), "digest": digest.hexdigest()}
+        tokens_B = np.add.reduceat(tokens_N, borders[:-1])
+        if self.work_N is None:
+            work_B = tokens_B.astype(np.float64)
+        else:
+            work_B = np.add.reduceat(self.work_N[examples_N], borders[:-1])
+        grid_SR = self._grid(tokens_B, work_B, rng)
+        identity = {**self._settings(), "digest": self._digest(examples_N, borders, grid_SR)}
         return EpochPlan(examples_N, borders, grid_SR, identity)
 
-    def _grid(self, tokens_B: _Ints, rng: np.random.Generator | None) -> _Ints:
+    def _digest(self, *plan: _Ints) -> str:
+        """Return a digest of what the batches follow from, and of the batches."""
+        digest = hashlib.blake2b(digest_size=16)
+        columns = [budget.sizes_N for kind, budget in self.budgets.items() if kind != "examples"]
+        work = [] if self.work_N is None else [self.work_N]
+        for array in (*columns, *work, *plan):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def _fill(self, order_N: _Ints, rng: np.random.Generator | None) -> _Ints:
+        """Return the batch of each example, int64 (N,), in the order given."""
+        budgets = self.budgets
+        if self.work_N is None and not budgets.keys() - {"tokens", "examples"}:
+            tokens, most = budgets["tokens"], budgets.get("examples")
+            most_examples = None if most is None else most.capacity
+            return first_fit(tokens.sizes_N[order_N], tokens.capacity, most_examples)
+        sizes_KN = np.stack([budget.sizes_N[order_N] for budget in budgets.values()])
+        capacity_K = np.array([budget.capacity for budget in budgets.values()])
+        if rng is None:
+            return first_fit_budgets(sizes_KN, capacity_K)
+        work_N = sizes_KN[0].astype(np.float64) if self.work_N is None else self.work_N[order_N]
+        multiple = 1 if self.drop_last else self.num_replicas
+        return deal_evenly(sizes_KN, capacity_K, work_N, multiple, rng)
+
+    def _grid(self, tokens_B: _Ints, work_B: _Floats, rng: np.random.Generator | None) -> _Ints:
         """Return the batch that each rank takes at each step, int64 (S, R)."""
         batches, ranks = len(tokens_B), self.num_replicas
         steps = batches // ranks if self.drop_last else -(-batches // ranks)
         if not steps:
+            examples = len(self.budgets["tokens"].sizes_N)
             raise MRopeError(
-                f"drop_last=True leaves no batch: {len(self.lengths_N)} examples fill {batches} "
+                f"drop_last=True leaves no batch: {examples} examples fill {batches} "
                 f"batches of {self.max_tokens} tokens, for {ranks} ranks; lower max_tokens, or use "
                 "drop_last=False"
             )
-        # Neighbours in this order have similar token counts, and share a step.
         kept = np.argsort(-tokens_B, kind="stable")[: steps * ranks]
+        # Neighbours in this order have similar work, and share a step.
+        kept = kept[np.argsort(-work_B[kept], kind="stable")]
         # `resize` repeats batches from the first on if there are too few.
         if rng is None:
             return np.resize(np.sort(kept), (steps, ranks))
         return rng.permuted(rng.permutation(np.resize(kept, (steps, ranks))), axis=1)
 
-    def _settings(self) -> dict[str, int | None]:
+    def _settings(self) -> dict[str, int | str | None]:
         """Return the settings that must be equal when resuming; the rank may change."""
+        names = (*_SETTINGS, *_LATER_SETTINGS)
         return {
-            "examples": len(self.lengths_N),
-            **{name: getattr(self, name) for name in _SETTINGS},
+            "examples": len(self.budgets["tokens"].sizes_N),
+            **{name: getattr(self, name) for name in names},
         }
+
+    def _check_pairs(self, patches: Any, cost: Any, patch_pairs: Any, segments: Any) -> None:
+        """Refuse an argument without the one that it needs."""
+        for name, value, needed, given in (
+            ("max_patches", self.max_patches, "patches", patches is not None),
+            ("shapes", self.shapes, "patches", patches is not None),
+            ("segments", segments, "shapes", self.shapes is not None),
+            ("patch_pairs", patch_pairs, "cost", cost is not None),
+            ("cost", cost, "shuffle=True", self.shuffle),
+        ):
+            if value is not None and not given:
+                raise ValueError(f"{name} needs {needed}")
 
 
 class TokenBudgetIterator(Iterator[list[int]]):
@@ -256,14 +323,16 @@ class TokenBudgetIterator(Iterator[list[int]]):
                 another setting, with which the remaining batches would differ.
         """
         own = self._sampler.plan(_saved(state_dict, "epoch"))
+        state = {**dict.fromkeys(_LATER_SETTINGS), **state_dict}
         for name, value in own.identity.items():
-            saved = _saved(state_dict, name)
+            saved = _saved(state, name)
             if saved == value:
                 continue
             if name == "digest":
                 raise MRopeError(
                     "cannot resume: since the state was saved, the lengths of some examples, or "
-                    "their order, changed (or numpy's way of shuffling did, with its release)"
+                    "their order, changed (or their patches or cost; or numpy's way of shuffling, "
+                    "with its release)"
                 )
             raise MRopeError(
                 f"cannot resume: the state was saved with {name} {saved}, the sampler has {value}; "
@@ -289,50 +358,14 @@ def _saved(state_dict: Mapping[str, Any], name: str) -> Any:
     return state_dict[name]
 
 
-def _whole(name: str, value: int, lowest: int) -> int:
-    try:
-        # numpy's integers pass, floats such as 2.0 do not.
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
-    if number < lowest:
-        raise ValueError(f"{name} must be at least {lowest}, not {number}")
-    return number
-
-
-def _checked(lengths: Lengths, capacity: int, max_tokens: int) -> _Ints:
-    """Return a copy of the lengths, int64 (N,), if every example fits into a batch."""
-    try:
-        lengths_N = np.asarray(lengths)
-    except ValueError as error:
-        raise MRopeError(f"lengths must be one integer for each example: {error}") from error
-    if lengths_N.ndim != 1:
-        raise MRopeError(f"lengths must be (examples,), not {lengths_N.shape}")
-    if not len(lengths_N):
-        raise MRopeError("no lengths: a dataset without examples fills no batch")
-    if lengths_N.dtype.kind not in "iu":
-        values = enumerate(lengths_N.tolist())
-        index, value = next((pair for pair in values if type(pair[1]) is not int), (0, lengths[0]))
-        raise MRopeError(
-            f"lengths must be integers of at most 64 bits, not {lengths_N.dtype}: example {index} "
-            f"has {value!r}"
-        )
-    if lengths_N.min() < 1:
-        index = int((lengths_N < 1).argmax())
-        raise MRopeError(
-            f"example {index} has length {lengths_N[index]}; an example has at least one token"
-        )
-    if lengths_N.max() > capacity:
-        _refuse_long(lengths_N, capacity, max_tokens)
-    return lengths_N.astype(np.int64)
-
-
-def _refuse_long(lengths_N: npt.NDArray[Any], capacity: int, max_tokens: int) -> None:
-    long = (lengths_N > capacity).nonzero()[0]
-    first = f" (the first of {len(long)} such examples)" if len(long) > 1 else ""
-    rounded = "" if capacity == max_tokens else f", which is {capacity} before rounding up"
-    raise MRopeError(
-        f"example {long[0]} has {lengths_N[long[0]]} tokens, above the budget of "
-        f"max_tokens={max_tokens}{rounded}{first}; raise max_tokens, or remove such examples from "
-        "the dataset: the sampler does not drop any"
-    )
+def _place(rank: int | None, num_replicas: int | None) -> tuple[int, int]:
+    """Return rank and number of ranks, those of torch.distributed where none are given."""
+    distributed = dist.is_available() and dist.is_initialized()
+    if num_replicas is None:
+        num_replicas = dist.get_world_size() if distributed else 1
+    if rank is None:
+        rank = dist.get_rank() if distributed else 0
+    num_replicas, rank = as_whole("num_replicas", num_replicas, 1), as_whole("rank", rank, 0)
+    if rank >= num_replicas:
+        raise ValueError(f"rank must be below num_replicas ({num_replicas}), not {rank}")
+    return rank, num_replicas
