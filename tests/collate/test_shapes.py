@@ -185,5 +185,33 @@ def test_what_the_collator_refuses() -> None:
         MRopeCollator(None, omni, VISION, shapes=SHAPES)
 
 
+def test_seconds_that_vary_in_number_are_left_out() -> None:
+    config = example_config("qwen2_5_vl") | {"vision_config": CONFIG["vision_config"]}
+    config["vision_config"] |= {"tokens_per_second": 2, "window_size": 8}
+    spec = MRopeSpec.from_config(config, "transformers-5.23")
+    vision = VisionSpec.from_config(config)
+    clip = {
+        "input_ids": [7, START, VIDEO, VIDEO, 8],
+        "video_grid_thw": [[2, 2, 2]],
+        "second_per_grid_ts": [0.5],
+        "pixel_values_videos": torch.ones(8, PATCH),
+    }
+    collator = MRopeCollator(None, spec, vision, shapes=SHAPES)
+    assert described(collator([clip])) == described(collator([{"input_ids": [7, 8]}]))
+
+
+def test_rungs_of_tokens_alone() -> None:
+    batch = collate([row([(2, 4)]), row(text=1)], shapes=Shapes(tokens=(16,)))
+    free = MRopeCollator(None, SPEC, VISION)([row([(2, 4)]), row(text=1)])
+    assert batch["input_ids"].shape == (2, 16)
+    assert torch.equal(batch["pixel_values"], free["pixel_values"])
+    assert torch.equal(batch["image_grid_thw"], free["image_grid_thw"])
+    assert batch["image_scatter_index"].tolist() == [2, 3]
+    late = collate([row(text=1), row([(2, 4)])], shapes=Shapes(tokens=(16,)))
+    assert late["image_scatter_index"].tolist() == [18, 19]
+    # No tower tensors are needed for it.
+    assert MRopeCollator(None, SPEC, shapes=Shapes((16,)))([row()])["input_ids"].shape == (1, 16)
+
+
 def test_a_ladder_pickles() -> None:
     assert pickle.loads(pickle.dumps(SHAPES)) == SHAPES

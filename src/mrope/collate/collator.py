@@ -25,6 +25,7 @@ from mrope.collate.shapes import (
     check_shapes,
     fixed_vision_tensors,
     flatten_to_rung,
+    move_scatter_indices,
     pad_to_rung,
 )
 from mrope.collate.skip_bad import BadExampleFilter, SkipBad
@@ -107,7 +108,7 @@ class MRopeCollator:
         if audio is not None:
             audio.check_release()
         if inner_collate is None:
-            inner_collate = PaddingCollator(join_pixels=shapes is None)
+            inner_collate = PaddingCollator(join_pixels=shapes is None or not shapes.patches)
         self.inner_collate = inner_collate
         self.spec = spec
         self.vision = vision
@@ -176,9 +177,11 @@ class MRopeCollator:
             added = self._fix_shapes(batch, located, added)
         elif self.packing is not None:
             added |= flatten(batch, located, position_ids, self.packing)
-        if self.vision is not None and self.shapes is None:
+        if self.vision is not None and (self.shapes is None or not self.shapes.patches):
             added |= image_and_video_tensors(self.vision, located, flattened)
             added |= expert_tensors(batch)
+            if self.shapes is not None and not flattened:
+                move_scatter_indices(added, inputs.shape[1], added["position_ids"].shape[-1])
         if self.audio is not None:
             added |= sound_tensors(self.spec, self.audio, located, batch, flattened)
         for name, value in added.items():
@@ -192,7 +195,6 @@ class MRopeCollator:
         self, batch: MutableMapping[str, Any], located: Located, added: dict[str, Any]
     ) -> dict[str, Any]:
         assert self.shapes is not None
-        assert self.vision is not None  # `check_shapes` looked at it
         position_ids = added["position_ids"]
         if self.packing is None:
             added |= pad_to_rung(batch, located, position_ids, self.shapes)
@@ -200,6 +202,9 @@ class MRopeCollator:
             # One delta for each example: their number differs from batch to batch, and decoding,
             # which would need them, takes no flattened rows.
             added = flatten_to_rung(batch, located, position_ids, self.packing, self.shapes)
+        if not self.shapes.patches:
+            return added
+        assert self.vision is not None  # `check_shapes` looked at it
         width = added["position_ids"].shape[-1]
         fixed = fixed_vision_tensors(self.vision, located, batch, self.shapes, width)
         return added | fixed | {"has_padding": False}

@@ -34,7 +34,8 @@ class Shapes:
     Args:
         tokens: rungs of a flattened row's tokens, or of a padded batch's width; ascending.
         patches: rungs of a batch's patches, images and clips together; ascending, multiples of the
-            patches that share a token.
+            patches that share a token. None at all: only tokens are padded, which unmodified models
+            take too; pixels and tower tensors keep the shapes of their batch.
         longest: most patches of an image or frame. The attention kernel's grid grows with it.
         patches_per_segment: a rung of P patches has borders for P / this images and frames.
         tokens_per_example: a flattened row of T tokens has borders for T / this examples.
@@ -42,11 +43,11 @@ class Shapes:
             of `Flatten`.
 
     Raises:
-        ValueError: no rungs, rungs that do not ascend, or a number below 1.
+        ValueError: no rungs of tokens, rungs that do not ascend, or a number below 1.
     """
 
     tokens: Sequence[int]
-    patches: Sequence[int]
+    patches: Sequence[int] = ()
     longest: int = 4096
     patches_per_segment: int = 64
     tokens_per_example: int = 256
@@ -56,7 +57,8 @@ class Shapes:
         for name in ("tokens", "patches"):
             rungs = tuple(getattr(self, name))
             whole = all(isinstance(rung, int) and not isinstance(rung, bool) for rung in rungs)
-            if not rungs or not whole or rungs[0] < 1 or list(rungs) != sorted(set(rungs)):
+            ascending = whole and list(rungs) == sorted(set(rungs)) and min(rungs, default=1) >= 1
+            if not ascending or (name == "tokens" and not rungs):
                 raise ValueError(f"shapes: {name} must be ascending integers, not {rungs}")
             object.__setattr__(self, name, rungs)
         for name in ("longest", "patches_per_segment", "tokens_per_example"):
@@ -92,6 +94,8 @@ class Shapes:
             array([1024, 2048])
         """
         token_N = as_integers("tokens", tokens, "one of each example").astype(np.int64)
+        if not self.patches:
+            return token_N
         patch_N = as_integers("patches", patches, "one of each example").astype(np.int64)
         by_patches = -(-patch_N * self.tokens[-1] // self.patches[-1])
         lengths_N: npt.NDArray[np.int64] = np.maximum(token_N, by_patches)

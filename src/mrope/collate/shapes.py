@@ -24,6 +24,7 @@ from mrope.arrays import IntArray
 from mrope.collate.ladder import Shapes
 from mrope.collate.packing import Flatten, fill_of, flatten, is_column
 from mrope.collate.pixels import take_pixels
+from mrope.collate.samples import GRIDS, SECONDS
 from mrope.errors import MRopeError
 from mrope.positions.located import Located
 from mrope.positions.stream import IMAGE, TEXT
@@ -41,9 +42,13 @@ def check_shapes(spec: MRopeSpec, vision: VisionSpec | None, shapes: Shapes) -> 
     """Refuse a ladder that the model's batches cannot be padded to.
 
     Raises:
-        ValueError: no vision spec, or a rung that does not consist of whole tokens.
+        ValueError: rungs of patches without a vision spec, or a rung that does not consist of whole
+            tokens.
         MRopeError: as `check_family`.
     """
+    if not shapes.patches:
+        check_positions(spec)
+        return
     if vision is None:
         raise ValueError("shapes needs vision=VisionSpec(...): padding goes through the tower")
     check_family(spec, vision)
@@ -57,23 +62,32 @@ def check_family(spec: MRopeSpec, vision: VisionSpec) -> None:
     """Refuse a model whose batches cannot have fixed shapes.
 
     Raises:
-        MRopeError: a family that takes audio or crops, or a tower whose patches have an unknown
-            size.
+        MRopeError: as `check_positions`; or a tower whose features depend on more than its patches,
+            or whose patches have an unknown size.
     """
-    if spec.family_row.custom_index is not None:
-        raise MRopeError(f"shapes is not supported for {spec.family}: audio and crops vary in size")
-    if spec.family_row.one_dimensional:
-        raise MRopeError(f"shapes is not supported for {spec.family}, which has 1-D positions")
+    check_positions(spec)
     if vision.pairs or vision.host_grids:
         raise MRopeError(
-            f"shapes is not supported for {spec.family}: its features depend on the sizes of frames "
-            "behind or before the tower's layers, which differ from batch to batch"
+            f"shapes is not supported for {spec.family}: its features depend on the sizes of "
+            "frames behind or before the tower's layers, which differ from batch to batch"
         )
     if vision.patch_shape is None:
         raise MRopeError(
             f"shapes needs the size of a patch, to make patches for batches of text: the config "
             f"of {spec.family} has no patch_size"
         )
+
+
+def check_positions(spec: MRopeSpec) -> None:
+    """Refuse a family whose tokens cannot be padded to a rung.
+
+    Raises:
+        MRopeError: a family that takes audio or crops, or with 1-D positions.
+    """
+    if spec.family_row.custom_index is not None:
+        raise MRopeError(f"shapes is not supported for {spec.family}: audio and crops vary in size")
+    if spec.family_row.one_dimensional:
+        raise MRopeError(f"shapes is not supported for {spec.family}, which has 1-D positions")
 
 
 def choose_rung(name: str, rungs: Sequence[int], needed: int, per_row: Sequence[int]) -> int:
@@ -201,9 +215,10 @@ def fixed_vision_tensors(
     grid_N3 = np.concatenate((located.inputs.image_grid_thw, located.inputs.video_grid_thw))
     patches = int(grid_N3.prod(axis=1).sum())
     rung = choose_rung("patches", shapes.patches, patches, _patches_of_rows(located))
-    for name in ("image_grid_thw", "video_grid_thw"):
-        batch.pop(name, None)
     parts = take_pixels(batch, patches)
+    for name in (*GRIDS, *SECONDS):
+        # Their sizes differ from batch to batch, and position ids have taken the seconds up.
+        batch.pop(name, None)
     fixed: dict[str, Any] = {"pixel_values": _fill_rung(parts, patches, rung, vision)}
     fixed["vision_grid_thw"] = _frames(grid_N3, vision, shapes.borders(rung))
     tensors: Mapping[str, Any] = vision_tensors(vision, grid_N3)
@@ -214,6 +229,16 @@ def fixed_vision_tensors(
         fixed["vision_block_index"] = _count_on(np.asarray(blocks, np.int64), rung)
     index_T, mask = _feature_index(located, width, rung // vision.spatial_merge_size**2)
     return fixed | {"vision_feature_index": index_T, "vision_feature_mask": mask}
+
+
+def move_scatter_indices(tensors: dict[str, Any], width: int, rung: int) -> None:
+    """Count indices into rows of `width` tokens in rows of `rung` tokens, in place.
+
+    Row 1 of 4 tokens, index 6: its token 2, which has index 10 in rows of 8.
+    """
+    for name in [one for one in tensors if one.endswith("_scatter_index")]:
+        row, column = np.divmod(tensors[name], width)
+        tensors[name] = row * rung + column
 
 
 def _patches_of_rows(located: Located) -> list[int]:

@@ -85,7 +85,7 @@ def build_collator(cfg: Config, inner_collate: Collate | None = None) -> Collate
     """
     pad_token_id = _pad_token_id(model_table(cfg.model.config))
     if inner_collate is None:
-        fixed = cfg.rope.enabled and cfg.rope.shapes is not None
+        fixed = cfg.rope.enabled and cfg.rope.shapes is not None and cfg.rope.shapes.patches
         inner_collate = PaddingCollator(pad_token_id=pad_token_id, join_pixels=not fixed)
     if not cfg.rope.enabled:
         return inner_collate

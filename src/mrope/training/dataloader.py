@@ -161,7 +161,7 @@ def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[A
     table = Indexed(rows) if skips else rows
     if options.max_tokens is not None:
         lengths = rows.lengths()
-        if cfg.rope.enabled and cfg.rope.shapes is not None:
+        if cfg.rope.enabled and cfg.rope.shapes is not None and cfg.rope.shapes.patches:
             # No batch may be above the top rung of patches either.
             lengths = cfg.rope.shapes.ladder().sampler_lengths(lengths, rows.patches())
         # The filled-up row must fit into the budget too.

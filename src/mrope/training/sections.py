@@ -193,14 +193,14 @@ class ShapesSection(_Section):
     """A ladder of fixed shapes; the keys are those of `mrope.Shapes`.
 
     Attributes:
-        tokens, patches: rungs, ascending.
+        tokens, patches: rungs, ascending; without rungs of patches only tokens are padded.
         longest: most patches of an image or frame.
         patches_per_segment, tokens_per_example: patches for each border of images and frames, and
             tokens for each border of examples.
     """
 
     tokens: list[int]
-    patches: list[int]
+    patches: list[int] = []
     longest: int = 4096
     patches_per_segment: int = 64
     tokens_per_example: int = 256
@@ -224,7 +224,8 @@ class RopeSection(_Section):
         vision: compute the vision tower's tensors too.
         packing: "flatten": join the examples of a batch into one row without padding.
         layout: "batch": put the batch on dim 0 of `position_ids`; see `mrope.collate.layouts`.
-        shapes: pad every tensor to a rung of a ladder; requires `rope.vision` and `model.attach`.
+        shapes: pad every tensor to a rung of a ladder; rungs of patches require `rope.vision` and
+            `model.attach`.
         pad_to_multiple_of: fill a flattened row up to a multiple of this.
         on_error: "skip": drop examples that cannot be collated; see `mrope.collate.skip_bad`.
         rejects: path of the JSON-lines files that record them; see `SkipBad`.
@@ -301,9 +302,10 @@ class Config(_Section):
     def _attach_needs_vision(self) -> Self:
         if self.model.attach and self.rope.enabled and not self.rope.vision:
             raise ValueError("model.attach: true needs rope.vision: true")
-        if self.rope.shapes is not None and self.rope.enabled and not self.model.attach:
-            raise ValueError("rope.shapes needs model.attach: true")
-        if self.model.compile and self.rope.enabled and self.rope.shapes is None:
+        fixed = self.rope.shapes is not None and bool(self.rope.shapes.patches)
+        if fixed and self.rope.enabled and not self.model.attach:
+            raise ValueError("rope.shapes with patches needs model.attach: true")
+        if self.model.compile and self.rope.enabled and not fixed:
             raise ValueError("model.compile needs rope.shapes: each batch would compile anew")
         return self
 
