@@ -22,19 +22,19 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "src")]
 
-from hf.test_packed_models import LINEAR, collator, mixed_examples
+from hf.test_packed_models import LINEAR, PACKED, collator, mixed_examples
 from mrope.bench.harness import conditions
 from mrope.hf import attach, detach
 from mrope.training.step import to_device
 from support.flash import flash_attention
-from support.models import MODEL_FAMILIES, tiny_model
+from support.models import media_of, tiny_model
 
 CUDA = torch.device("cuda")
 
 
 def check(family: str, attention: str, dtype: torch.dtype) -> dict[str, Any]:
     """Return the largest differences to each example alone, and whether an attached step waited."""
-    examples = mixed_examples(family)
+    examples = mixed_examples(family, media_of(family)[0])
     model = tiny_model(family, attention).to(CUDA, dtype)
 
     def logits(packing: Any, rows: Any) -> torch.Tensor:
@@ -83,7 +83,7 @@ def main(file: Path) -> None:
         "flash kernel": "flash_attn" if own else "torch.nn.attention.varlen",
         "checks": [],
     }
-    for family in MODEL_FAMILIES:
+    for family in PACKED:
         for attention in ("sdpa", "eager"):
             for dtype in (torch.float32, torch.bfloat16):
                 report["checks"].append(check(family, attention, dtype))
