@@ -17,9 +17,9 @@ from mrope.check.syncs import (
     TRAINER_RECIPE,
     count_step_syncs,
     print_step_syncs,
-    print_trainer_syncs,
     run_trainer,
 )
+from mrope.cli import main
 from mrope.hf import SyncReport
 from mrope.training import loop, step
 from support.models import CONFIGS, MODEL_FAMILIES, model_config
@@ -58,7 +58,8 @@ def test_the_trainer_s_report_is_printed(
 ) -> None:
     pytest.importorskip("accelerate")
     (tmp_path / "config.json").write_text(json.dumps(model_config("qwen3_vl")), encoding="utf-8")
-    print_trainer_syncs(None, [], str(tmp_path))
+    with pytest.raises(SystemExit, match="0"):
+        main(["syncs", "--model", str(tmp_path), "--trainer"])
     printed = capsys.readouterr().out
     assert "0 syncs in 10 optimizer steps" in printed
     assert "logging_nan_inf_filter=False" in printed

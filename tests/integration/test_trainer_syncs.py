@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import trl
 from accelerate.utils import DataLoaderConfiguration
 from transformers import Trainer
 
+import mrope
 from integration.common import BATCH, build_processor, loader, optimizer, prepared, rows
 from integration.test_lightning import QUIET
 from integration.test_trl import FAMILY as SFT_FAMILY
 from integration.test_trl import conversations, inner
 from mrope.hf import SyncReport
+from mrope.hf.sync_places import KNOWN, KnownPlace
 
 FAMILY, STEPS, WARMUP = "qwen3_vl", 3, 2
 ALL = WARMUP + STEPS + 1
@@ -183,3 +186,19 @@ def test_without_the_filter_one_nan_stays_in_the_log(filtered: bool, tmp_path: P
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert [math.isnan(loss) for loss in logged] == [False] + [not filtered] * 5
+
+
+@cache
+def sources() -> list[Path]:
+    roots = [Path(torch.__file__).parents[1], Path(mrope.__file__).parents[1]]
+    names = ("torch", "transformers", "accelerate", "trl", "lightning", "mrope")
+    return [file for root in roots for name in names for file in (root / name).rglob("*.py")]
+
+
+@pytest.mark.parametrize(
+    "known", [one for one in KNOWN if one.function], ids=lambda one: f"{one.path}:{one.function}"
+)
+def test_known_places_are_there(known: KnownPlace) -> None:
+    """A release that renames a function would leave its row without an effect."""
+    files = [file for file in sources() if known.matches(file.as_posix(), known.function)]
+    assert any(f"def {known.function}(" in file.read_text("utf-8") for file in files)

@@ -90,9 +90,9 @@ KNOWN = (
     KnownPlace(_TRAINER, "_prepare_input", "copy", "let accelerate copy: see send_to_device"),
     KnownPlace("utilities/apply_func.py", "batch_to", "copy", "DataLoader(pin_memory=True)"),
     KnownPlace("mrope/training/step.py", "to_device", "copy", "dataloader.pin_memory: true"),
-    # transformers' Trainer. Before 5.x its loop was one function.
+    # transformers' Trainer. In 4.57 its loop is one function, which counts tokens too.
     KnownPlace(_TRAINER, "_run_epoch", "trainer", _NAN, direct=True),
-    KnownPlace(_TRAINER, "_inner_training_loop", "trainer", _NAN, direct=True),
+    KnownPlace(_TRAINER, "_inner_training_loop", "trainer", f"{_NAN}, {_TOKENS}", direct=True),
     KnownPlace(_TRAINER, "_maybe_log_save_evaluate", "trainer", _LOG, direct=True),
     KnownPlace(_TRAINER, "_track_num_input_tokens", "trainer", _TOKENS),
     KnownPlace(_TRAINER, "_get_grad_norm", "trainer", "DeepSpeed's norm is read at every step"),

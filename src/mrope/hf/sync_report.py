@@ -65,7 +65,7 @@ class SyncReport(TrainerCallback):  # type: ignore[misc]
         MRopeError: `steps` below 1, or `warmup` below 0.
 
     A `Trainer` does not tell its callbacks that training raised. Put `with report:` around
-    `trainer.train()` to have the watch end there too.
+    `trainer.train()` to end the watch there too; else it stays on until the report is used again.
     """
 
     def __init__(
