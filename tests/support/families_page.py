@@ -88,7 +88,7 @@ def vision_keys(row: Family) -> str:
 def waits(name: str) -> str:
     """Return the waits of a step on images: plain, with all that a collator gives, attached."""
     found: list[dict[str, Any]] = []
-    for file in ("syncs.json", "syncs-thinkers.json"):
+    for file in ("syncs.json", "syncs-thinkers.json", "syncs-plain.json"):
         found += json.loads((ROOT / "docs/benchmarks" / file).read_text("utf-8"))["rows"]
     case = {"family": name, "attention": "sdpa", "media": "images", "padding": "no"}
     rows = [row for row in found if case.items() <= row.items()]

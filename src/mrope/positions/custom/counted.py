@@ -80,8 +80,8 @@ def _features(inputs: BatchInputs, modality: str) -> int:
     merge = merge_size(inputs, modality)
     if (grid_N3 < 1).any() or (grid_N3[:, 1:] % merge).any():
         raise MRopeError(
-            f"{modality}_grid_thw: sizes must be at least 1, height and width multiples of {merge}, "
-            "the merge size"
+            f"{modality}_grid_thw: sizes must be at least 1, height and width multiples of the "
+            f"merge size, {merge}"
         )
     features = int(grid_N3.prod(axis=1).sum()) // merge**2
     if modality == "image" or inputs.video_compression_mask is None:
