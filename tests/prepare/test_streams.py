@@ -406,6 +406,15 @@ def test_a_state_of_another_share_is_refused() -> None:
         other.load_state_dict({})
 
 
+def test_budgets_and_buffer_may_change() -> None:
+    samples = usual_mix(600)
+    batches = iter(TokenBudgetStream(samples, BUDGET, size=size, buffer_size=128))
+    taken = numbers(itertools.islice(batches, 5))
+    again = iter(TokenBudgetStream(samples, 10_000, max_patches=PATCHES, size=size, buffer_size=32))
+    again.load_state_dict(batches.state_dict())
+    assert sorted(flat(taken + numbers(again))) == list(range(600))
+
+
 @pytest.mark.parametrize("change", ["shorter", "another order"])
 def test_a_source_that_changed_is_refused(change: str) -> None:
     samples = usual_mix(300)

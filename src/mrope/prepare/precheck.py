@@ -34,6 +34,8 @@ from mrope.spec.spec import MRopeSpec
 from mrope.towers import VisionSpec
 
 LENGTH, PATCHES = "mrope_length", "mrope_patches"
+ADDED = (LENGTH, PATCHES)
+"""Columns that `Precheck` adds, for samplers; models do not take them."""
 
 # Position ids depend on these; of other token columns only the length is compared.
 _TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids")

@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from mrope.arrays import as_whole
 from mrope.errors import MRopeError
 from mrope.prepare.buffer import IntArray, choose
-from mrope.prepare.precheck import LENGTH, NAMES, PATCHES
+from mrope.prepare.precheck import ADDED, LENGTH, NAMES, PATCHES
 from mrope.prepare.stream_reader import StreamReader, has_shuffle_buffer, is_datasets_stream
 
 Size = Callable[[Any], tuple[int, int]]
@@ -54,7 +54,7 @@ class TokenBudgetStream(IterableDataset[list[Any]]):
         pad_to_multiple_of: the collator's value: a flattened row is padded to a multiple of it.
         buffer_size: maximum number of samples in the buffer of one worker.
         size: returns tokens and patches of a sample. None: its columns `mrope_length` and
-            `mrope_patches`, see `Precheck`, which are then removed from the sample.
+            `mrope_patches`; all columns that `Precheck` adds are then removed from the sample.
         shuffle: take samples from the buffer at random, the same ones with the same seed and epoch;
             see `set_epoch`. The oldest sample is always taken. False: in the order of the stream.
         seed: seed of the random choice.
@@ -161,7 +161,7 @@ class TokenBudgetStream(IterableDataset[list[Any]]):
         tokens = operator.index(sample[LENGTH])
         patches = 0 if self.max_patches is None else operator.index(sample[PATCHES])
         # The collator would pass unknown columns on to the model, which refuses them.
-        kept = {name: value for name, value in sample.items() if name not in (LENGTH, PATCHES)}
+        kept = {name: value for name, value in sample.items() if name not in ADDED}
         return tokens, patches, kept
 
     def _check_fits(self, sample: Any, position: int, tokens: int, patches: int) -> None:
@@ -264,6 +264,10 @@ class TokenBudgetStreamIterator(Iterator[list[Any]]):
             sizes_B2[:, 1] = 0
         return sizes_B2
 
+    def _digest(self) -> int:
+        # Of tokens alone: patches are not read where they have no budget.
+        return zlib.crc32(self._sizes()[:, 0].tobytes())
+
     def _oldest(self) -> int:
         return self._buffer[0].position if self._buffer else self._reader.position
 
@@ -278,7 +282,7 @@ class TokenBudgetStreamIterator(Iterator[list[Any]]):
             "rate": self._rate,
             "read": self._reader.position,
             "waiting": [one.position for one in self._buffer],
-            "digest": zlib.crc32(self._sizes().tobytes()),
+            "digest": self._digest(),
             "source_position": position,
             "source_state": state,
         }
@@ -302,11 +306,11 @@ class TokenBudgetStreamIterator(Iterator[list[Any]]):
         self._reader.return_to(saved["source_position"], saved["source_state"])
         self._read_again(saved["read"], set(saved["waiting"]))
         self._batches, self._rate = saved["batches"], saved["rate"]
-        if zlib.crc32(self._sizes().tobytes()) != saved["digest"]:
+        if self._digest() != saved["digest"]:
             raise MRopeError(
                 f"cannot resume: of the {len(saved['waiting'])} samples that the buffer held, some "
-                "have another size, or are no longer there; the source changed since the state was "
-                "saved, or does not yield its samples in the same order again"
+                "have another length, or are no longer there; the source changed since the state "
+                "was saved, or does not yield its samples in the same order again"
             )
 
     def _read_again(self, stop: int, waiting: set[int]) -> None:
