@@ -297,6 +297,7 @@ def test_the_shape_of_synthetic_rows_is_checked(tmp_path: Path) -> None:
     ("override", "words"),
     [
         ("dataloader.max_tokens=64", "dataloader.max_tokens needs rope.packing: flatten"),
+        ("dataloader.buffer_size=64", "dataloader.buffer_size needs dataloader.max_tokens"),
         ("rope.pad_to_multiple_of=8", "rope.pad_to_multiple_of needs rope.packing: flatten"),
         (
             "rope={packing: flatten, pad_to_multiple_of: 0}",

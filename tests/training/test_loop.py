@@ -24,6 +24,7 @@ from mrope.training.loop import PACKED_TOLERANCE, compare, compare_runs, load_ru
 from mrope.training.model import build_model, load_model_config
 from mrope.training.result import TrainResult
 from mrope.training.sections import Config, ConfigError
+from mrope.training.step import endless
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TRAINED = [file.stem for file in sorted(CONFIGS.glob("*_*.yaml")) if file.stem != "aero_realtime"]
@@ -189,6 +190,27 @@ def test_flattened_batches_have_the_losses_of_padded_ones(name: str) -> None:
     console = silent()
     assert compare(cfg, console)
     assert "4 of 4 losses are equal within 0.0001" in printed(console)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_are_batched_as_a_stream(workers: int) -> None:
+    cfg = config(
+        "demo",
+        "rope.packing=flatten",
+        f"dataloader={{max_tokens: 400, buffer_size: 6, num_workers: {workers}}}",
+    )
+    rows = load_run_rows(cfg)
+    loader = make_loader(cfg, rows, build_collator(cfg))
+    batches = endless(loader)
+    lengths: list[int] = []
+    while len(lengths) < len(rows):
+        batch, _ = next(batches)
+        assert batch["input_ids"].shape[1] <= 400
+        lengths += batch["cu_seq_lens_q"].diff().tolist()
+    # Every row once; then the loop goes on with the next epoch.
+    assert sorted(lengths) == sorted(rows.lengths().tolist())
+    next(batches)
+    assert loader.dataset.epoch == 1  # type: ignore[attr-defined]
 
 
 def test_a_model_that_is_not_attached_takes_batch_layout_from_the_loop() -> None:

@@ -7,14 +7,14 @@ when they unpickle the dataset, so that it imports nothing heavier than torch at
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from mrope.collate.collator import Collate, MRopeCollator
 from mrope.collate.samples import GRIDS
@@ -22,6 +22,7 @@ from mrope.collate.skip_bad import Indexed
 from mrope.errors import MRopeError
 from mrope.positions.spans import token_types
 from mrope.prepare.sampler import TokenBudgetSampler
+from mrope.prepare.streams import TokenBudgetStream
 from mrope.training.open_source import open_source, split_source
 from mrope.training.synthetic import SyntheticRows, patch_values
 
@@ -80,6 +81,28 @@ class TensorRows(Dataset[dict[str, torch.Tensor]]):
 
 
 RowDataset = TensorRows | SyntheticRows
+
+
+class RowStream(IterableDataset[dict[str, Any]]):
+    """Read the rows of a map-style dataset in order, every worker its own ones.
+
+    Args:
+        rows: map-style dataset.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for index in range(first, len(self.rows), step):
+            yield self.rows[index]
+
+
+def measure_row(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Return tokens and patches of a row."""
+    return len(row["input_ids"]), sum(int(row[name].prod(1).sum()) for name in GRIDS if name in row)
 
 
 class WithProcessId:
@@ -159,6 +182,9 @@ def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[A
     # The index of a row, under which the rejects file names it, is known to the dataset alone.
     skips = isinstance(collate, MRopeCollator) and collate.on_error is not None
     table = Indexed(rows) if skips else rows
+    if options.max_tokens is not None and options.buffer_size is not None:
+        stream = _make_stream(cfg, table, options.max_tokens, options.buffer_size)
+        return DataLoader(stream, batch_size=None, **_loader_options(cfg, collate))
     if options.max_tokens is not None:
         lengths = rows.lengths()
         if cfg.rope.enabled and cfg.rope.shapes is not None and cfg.rope.shapes.patches:
@@ -183,6 +209,19 @@ def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[A
         drop_last=True,
         generator=torch.Generator().manual_seed(cfg.train.seed),
         **_loader_options(cfg, collate),
+    )
+
+
+def _make_stream(cfg: Config, rows: Any, max_tokens: int, buffer_size: int) -> TokenBudgetStream:
+    """Make the stream of batches of a config with `dataloader.buffer_size`."""
+    return TokenBudgetStream(
+        RowStream(rows),
+        max_tokens,
+        pad_to_multiple_of=cfg.rope.pad_to_multiple_of,
+        buffer_size=buffer_size,
+        size=measure_row,
+        seed=cfg.train.seed,
+        presharded=True,
     )
 
 

@@ -177,16 +177,25 @@ class DataLoaderSection(_Section):
     """Arguments of `torch.utils.data.DataLoader`.
 
     With `num_workers: 0` the last three are ignored. `max_tokens` is our own: a
-    `TokenBudgetSampler` fills batches up to so many tokens, and `batch_size` is ignored.
+    `TokenBudgetSampler` fills batches up to so many tokens, and `batch_size` is ignored. With
+    `buffer_size`, rows are read in order, and a `TokenBudgetStream` fills batches from a buffer of
+    so many: no pass over all rows comes before.
     """
 
     batch_size: Annotated[int, Field(ge=1)] = 4
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    buffer_size: Annotated[int, Field(ge=1)] | None = None
     num_workers: Annotated[int, Field(ge=0)] = 2
     pin_memory: bool = False
     start_method: Literal["spawn", "fork", "forkserver"] = "spawn"
     persistent_workers: bool = True
     prefetch_factor: Annotated[int, Field(ge=1)] = 2
+
+    @model_validator(mode="after")
+    def _batches_have_a_token_budget(self) -> Self:
+        if self.buffer_size is not None and self.max_tokens is None:
+            raise ValueError("dataloader.buffer_size needs dataloader.max_tokens")
+        return self
 
 
 class ShapesSection(_Section):
@@ -313,6 +322,8 @@ class Config(_Section):
     def _max_tokens_needs_packing(self) -> Self:
         if self.dataloader.max_tokens is not None and self.rope.packing is None:
             raise ValueError("dataloader.max_tokens needs rope.packing: flatten")
+        if self.dataloader.buffer_size is not None and self.rope.shapes is not None:
+            raise ValueError("rope.shapes needs the sampler: remove dataloader.buffer_size")
         return self
 
     def spec(self) -> MRopeSpec:

@@ -16,6 +16,7 @@ from mrope.collate.layouts import to_model_layout
 from mrope.errors import MRopeError
 from mrope.guard import SyncGuard
 from mrope.prepare.sampler import TokenBudgetSampler
+from mrope.prepare.streams import TokenBudgetStream
 from mrope.training.result import Step
 
 _Mark = float | torch.cuda.Event
@@ -137,9 +138,10 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 def endless(loader: DataLoader[Any]) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield batches, each with the id of the process that made it, epoch after epoch."""
     for epoch in itertools.count():
-        if isinstance(loader.batch_sampler, TokenBudgetSampler):
-            # Unlike torch's own shuffling, its order depends on the epoch alone.
-            loader.batch_sampler.set_epoch(epoch)
+        for source in (loader.batch_sampler, loader.dataset):
+            if isinstance(source, TokenBudgetSampler | TokenBudgetStream):
+                # Unlike torch's own shuffling, its order depends on the epoch alone.
+                source.set_epoch(epoch)
         yield from loader
 
 
