@@ -12,7 +12,7 @@ from mrope.collate.packing import Flatten
 from mrope.hf import attach
 from mrope.training.step import guarded_step
 from support.flash import flash_attention
-from support.models import MODEL_FAMILIES, tiny_model
+from support.models import MODEL_FAMILIES, media_of, tiny_model
 
 FAMILIES = [family for family in MODEL_FAMILIES if family not in LINEAR]
 
@@ -20,7 +20,7 @@ FAMILIES = [family for family in MODEL_FAMILIES if family not in LINEAR]
 @pytest.mark.parametrize("multiple", [1, 16])
 @pytest.mark.parametrize("family", MODEL_FAMILIES)
 def test_the_logits_are_those_of_each_example_alone(family: str, multiple: int) -> None:
-    examples = mixed_examples(family)
+    examples = mixed_examples(family, media_of(family)[0])
     batch = collator(family, packing=Flatten(pad_to_multiple_of=multiple))(examples)
     expected = logits_alone(tiny_model(family, "sdpa"), family, examples)
     with flash_attention() as calls:
@@ -39,7 +39,7 @@ def test_the_logits_are_those_of_each_example_alone(family: str, multiple: int) 
 @pytest.mark.parametrize("family", MODEL_FAMILIES)
 def test_an_attached_model_does_not_sync(family: str) -> None:
     """The replacement of the kernel reads the borders back once a call; nothing else syncs."""
-    batch = collator(family, packing="flatten")(mixed_examples(family))
+    batch = collator(family, packing="flatten")(mixed_examples(family, media_of(family)[0]))
     with flash_attention():
         model = attach(tiny_model(family, "flash_attention_2").train())
         sites = guarded_step(model, batch).sites
@@ -48,7 +48,7 @@ def test_an_attached_model_does_not_sync(family: str) -> None:
 
 def test_without_its_borders_the_examples_leak() -> None:
     """What the tests above would see: with 3 rows and no borders the row is one sequence."""
-    examples = mixed_examples("qwen2_vl")
+    examples = mixed_examples("qwen2_vl", media_of("qwen2_vl")[0])
     batch = dict(collator("qwen2_vl", packing="flatten")(examples))
     expected = logits_alone(tiny_model("qwen2_vl"), "qwen2_vl", examples)
     for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):

@@ -128,7 +128,7 @@ def test_copies_of_parts_of_a_tower_or_of_the_text_model(order: str, copied: str
 def test_copies_of_linear_text_layers_attend_within_segments() -> None:
     from hf.test_packed_models import ATOL, collator, logits_alone, mixed_examples
 
-    examples = mixed_examples("qwen3_5")
+    examples = mixed_examples("qwen3_5", media_of("qwen3_5")[0])
     options: dict[str, Any] = {"target_modules": ["gate_proj"], "modules_to_save": ["linear_attn"]}
     plain = adapted(tiny_model("qwen3_5"), **options)
     model = attach(adapted(tiny_model("qwen3_5"), **options))

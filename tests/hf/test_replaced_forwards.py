@@ -175,7 +175,7 @@ def test_a_patched_linear_layer_runs_on_each_segment(monkeypatch: pytest.MonkeyP
     model, plain = tiny_model("qwen3_5"), tiny_model("qwen3_5")
     layer = next(m for m in model.modules() if type(m).__name__ == "Qwen3_5GatedDeltaNet")
     monkeypatch.setattr(type(layer), "forward", doubled(type(layer).forward))
-    examples = mixed_examples("qwen3_5")
+    examples = mixed_examples("qwen3_5", media_of("qwen3_5")[0])
     batch = collator("qwen3_5", packing="flatten")(examples)
     expected = logits_alone(plain, "qwen3_5", examples)
     torch.testing.assert_close(logits_of(attach(model), batch)[0], expected, rtol=0, atol=ATOL)

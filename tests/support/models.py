@@ -24,6 +24,7 @@ from mrope.spec.families import FAMILIES, find_family
 TINY = Path(__file__).parent / "tiny"
 PLAIN = Path(__file__).parent / "plain"
 SIZED = Path(__file__).parent / "sized"
+EAGER = Path(__file__).parent / "eager"
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Those with a shipped config, which can be trained and attached; and those that are tested alone.
 # aero_realtime has no model in transformers.
@@ -36,11 +37,13 @@ LIVE_FAMILIES = (*MODEL_FAMILIES, *TINY_FAMILIES)
 PLAIN_FAMILIES = tuple(sorted(file.stem for file in PLAIN.glob("*.yaml")))
 # Those whose towers take images one by one, by sizes of their own.
 SIZED_FAMILIES = tuple(sorted(file.stem for file in SIZED.glob("*.yaml")))
+# Those whose text model runs under eager attention alone.
+EAGER_FAMILIES = tuple(sorted(file.stem for file in EAGER.glob("*.yaml")))
 
 
 def model_config(family: str) -> dict[str, Any]:
     """Return the `model.config` section of the family's YAML file."""
-    files = (folder / f"{family}.yaml" for folder in (TINY, PLAIN, SIZED, CONFIGS))
+    files = (folder / f"{family}.yaml" for folder in (TINY, PLAIN, SIZED, EAGER, CONFIGS))
     section: Any = OmegaConf.to_container(OmegaConf.load(next(filter(Path.exists, files))))
     config: dict[str, Any] = section["model"]["config"]
     return config

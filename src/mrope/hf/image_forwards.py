@@ -1,4 +1,4 @@
-"""Forwards of models whose towers take images one by one: HunYuan-VL and GLM-Image.
+"""Forwards of models whose towers take images one by one: HunYuan-VL, V4 too, and GLM-Image.
 
 Their own forwards read the sizes of every image back from the device. Here they come from a list in
 the batch, `image_grid_sizes`.
@@ -28,7 +28,7 @@ from mrope.hf.forwards import (
 
 @can_return_tuple  # type: ignore[untyped-decorator]
 def sized_forward(self: Any, **inputs: Any) -> Any:
-    """Forward of HunYuan-VL: positions are interpolated, and patches merged, image by image."""
+    """Forward of HunYuan-VL and HunYuan V4 VL: positions and merging go image by image."""
     return forward_with(self, inputs, _encode_sized)
 
 
@@ -83,4 +83,5 @@ def _encode_by_codebook(self: Any, inputs: Tensors) -> tuple[Places, Any]:
 IMAGE_FORWARDS: dict[str, Callable[..., Any]] = {
     "glm_image": codebook_forward,
     "hunyuan_vl": sized_forward,
+    "hy_v4_vl": sized_forward,
 }

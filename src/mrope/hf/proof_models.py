@@ -68,15 +68,19 @@ def default_model(family: str) -> Any:
         # The default configs of the Omni thinkers have no vision start marker.
         if not hasattr(config, name):
             setattr(config, name, value)
-    for auto in (AutoModelForImageTextToText, AutoModelForTextToWaveform):
-        classes = auto._model_mapping  # noqa: SLF001 - no public name
-        if type(config) in classes:
-            return build_model(classes[type(config)], shrink_config(config), "sdpa")
+    autos = (AutoModelForImageTextToText, AutoModelForTextToWaveform)
+    known = [auto._model_mapping for auto in autos]  # noqa: SLF001 - no public name
     # No auto class has GLM-Image.
     name = f"{type(config).__name__.removesuffix('Config')}ForConditionalGeneration"
-    if not hasattr(transformers, name):
+    model_class = next(
+        (classes[type(config)] for classes in known if type(config) in classes),
+        getattr(transformers, name, None),
+    )
+    if model_class is None:
         raise LookupError(f"no class for {family}")
-    return build_model(getattr(transformers, name), shrink_config(config), "sdpa")
+    # HunYuan V4 VL has sinks, which sdpa does not take.
+    attention = "sdpa" if model_class._supports_sdpa else "eager"  # noqa: SLF001
+    return build_model(model_class, shrink_config(config), attention)
 
 
 def compare_steps(model: Any) -> Outcome:

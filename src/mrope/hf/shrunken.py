@@ -38,6 +38,7 @@ _TEXT: Mapping[str, Any] = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
     "vocab_size": _VOCABULARY,
+    "vision_vocab_size": _VOCABULARY,
     "initializer_range": _SPREAD,
 }
 _TOWER: Mapping[str, Any] = {
@@ -86,6 +87,10 @@ def shrink_config(config: Any) -> Any:
     _set(vision, {"out_hidden_size": hidden, "text_hidden_size": hidden})
     if hasattr(vision, "embed_dim"):
         vision.embed_dim, vision.hidden_size = _TOWER_WIDTH, hidden
+    if getattr(small, "vq_config", None) is not None:
+        # Of GLM-Image: codes are token ids.
+        _set(small.vq_config, {"latent_channels": _TOWER_WIDTH, "embed_dim": 32})
+        _set(small.vq_config, {"num_embeddings": TEXT_IDS.start})
     if getattr(small, "audio_config", None) is not None:
         _set(small.audio_config, {**_AUDIO, "output_dim": hidden})
     return small
@@ -116,8 +121,10 @@ def _shrink_text(text: Any) -> int:
     """Make the config of a text model small; return its new width."""
     heads, groups = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    # Odd only where a class's defaults do not fit together (73 in Qwen3-Omni's); halves rotate.
-    head_dim -= head_dim % 2
+    # A class's defaults need not fit together (73 in Qwen3-Omni's, 42 in GLM-4.5V's): kernels of
+    # half precision take multiples of 8 alone. Rotary sections of a real config fit its head size.
+    if not _has_sections(text) and head_dim > 8:
+        head_dim -= head_dim % 8
     for name in ("layer_types", "mlp_layer_types"):
         kinds = list(dict.fromkeys(getattr(text, name, None) or ()))
         if kinds:
@@ -130,6 +137,12 @@ def _shrink_text(text: Any) -> int:
     _give_sections(text, head_dim)
     _give_indexer(text, head_dim)
     return int(text.hidden_size)
+
+
+def _has_sections(text: Any) -> bool:
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
+    tables = rope.values() if isinstance(rope, dict) else ()
+    return any("mrope_section" in one for one in (rope or {}, *tables) if isinstance(one, dict))
 
 
 def _give_sections(text: Any, head_dim: int) -> None:

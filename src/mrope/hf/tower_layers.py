@@ -20,7 +20,7 @@ class TowerLayer:
         norms: names of the norms of query and key, before they are rotated.
         rotary: whether query and key are rotated by `position_embeddings`.
         scale: attribute with the factor of the scores.
-        dropout: attribute with the rate of attention dropout.
+        dropout: attribute with the rate of attention dropout; a layer without it has none.
         returns_pair: whether the layer returns (output, attention weights); the weights are None.
     """
 

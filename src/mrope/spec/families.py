@@ -254,7 +254,7 @@ FAMILIES: dict[str, Family] = {
         packs=False,
         references=("transformers-5.23",),
         start_keys=(),
-        tower=Tower(positions=False),
+        tower=Tower(positions=False, host_grids=True),
     ),
     "KeyeVL": replace(_SERVED, source="vLLM, keye.py (cab63df)"),
     "KeyeVL1_5": replace(_SERVED, source="vLLM, keye_vl1_5.py (03c11e7)"),
