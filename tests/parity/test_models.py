@@ -12,9 +12,23 @@ pytest.importorskip("transformers")
 
 from mrope import MRopeCollator
 from mrope.collate.padding import PaddingCollator
-from support.models import LIVE_FAMILIES, media_of, tiny_examples, tiny_model, tiny_spec
+from mrope.hf.get_rope_index import has_rope_index
+from support.models import (
+    EAGER_FAMILIES,
+    LIVE_FAMILIES,
+    media_of,
+    tiny_examples,
+    tiny_model,
+    tiny_spec,
+)
 
-CASES = [(family, media) for family in LIVE_FAMILIES for media in media_of(family)]
+EAGER = [family for family in EAGER_FAMILIES if has_rope_index(family)]
+FAMILIES = [*LIVE_FAMILIES, *EAGER]
+CASES = [(family, media) for family in FAMILIES for media in media_of(family)]
+
+
+def attention_of(family: str) -> str:
+    return "eager" if family in EAGER_FAMILIES else "sdpa"
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -25,7 +39,7 @@ def test_the_model_reads_the_positions_and_gives_the_same_logits(
     examples = tiny_examples(family, **media)
     inner = PaddingCollator(padding_side=side)
     batch = MRopeCollator(inner, tiny_spec(family))(examples)
-    model = tiny_model(family)
+    model = tiny_model(family, attention_of(family))
     with torch.no_grad():
         own = model(**inner(examples))
         with mock.patch.object(
@@ -37,11 +51,11 @@ def test_the_model_reads_the_positions_and_gives_the_same_logits(
     assert torch.equal(model.model.rope_deltas, batch["rope_deltas"])
 
 
-@pytest.mark.parametrize("family", LIVE_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_wrong_positions_would_be_seen(family: str) -> None:
     examples = tiny_examples(family, **media_of(family)[0])
     batch = MRopeCollator(None, tiny_spec(family))(examples)
-    model = tiny_model(family)
+    model = tiny_model(family, attention_of(family))
     with torch.no_grad():
         right = model(**batch).logits
         batch["position_ids"][2] += batch["position_ids"][1]

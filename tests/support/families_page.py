@@ -2,8 +2,8 @@
 
     PYTHONPATH=src:tests python tests/support/families_page.py
 
-References are those with goldens under `tests/parity/data`, which `make parity` compares with the
-releases themselves; waits are those that `mrope bench syncs` counted.
+Releases are those with goldens under `tests/parity/data`, which `make parity` compares with the
+releases themselves; syncs are those that `mrope bench syncs` and the scripts beside it counted.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 from mrope.hf.attach import FORWARDS
 from mrope.spec.families import FAMILIES, Family
-from mrope.spec.references import REFERENCES
+from mrope.spec.references import as_release
 from mrope.towers import VisionSpec
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "families.md"
 MARKS = "<!-- families -->", "<!-- /families -->"
-HEAD = ("`model_type`", "rule", "equal to transformers", "inputs", "vision keys", "syncs")
+HEAD = ("`model_type`", "rule", "compared with", "inputs", "vision keys", "syncs")
 
 
 def rendered(page: str) -> str:
@@ -33,7 +33,16 @@ def rendered(page: str) -> str:
 
 
 def cells(name: str, row: Family) -> tuple[str, ...]:
-    return (f"`{name}`", rule(row), references(name), inputs(row), vision_keys(row), waits(name))
+    line = (
+        f"`{name}`",
+        rule(row),
+        references(name, row),
+        inputs(row),
+        vision_keys(row),
+        syncs(name, row),
+    )
+    assert all(line), f"an empty cell: {line}"
+    return line
 
 
 CUSTOM_INDICES = {
@@ -50,23 +59,29 @@ def rule(row: Family) -> str:
         return CUSTOM_INDICES[row.custom_index]
     if row.frames_as_images:
         return "frames apart, as images between markers"
+    if row.planes_at_zero:
+        return "images, rows and columns from 0"
     if row.frames_apart:
-        return "frames apart"
+        return "frames apart, with newline tokens" if row.newlines else "frames apart"
     merged = any(number.name == "temporal_merge_size" for number in row.extra)
     return "clips in seconds" if row.timed else "clips, frames merged" if merged else "clips"
 
 
-def references(name: str) -> str:
-    found = []
-    for reference in REFERENCES:
-        golden = json.loads((ROOT / f"tests/parity/data/{reference}.json").read_text("utf-8"))
-        if name in golden["families"]:
-            found.append(reference.removeprefix("transformers-"))
-    return ", ".join(found)
+def references(name: str, row: Family) -> str:
+    """Return the releases of transformers, or where the rule that the twin is written from stands."""
+    if row.source is not None:
+        return f"a twin of {row.source}"
+    found = [
+        file.stem.removeprefix("transformers-")
+        for file in (ROOT / "tests/parity/data").glob("transformers-*.json")
+        if name in json.loads(file.read_text("utf-8"))["families"]
+    ]
+    return f"transformers {', '.join(sorted(found, key=as_release))}" if found else ""
 
 
 def inputs(row: Family) -> str:
-    names = ["image_grid_thw", "video_grid_thw"] + ["second_per_grid_ts"] * row.timed
+    names = ["image_grid_thw"] + ["video_grid_thw"] * bool(row.video_keys)
+    names += ["second_per_grid_ts"] * row.timed
     names += [name for name in row.inputs if not name.endswith("_per_sample")]
     return ", ".join(f"`{name}`" for name in names)
 
@@ -85,19 +100,21 @@ def vision_keys(row: Family) -> str:
     return ", ".join(f"`{key}`" for key in keys) + ("" if tower.videos else " (images)")
 
 
-def waits(name: str) -> str:
-    """Return the waits of a step on images: plain, with all that a collator gives, attached."""
+def syncs(name: str, row: Family) -> str:
+    """Return the syncs of a step on images: plain, with all that a collator gives, attached."""
+    if row.source is not None or name == "aero_realtime":
+        return "no model in transformers"
     found: list[dict[str, Any]] = []
     for file in ("syncs.json", "syncs-thinkers.json", "syncs-plain.json"):
         found += json.loads((ROOT / "docs/benchmarks" / file).read_text("utf-8"))["rows"]
-    case = {"family": name, "attention": "sdpa", "media": "images", "padding": "no"}
-    rows = [row for row in found if case.items() <= row.items()]
-    if not rows:
-        return "not counted"
-    (row,) = rows
-    assert (row["attached"] is not None) == (name in FORWARDS)
-    counts = (row["plain"], row["+ vision tensors"], row["attached"])
-    return ", ".join("not attached" if count is None else str(count) for count in counts)
+    case = {"family": name, "media": "images", "padding": "no"}
+    by_attention = {one["attention"]: one for one in found if case.items() <= one.items()}
+    attention = "sdpa" if "sdpa" in by_attention else "eager"
+    counted = by_attention[attention]
+    assert (counted["attached"] is not None) == (name in FORWARDS)
+    counts = (counted["plain"], counted["+ vision tensors"], counted["attached"])
+    cell = ", ".join("not attached" if count is None else str(count) for count in counts)
+    return cell if attention == "sdpa" else f"{cell} (eager)"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Count the host syncs of the families that `mrope bench syncs` does not count.
 
-Those with 1-D positions, and those whose images have sizes of their own.
+Those with 1-D positions, those whose images have sizes of their own, and those that run under eager
+attention alone.
 
 PYTHONPATH=src:tests python tests/support/plain_syncs.py
 """
@@ -10,13 +11,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hf import test_image_forwards, test_minicpm_model, test_plain_forwards
+from hf import (
+    test_eager_forwards,
+    test_image_forwards,
+    test_minicpm_model,
+    test_plain_forwards,
+)
 from mrope.bench.harness import conditions, write_json
 from mrope.bench.syncs import COLUMNS
 from mrope.hf import attach
 from mrope.hf.attach import FORWARDS
 from mrope.training.step import guarded_step
-from support.models import PLAIN_FAMILIES, SIZED_FAMILIES, tiny_model
+from support.models import EAGER_FAMILIES, PLAIN_FAMILIES, SIZED_FAMILIES, tiny_model
 
 FILE = Path(__file__).parents[2] / "docs/benchmarks/syncs-plain.json"
 IMAGES = {"images": True, "videos": False}
@@ -24,7 +30,7 @@ IMAGES = {"images": True, "videos": False}
 
 def count_all() -> list[dict[str, Any]]:
     """Return a row for each family, and for batches with padding and without."""
-    families = (*PLAIN_FAMILIES, *SIZED_FAMILIES)
+    families = (*PLAIN_FAMILIES, *SIZED_FAMILIES, *EAGER_FAMILIES)
     return [count_row(family, padded) for family in families for padded in (True, False)]
 
 
@@ -32,18 +38,21 @@ def count_row(family: str, padded: bool) -> dict[str, Any]:
     """Return the case, and the syncs of its step in each of `COLUMNS`."""
     if family in PLAIN_FAMILIES:
         plain, batch = test_plain_forwards.make_batches(family, IMAGES, padded)
+    elif family in EAGER_FAMILIES:
+        plain, batch = test_eager_forwards.make_batches(family, "images", padded)
     elif family == test_minicpm_model.FAMILY:
         plain, batch = test_minicpm_model.make_batches(padded)
     else:
         plain, batch = test_image_forwards.make_batches(family, "images", padded)
     positions = plain | {"position_ids": batch["position_ids"]}
-    model = tiny_model(family).train()
+    attention = "eager" if family in EAGER_FAMILIES else "sdpa"
+    model = tiny_model(family, attention).train()
     counts: list[int | None]
     counts = [guarded_step(model, one).count for one in (plain, positions, batch)]
     attachable = family in FORWARDS
     counts.append(guarded_step(attach(model), batch).count if attachable else None)
     padding = "yes" if padded else "no"
-    case = {"family": family, "attention": "sdpa", "media": "images", "padding": padding}
+    case = {"family": family, "attention": attention, "media": "images", "padding": padding}
     return case | dict(zip(COLUMNS, counts, strict=True))
 
 

@@ -19,9 +19,10 @@ Numbers = list[tuple[int, int, int]]
 def grids_as_blocks(
     spec: MRopeSpec, tokens: list[int], media: dict[int, Iterator[Grid]]
 ) -> Numbers:
-    """Number as vLLM's Bailing MoE V3 VL and Qwen3-VL: each frame is an image, whatever its clip.
+    """Number as vLLM's Keye-VL and Bailing MoE V3 VL: each frame is an image, whatever its clip.
 
-    A block starts 1 after the largest position of what stands before it, and so does text.
+    SGLang's Intern-S2-Mobius, and vLLM's Intern-S2 as a model derived from Qwen3.5, do the same. A
+    block starts 1 after the largest position of what stands before it, and so does text.
     """
     frames = {token: split_frames(grids) for token, grids in media.items()}
     numbers: Numbers = []

@@ -261,11 +261,11 @@ FAMILIES: dict[str, Family] = {
     "openpangu_vl": replace(_SERVED, source="vLLM, openpangu_vl.py (00d1d4c)"),
     "bailing_moe_v3_vl": replace(_SERVED, source="vLLM, bailing_moe_v3_vl.py (54fc980)"),
     "intern_s2_preview": replace(_SERVED, source="vLLM, interns2_preview.py (fb73c46)"),
-    "interns2_mobius": replace(_SERVED, source="SGLang, interns2_mobius.py (252129a)"),
+    "interns2_mobius": replace(_SERVED, source="SGLang, mrope_rope_index.py (0a8037d)"),
     "isaac": replace(
         _SERVED,
         planes_at_zero=True,
-        source="Perceptron, modular_isaac.py of Isaac 0.1 and 0.2",
+        source="Perceptron, modular_isaac.py",
         video_keys=(),
         merge_keys=("pixel_shuffle_scale_factor",),
     ),
