@@ -9,13 +9,23 @@ import torch
 
 pytest.importorskip("transformers")
 
+from transformers import AutoModelForImageTextToText
+
 from hf.test_forwards import assert_same_step, step, tensor_collator
+from mrope import MRopeCollator, MRopeError, Shapes, VisionSpec
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach
 from mrope.hf.attach import FORWARDS, detach
-from mrope.towers import block_index
+from mrope.towers import block_index, pair_index
 from mrope.training.step import guarded_step
-from support.models import TINY_FAMILIES, media_of, tiny_examples, tiny_model
+from support.models import (
+    TINY_FAMILIES,
+    media_of,
+    model_config,
+    tiny_examples,
+    tiny_model,
+    tiny_spec,
+)
 
 FAMILIES = [family for family in TINY_FAMILIES if family in FORWARDS]
 TEXT = {"images": False, "videos": False}
@@ -74,3 +84,66 @@ def test_images_and_videos_go_together_where_the_model_is_attached(family: str) 
 def test_blocks_of_a_raster() -> None:
     assert block_index([[1, 2, 4]], 2).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
     assert block_index([[2, 2, 2], [1, 2, 2]], 2).tolist() == list(range(12))
+
+
+def test_pairs_of_frames() -> None:
+    """Those of the resampler's own loop, for images, even clips, and odd ones."""
+    grids = [[1, 2, 4], [4, 4, 2], [3, 2, 2], [1, 2, 2], [2, 4, 4]]
+    tokens = sum(t * h * w for t, h, w in grids) // 4
+    own = tiny_model("ernie4_5_vl_moe").model.resampler_model
+    places = torch.arange(tokens)[:, None]
+    halves = own._temporal_slicing(places, torch.tensor(grids)).T
+    assert pair_index(grids, 2).tolist() == halves.tolist()
+
+
+def with_ngrams() -> Any:
+    """A tiny Qwen4-Exp whose first layer embeds n-grams of token ids."""
+    live = tiny_model("qwen4_exp").config
+    text = live.text_config
+    text.ple_layer_ids, text.ple_embed_dim, text.eos_token_id = [1], 32, 1
+    text.ngram_vocab_size_base, text.number_of_conv_states = 1000, 3
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(live, attn_implementation="sdpa").train()
+    # The convolution begins with zeros.
+    torch.nn.init.normal_(model.model.language_model.layers[0].ple.conv1d.weight)
+    return model
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
+def test_ngrams_of_token_ids(padded: bool) -> None:
+    plain, batch = make_batches("qwen4_exp", {"images": True, "videos": True}, padded)
+    model = with_ngrams()
+    theirs = step(model, plain)
+    attach(model)
+    assert_same_step(step(model, batch), theirs)
+    guard = guarded_step(model, batch)
+    assert guard.count == 0, guard.report()
+
+
+def test_ngrams_would_cross_the_borders_of_a_flattened_row() -> None:
+    vision = VisionSpec.from_config(model_config("qwen4_exp"))
+    collate = MRopeCollator(None, tiny_spec("qwen4_exp"), vision, packing="flatten")
+    batch = collate(tiny_examples("qwen4_exp"))
+    with pytest.raises(MRopeError, match="not supported for qwen4_exp with ple_layer_ids"):
+        attach(with_ngrams())(**batch)
+
+
+def test_experts_by_index_and_by_type_are_the_same() -> None:
+    """Without the token types of ERNIE's processor, all tokens go to the text experts."""
+    plain, batch = make_batches("ernie4_5_vl_moe", {"images": True, "videos": True}, True)
+    model = attach(tiny_model("ernie4_5_vl_moe"))
+    with torch.no_grad():
+        right = model(**batch).logits
+        for one in (plain, batch):
+            for name in [name for name in one if name.startswith("moe_")]:
+                del one[name]
+        text_alone = model(**batch).logits
+        assert torch.equal(text_alone, detach(model)(**plain).logits)
+        assert not torch.allclose(text_alone, right)
+
+
+@pytest.mark.parametrize("family", ["ernie4_5_vl_moe", "cosmos3_edge"])
+def test_towers_with_sizes_on_the_host_have_no_fixed_shapes(family: str) -> None:
+    vision = VisionSpec.from_config(model_config(family))
+    with pytest.raises(MRopeError, match=f"shapes is not supported for {family}: its features"):
+        MRopeCollator(None, tiny_spec(family), vision, shapes=Shapes(tokens=(64,), patches=(64,)))

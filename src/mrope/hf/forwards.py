@@ -29,7 +29,7 @@ from mrope.spec.references import VISION_READ_SINCE
 Tensors = MutableMapping[str, Any]
 
 # Images and clips of a batch of fixed shapes are one modality, "vision": they share a tower call.
-_PIXELS = {
+PIXELS = {
     "image": "pixel_values",
     "video": "pixel_values_videos",
     "vision": "pixel_values",
@@ -76,6 +76,12 @@ def flat_forward(self: Any, **inputs: Any) -> Any:
 def ngram_forward(self: Any, **inputs: Any) -> Any:
     """Forward of Qwen4-Exp: its layers embed n-grams of token ids too."""
     if self.config.text_config.ple_layer_ids:
+        if inputs.get("seq_idx") is not None:
+            raise MRopeError(
+                "packing='flatten' is not supported for qwen4_exp with ple_layer_ids: n-grams of "
+                "token ids, and a convolution over them, cross the borders of examples; pad the "
+                "batches instead"
+            )
         # Without them the text model would search its embeddings for the ids: a sync.
         inputs.setdefault("ple_input_ids", inputs.get("input_ids"))
     return forward_with(self, inputs, _encode)
@@ -197,7 +203,7 @@ def modalities_of(inputs: Tensors) -> list[str]:
     """Return what the batch has pixels of."""
     if inputs.get("vision_feature_index") is not None:
         return ["vision"]
-    return [name for name in ("image", "video") if inputs.get(_PIXELS[name]) is not None]
+    return [name for name in ("image", "video") if inputs.get(PIXELS[name]) is not None]
 
 
 def _needed(modality: str) -> tuple[str, ...]:
@@ -287,7 +293,7 @@ def tower_inputs(
 ) -> tuple[Places, torch.Tensor, torch.Tensor, dict[str, Any]]:
     """Remove a modality from `inputs`; return places, pixels, grids, and tower keywords."""
     tower = vision_tower(self)
-    pixels = inputs.pop(_PIXELS[modality]).type(tower.dtype)
+    pixels = inputs.pop(PIXELS[modality]).type(tower.dtype)
     known = {name: inputs.pop(f"{modality}_{name}", None) for name in VISION_READ_SINCE}
     known = {name: value for name, value in known.items() if value is not None}
     for name, longest, sizes in _BORDERS:
