@@ -13,13 +13,12 @@ pytest.importorskip("transformers")
 from hf.test_forwards import assert_same_step, step, tensor_collator
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach, detach
-from mrope.hf.attach import FORWARDS
 from mrope.hf.image_forwards import IMAGE_FORWARDS
 from mrope.training.step import guarded_step
-from support.models import SIZED_FAMILIES, tiny_examples, tiny_model
+from support.models import EAGER_FAMILIES, SIZED_FAMILIES, tiny_examples, tiny_model
 
 MEDIA = {"images": True, "text": False}
-FAMILIES = [family for family in SIZED_FAMILIES if family in FORWARDS]
+FAMILIES = [family for family in SIZED_FAMILIES if family in IMAGE_FORWARDS]
 CASES = [(family, media) for family in FAMILIES for media in MEDIA]
 
 
@@ -39,7 +38,7 @@ def make_batches(family: str, media: str, padded: bool) -> tuple[Any, Any]:
 
 
 def test_these_are_the_families() -> None:
-    assert set(FAMILIES) == set(IMAGE_FORWARDS)
+    assert {*FAMILIES, *EAGER_FAMILIES} == set(IMAGE_FORWARDS)
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])

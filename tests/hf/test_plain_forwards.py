@@ -17,7 +17,7 @@ from mrope.hf import attach, detach
 from mrope.hf.plain_forwards import PLAIN_FORWARDS
 from mrope.spec import ONE_DIMENSIONAL
 from mrope.training.step import guarded_step
-from support.models import PLAIN_FAMILIES, media_of, tiny_examples, tiny_model, tiny_spec
+from support.models import CONFIGS, PLAIN_FAMILIES, media_of, tiny_examples, tiny_model, tiny_spec
 
 TEXT = {"images": False, "videos": False}
 CASES = [(family, media) for family in PLAIN_FAMILIES for media in [*media_of(family), TEXT]]
@@ -76,6 +76,17 @@ def test_wrong_tensors_would_be_seen(family: str) -> None:
         for name in ("image_position_ids", "position_ids")[: 1 if family == "glm5_next" else 2]:
             wrong = model(**batch | {name: batch[name].flip(0, 1)}).logits
             assert not torch.equal(wrong, right), name
+
+
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
+def test_the_counts_in_the_docs_are_what_is_counted(family: str) -> None:
+    plain, batch = make_batches(family, {"images": True, "videos": False}, padded=False)
+    model = tiny_model(family).train()
+    counts = [guarded_step(model, one).count for one in (plain, batch)]
+    counts.append(guarded_step(attach(model), batch).count)
+    page = (CONFIGS.parent / "docs" / "families.md").read_text(encoding="utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| `{family}` |"))
+    assert row.split("|")[3].strip() == ", ".join(map(str, counts))
 
 
 def test_audio_is_left_to_the_models_own_forward() -> None:

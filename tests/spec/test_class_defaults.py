@@ -138,7 +138,12 @@ def test_a_given_value_wins_over_the_default(family: str) -> None:
         assert spec.image_token_id == 77
         assert spec.spatial_merge_size == 4 or row.merges is not None
     tower = specs(saved)[1]
-    assert isinstance(tower, str) or tower.spatial_merge_size == 4 or tower.merges_in_batch
+    assert (
+        isinstance(tower, str)
+        or tower.spatial_merge_size == 4
+        or tower.merges_in_batch
+        or tower.crops
+    )
 
 
 IDS = ("image_token_id", "video_token_id", "vision_start_token_id")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from hf import (
+    test_crop_forwards,
     test_eager_forwards,
     test_image_forwards,
-    test_minicpm_model,
     test_plain_forwards,
 )
 from mrope.bench.harness import conditions, write_json
@@ -40,8 +40,8 @@ def count_row(family: str, padded: bool) -> dict[str, Any]:
         plain, batch = test_plain_forwards.make_batches(family, IMAGES, padded)
     elif family in EAGER_FAMILIES:
         plain, batch = test_eager_forwards.make_batches(family, "images", padded)
-    elif family == test_minicpm_model.FAMILY:
-        plain, batch = test_minicpm_model.make_batches(padded)
+    elif family == test_crop_forwards.FAMILY:
+        plain, batch = test_crop_forwards.make_batches(padded)
     else:
         plain, batch = test_image_forwards.make_batches(family, "images", padded)
     positions = plain | {"position_ids": batch["position_ids"]}

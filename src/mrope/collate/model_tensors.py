@@ -23,12 +23,14 @@ from mrope.towers import (
     VisionSpec,
     audio_tensors,
     block_index,
+    crop_tensors,
     padded_features,
     pair_index,
     vision_tensors,
 )
 
 _KINDS = {"image": IMAGE, "video": VIDEO}
+_SIZES = {"image": "target_sizes", "video": "target_sizes_videos"}
 # Segment lengths, which attention needs on the host, are named after the borders they come from.
 _SPLITS = {"cu_seqlens": "split_sizes", "cu_window_seqlens": "window_split_sizes"}
 
@@ -49,6 +51,9 @@ def image_and_video_tensors(
     inputs = located.inputs
     added: dict[str, Any] = {"has_padding": located.stream.valid_BS is not None and not flattened}
     for modality, kind in _KINDS.items():
+        if vision.crops:
+            added |= _crops(vision, located, modality, kind)
+            continue
         grid_thw = getattr(inputs, f"{modality}_grid_thw")
         if vision.draws_last and len(grid_thw):
             grid_thw = _with_pixels(grid_thw, inputs.images_per_sample)
@@ -75,6 +80,24 @@ def image_and_video_tensors(
             added[f"{modality}_pair_index"] = pair_index(grid_thw, vision.spatial_merge_size)
         if vision.raster:
             added[f"{modality}_block_index"] = block_index(grid_thw, vision.spatial_merge_size)
+    return added
+
+
+def _crops(vision: VisionSpec, located: Located, modality: str, kind: int) -> dict[str, Any]:
+    """Return the tensors of one modality for a tower that takes crops; none without crops."""
+    sizes = getattr(located.inputs, _SIZES[modality])
+    if sizes is None or not len(np.asarray(sizes)):
+        return {}
+    assert vision.table_side is not None  # read with `crops`
+    mode = located.inputs.downsample_mode
+    merges_windows = vision.spatial_merge_size == 4 if mode is None else mode != "4x"
+    tensors = crop_tensors(vision.table_side, sizes, merges_windows)
+    added: dict[str, Any] = {f"{modality}_{name}": value for name, value in tensors.items()}
+    placeholder_T = located.kind_T == kind
+    added[f"{modality}_scatter_index"] = _scatter_index(located, placeholder_T, flattened=False)
+    for borders, lengths in _SPLITS.items():
+        if borders in tensors:
+            added[f"{modality}_{lengths}"] = np.diff(tensors[borders]).tolist()
     return added
 
 

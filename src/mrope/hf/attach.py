@@ -11,6 +11,7 @@ import torch
 
 from mrope.errors import MRopeError
 from mrope.hf.attention import has_layers, mix_by_segment, undo_varlen, use_varlen
+from mrope.hf.crop_forwards import CROP_FORWARDS, crops_forward, merge_windows
 from mrope.hf.forwards import (
     VISION_FORWARDS,
     VISION_TOWERS,
@@ -41,7 +42,14 @@ from mrope.spec import references
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-FORWARDS = VISION_FORWARDS | MERGED_FORWARDS | OMNI_FORWARDS | PLAIN_FORWARDS | IMAGE_FORWARDS
+FORWARDS = (
+    VISION_FORWARDS
+    | MERGED_FORWARDS
+    | OMNI_FORWARDS
+    | PLAIN_FORWARDS
+    | IMAGE_FORWARDS
+    | CROP_FORWARDS
+)
 
 # What `attach` binds to instances; what `detach` may remove.
 _BOUND: set[Any] = {
@@ -53,6 +61,7 @@ _BOUND: set[Any] = {
     merge_patches,
     add_deepstack,
     pool_states,
+    merge_windows,
 }
 # Methods of a base model that its attached forward does not call: it calls the towers itself.
 _FEATURES = ("get_image_features", "get_video_features", "get_audio_features")
@@ -125,6 +134,8 @@ def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> 
         bind(text, "_deepstack_process", add_deepstack)
     for indexer in _pooling_indexers(base):
         bind(indexer, "get_pooled_states", pool_states)
+    for merger in _window_mergers(base):
+        bind(merger, "forward", merge_windows)
     return model
 
 
@@ -156,6 +167,8 @@ def _refuse_replaced(base: Any) -> None:
     found += [find_foreign(layer) for layer, _ in _replaced_layers(base)]
     for resampler in copies(base.resampler_model) if hasattr(base, "resampler_model") else ():
         found.append(find_foreign(resampler))
+    if FORWARDS[base.config.model_type] is crops_forward:
+        found += [find_foreign(one) for one in (*copies(base.merger), *_window_mergers(base))]
     if FORWARDS[base.config.model_type] is raster_forward:  # all others call their projector
         found += [find_foreign(projector) for projector in copies(base.projector)]
     found += [find_foreign(one, "get_pooled_states") for one in _pooling_indexers(base)]
@@ -255,6 +268,13 @@ def _deepstack_models(base: Any) -> Iterator[Any]:
     for text in copies(base.language_model):
         if hasattr(type(text), "_deepstack_process"):
             yield text
+
+
+def _window_mergers(base: Any) -> Iterator[Any]:
+    """Yield the modules that merge windows between the layers of a tower (MiniCPM-V)."""
+    for module in base.modules():
+        if "vit_merger" in module._modules:  # noqa: SLF001 - a wrapper has its copy's attributes
+            yield from copies(module.vit_merger)
 
 
 def _pooling_indexers(base: Any) -> Iterator[Any]:

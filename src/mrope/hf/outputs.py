@@ -16,15 +16,23 @@ def own_output(self: Any, outputs: Any, encoded: Mapping[str, Any]) -> Any:
         return outputs
     # Images and clips of fixed shapes come out of one tower call.
     named = {"image" if name == "vision" else name: tower for name, tower in encoded.items()}
-    own = {f"{name}_outputs": tower for name, tower in named.items()}
-    own["rope_deltas"] = getattr(self, "rope_deltas", None)
+    own = {"rope_deltas": getattr(self, "rope_deltas", None)}
+    for name, tower in named.items():
+        own[f"{name}_outputs"] = tower
+        # Their names up to 5.23, of LFM3-VL and of VideoLLaMA 3.
+        own[f"{name}_pooler_output"] = own[f"{name}_hidden_states"] = tower.pooler_output
     for name in _unknown_fields(type(self)):
         own.pop(name, None)
     return multimodal(**outputs, **own)
 
 
 _OUTPUTS: dict[type, Any] = {}
-_ADDED_FIELDS = ("image_outputs", "video_outputs", "rope_deltas")
+_ADDED_FIELDS = (
+    "rope_deltas",
+    *(f"{name}_outputs" for name in ("image", "video")),
+    *(f"{name}_pooler_output" for name in ("image", "video")),
+    *(f"{name}_hidden_states" for name in ("image", "video")),
+)
 
 
 # A constant under torch.compile, which cannot trace `inspect`; it would warn of an lru_cache.
@@ -53,6 +61,6 @@ def _find_output(model_class: type) -> Any:
         # By the names in its code: in 5.24 the annotation of some families is another class.
         for name in forward.__code__.co_names if inspect.isfunction(forward) else ():
             output = forward.__globals__.get(name)
-            if {"image_outputs", "rope_deltas"} & {*getattr(output, "__dataclass_fields__", ())}:
+            if {*_ADDED_FIELDS} & {*getattr(output, "__dataclass_fields__", ())}:
                 return output
     return None

@@ -65,8 +65,8 @@ def default_model(family: str) -> Any:
 
     config = AutoConfig.for_model(family)
     for name, value in example_config(family).items():
-        # The default configs of the Omni thinkers have no vision start marker.
-        if not hasattr(config, name):
+        # The default configs of the Omni thinkers have no vision start marker, MiniCPM-V's no ids.
+        if getattr(config, name, None) is None:
             setattr(config, name, value)
     autos = (AutoModelForImageTextToText, AutoModelForTextToWaveform)
     known = [auto._model_mapping for auto in autos]  # noqa: SLF001 - no public name
@@ -155,7 +155,8 @@ def _plain_batch(
     spec, _, audio = specs
     examples = tiny_examples(model.config.to_dict(), spec, **media)
     if audio is None:
-        batch = dict(PaddingCollator(padding_side=padding_side)(examples))
+        joined = _take_crops(examples) if spec.family_row.custom_index == "minicpm" else {}
+        batch = dict(PaddingCollator(padding_side=padding_side)(examples)) | joined
         if spec.family_row.custom_index == "glm_image":
             batch["images_per_sample"] = torch.tensor(
                 [len(example["image_grid_thw"]) for example in examples]
@@ -173,6 +174,13 @@ def _plain_batch(
     batch["input_features"] = torch.randn(shape, generator=generator)
     mask = torch.arange(max(_MEL_FRAMES)) < frames_N[:, None]
     return batch | {"feature_attention_mask": mask.long()}
+
+
+def _take_crops(examples: list[Batch]) -> Batch:
+    """Remove the pixels of MiniCPM-V's examples, and return those of the batch."""
+    names = [name for name in ("pixel_values", "pixel_values_videos") if name in examples[0]]
+    taken = {name: [one.pop(name) for one in examples if name in one] for name in names}
+    return {name: torch.from_numpy(np.concatenate(parts, axis=-1)) for name, parts in taken.items()}
 
 
 def _append_audio(example: Batch, spec: MRopeSpec, audio: AudioSpec, frames: int) -> None:

@@ -87,6 +87,9 @@ def shrink_config(config: Any) -> Any:
     _set(vision, {"out_hidden_size": hidden, "text_hidden_size": hidden})
     if hasattr(vision, "embed_dim"):
         vision.embed_dim, vision.hidden_size = _TOWER_WIDTH, hidden
+    # MiniCPM-V's tower merges windows behind this layer.
+    for section in (small, vision):
+        _set(section, {"insert_layer_id": 0})
     if getattr(small, "vq_config", None) is not None:
         # Of GLM-Image: codes are token ids.
         _set(small.vq_config, {"latent_channels": _TOWER_WIDTH, "embed_dim": 32})
@@ -108,7 +111,7 @@ def build_model(model_class: Any, config: Any, attention: str) -> Any:
 
 def _renumber_tokens(section: Any, ids: dict[int, int]) -> None:
     for name, value in list(vars(section).items()):
-        if not re.search(r"_token_(id|index)$", name):
+        if not re.search(r"(_token_(id|index)|(_start|_end|^newline)_id)$", name):
             continue
         tokens = [token for token in _as_list(value) if isinstance(token, int)]
         for token in tokens:

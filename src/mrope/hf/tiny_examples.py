@@ -32,8 +32,10 @@ def tiny_examples(
     rng = np.random.default_rng(seed)
     plans = [["image", "video", "image"], [], ["video", "image"]]
     wanted = {"image": images, "video": videos}
+    tower = spec.family_row.tower
+    make = _crops_example if tower is not None and tower.crops else _example
     return [
-        _example(config, spec, [kind for kind in plans[row % 3] if wanted[kind]], rng)
+        make(config, spec, [kind for kind in plans[row % 3] if wanted[kind]], rng)
         for row in range(rows)
     ]
 
@@ -80,6 +82,43 @@ def _example(
             example[pixels] = _pixels(config, spec, pixels_of[kind], rng)
     if spec.tokens_per_second is not None and grids["video"]:
         example["second_per_grid_ts"] = np.array([0.7] * len(grids["video"]), np.float32)
+    return example
+
+
+def _crops_example(
+    config: Mapping[str, Any], spec: MRopeSpec, kinds: list[str], rng: np.random.Generator
+) -> dict[str, Any]:
+    """Return an example of MiniCPM-V: each image and frame is a thumbnail and a line of two slices.
+
+    Pixels are (1, channels, side, side * patches): a batch joins them on the last dimension.
+    """
+    tokens: list[int] = _text(rng, 4)
+    sizes: dict[str, list[list[int]]] = {"image": [], "video": []}
+    extra = {name: int(value) for name, value in spec.extra.items()}
+    around = (spec.vision_start_token_id, extra["image_end_id"])
+    slices = (extra["slice_start_id"], extra["slice_end_id"])
+    for kind in kinds:
+        token = spec.image_token_id if kind == "image" else spec.video_token_id
+        whole, part = (spec.spatial_merge_size * rng.integers(1, 3, (2, 2))).tolist()
+        for size, (start, end) in ((whole, around), (part, slices), (part, slices)):
+            sizes[kind].append(size)
+            tokens += [start, *[token] * spec.frame_tokens(*size), end]
+        tokens += _text(rng, 2)
+    tokens += _text(rng, int(rng.integers(1, 6)))
+    ids = np.array(tokens)
+    types = token_types(spec, ids)
+    example: dict[str, Any] = {
+        "input_ids": ids,
+        "labels": np.where(types, -100, ids),
+        "mm_token_type_ids": types,
+    }
+    side = config["vision_config"]["patch_size"]
+    for kind, suffix in (("image", ""), ("video", "_videos")):
+        if sizes[kind]:
+            example[f"target_sizes{suffix}"] = np.array(sizes[kind])
+            patches = sum(height * width for height, width in sizes[kind])
+            pixels = rng.standard_normal((1, 3, side, side * patches)).astype(np.float32)
+            example[f"pixel_values{suffix}"] = pixels
     return example
 
 

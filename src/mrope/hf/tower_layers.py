@@ -72,9 +72,12 @@ def tower_forward(
         cu_seqlens: `Borders` in place of the tensor. Given only a tensor, as under flash attention,
             the layer's own forward is called.
         segments: overrides `cu_seqlens`, for towers that need the tensor for themselves; the
-            tensor's own attribute `mrope_borders` does so where a tower passes on nothing else.
+            tensor's own attribute `mrope_borders` does so where a tower passes on nothing else; by
+            N where the tower merges patches between its layers.
     """
     within = getattr(cu_seqlens, "mrope_borders", cu_seqlens) if segments is None else segments
+    if isinstance(within, dict):
+        within = within[hidden_states.shape[-2]]
     if isinstance(within, torch.Tensor):
         return type(self).forward(self, hidden_states, cu_seqlens, **kwargs)
     # Flash attention's argument; the other implementations would not know it.

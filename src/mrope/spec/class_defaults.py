@@ -130,7 +130,7 @@ CLASS_DEFAULTS: dict[str, Defaults] = {
     "hy_v4_vl": {"image_token_id": 120120, "video_token_id": 120124}
     | _plain_tower(16, spatial_merge_size=2),
     # All token ids are null by default.
-    "minicpmv4_7": {"downsample_mode": "16x"} | _plain_tower(16),
+    "minicpmv4_7": {"downsample_mode": "16x"} | _plain_tower(16, image_size=224),
     "dots3_note": {"image_token_id": 151660, "video_token_id": 151680}
     | _plain_tower(14, spatial_merge_size=2),
     "exaone4_5": {"image_token_id": 67, "video_token_id": 68} | _tower(14, window_size=112),

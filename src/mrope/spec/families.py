@@ -34,6 +34,8 @@ class Tower:
             (GLM-Image).
         merges_in_batch: by how many patches along each side images and videos are merged stands in
             the batch, not in the config (VideoLLaMA 3).
+        crops: images and frames are cut into crops, whose sizes stand in the batch in place of
+            grids (MiniCPM-V).
         pairs: behind the tower, frames of a clip are merged in pairs (ERNIE-4.5-VL).
     """
 
@@ -45,6 +47,7 @@ class Tower:
     host_grids: bool = False
     draws_last: bool = False
     merges_in_batch: bool = False
+    crops: bool = False
     pairs: bool = False
 
 
@@ -246,6 +249,7 @@ FAMILIES: dict[str, Family] = {
         references=("transformers-5.23",),
         start_keys=("image_start_id",),
         extra=_tokens("image_end_id", "slice_start_id", "slice_end_id", "newline_id"),
+        tower=Tower(crops=True),
     ),
     # transformers 5.24 is the first release that has it.
     "hy_v4_vl": Family(

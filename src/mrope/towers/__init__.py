@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mrope.towers.audio import AudioSpec, audio_tensors, audio_tokens, padded_features
+from mrope.towers.crops import crop_tensors
 from mrope.towers.vision import block_index, pair_index, vision_tensors
 from mrope.towers.vision_spec import VisionSpec, check_release
 
@@ -13,6 +14,7 @@ __all__ = [
     "audio_tokens",
     "block_index",
     "check_release",
+    "crop_tensors",
     "padded_features",
     "pair_index",
     "vision_tensors",

@@ -56,7 +56,8 @@ def vision_tensors(
         those of `transformers.vision_utils` 5.23, bit for bit.
 
     Raises:
-        MRopeError: grids of a wrong shape or dtype, sizes below 1 or not divisible by the merge.
+        MRopeError: grids of a wrong shape or dtype, sizes below 1 or not divisible by the merge, or
+            a tower of MiniCPM-V, which takes no grids.
 
     Example:
         >>> tensors = vision_tensors(VisionSpec(spatial_merge_size=2), [[1, 2, 4]])
@@ -65,6 +66,8 @@ def vision_tensors(
         >>> tensors["cu_seqlens"].tolist(), tensors["max_seqlen"]
         ([0, 8], 8)
     """
+    if spec.crops:
+        raise MRopeError("this tower takes crops, which have sizes and no grids: see crop_tensors")
     grid_N3 = _as_grids(grid_thw, spec.spatial_merge_size)
     if not len(grid_N3):
         return {}

@@ -26,7 +26,8 @@ class VisionSpec:
         table_side: learned positions along each side of the tower's table; None: no table.
         positions: the tower takes row and column of each patch.
         videos: the tower takes videos.
-        raster, draws_last, host_grids, merges_in_batch, pairs: see `mrope.spec.families.Tower`.
+        raster, draws_last, host_grids, merges_in_batch, crops, pairs: see
+            `mrope.spec.families.Tower`.
         patch_shape: shape of a patch in `pixel_values`; None: the config does not say.
     """
 
@@ -40,6 +41,7 @@ class VisionSpec:
     host_grids: bool = False
     draws_last: bool = False
     merges_in_batch: bool = False
+    crops: bool = False
     pairs: bool = False
 
     @classmethod
@@ -66,13 +68,13 @@ class VisionSpec:
         name, table = read_model(config)
         family, tower = _find_tower(name)
         vision, where = read_tower(table, "vision_config", name, family)
-        merge = 1
-        if not tower.merges_in_batch:
-            merge = read_int(vision, ("spatial_merge_size",), where, 1)
+        merge = _read_merge(vision, where, tower, table)
         return cls(
             spatial_merge_size=merge,
             window_side=_read_window_side(vision, where, merge) if tower.windows else None,
-            table_side=_read_table_side(vision, where, tower) if tower.table else None,
+            table_side=_read_table_side(vision, where, tower)
+            if tower.table or tower.crops
+            else None,
             positions=tower.positions,
             videos=tower.videos,
             raster=tower.raster,
@@ -80,6 +82,7 @@ class VisionSpec:
             host_grids=tower.host_grids,
             draws_last=tower.draws_last,
             merges_in_batch=tower.merges_in_batch,
+            crops=tower.crops,
             pairs=tower.pairs,
         )
 
@@ -89,6 +92,8 @@ class VisionSpec:
         keys: tuple[str, ...] = ("cu_seqlens", "max_seqlen")
         if self.positions:
             keys += ("position_ids",)
+        if self.crops:
+            return (*keys, "window_index", "cu_window_seqlens", "max_window_seqlen")
         if self.window_side is not None:
             keys += ("window_index", "cu_window_seqlens", "max_window_seqlen")
         if self.table_side is not None:
@@ -123,6 +128,14 @@ def check_release(spec: VisionSpec, version: str | None = None) -> None:
         )
 
 
+def _read_merge(
+    vision: Mapping[str, Any], where: str, tower: Tower, table: Mapping[str, Any]
+) -> int:
+    if tower.crops:
+        return 2 if table.get("downsample_mode") == "4x" else 4
+    return 1 if tower.merges_in_batch else read_int(vision, ("spatial_merge_size",), where, 1)
+
+
 def _read_window_side(vision: Mapping[str, Any], where: str, merge: int) -> int:
     window = read_int(vision, ("window_size",), where, 1)
     patch = read_int(vision, ("patch_size",), where, 1)
@@ -155,7 +168,7 @@ def _read_table_side(vision: Mapping[str, Any], where: str, tower: Tower) -> int
 
     A table in raster order has one entry per patch of the training image size.
     """
-    if tower.raster:
+    if tower.raster or tower.crops:
         image, patch = (read_int(vision, (key,), where, 1) for key in ("image_size", "patch_size"))
         return image // patch
     # A square table: the config holds the number of its entries.
