@@ -36,7 +36,10 @@ class Places:
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         """Return whether a host tensor is in pinned memory, or would be on a machine with CUDA."""
-        return address_of(tensor) in self._pinned or tensor.is_pinned()
+        if address_of(tensor) in self._pinned:
+            return True
+        # Under vmap, as a graph of a packed mask runs it, torch cannot ask a tensor.
+        return not torch._C._functorch.is_batchedtensor(tensor) and tensor.is_pinned()  # noqa: SLF001
 
     def all_on_host(self, tensors: list[torch.Tensor]) -> bool:
         """Return whether a result of these tensors is on the host."""
