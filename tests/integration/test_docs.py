@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from sybil.document import Document
 from sybil.parsers.markdown import PythonCodeBlockParser
 
-from integration.common import TEXT_PROCESSOR, build_processor, import_lmms_engine
+from integration.common import build_processor, import_lmms_engine
+from integration.lmms_recipe import write_processor
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(page.stem for page in ROOT.glob("docs/trainers/*.md") if page.stem != "index")
@@ -28,19 +28,20 @@ pytestmark = [
 ]
 
 
-def names(page: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def names(page: str, folder: Path) -> dict[str, Any]:
     """Return what a page takes for given; skip the test where its trainer is not installed."""
     if page == "lmms-engine":
-        import_lmms_engine(monkeypatch)
-        return {"processor": TEXT_PROCESSOR, "tokens": [torch.tensor([7, 8, 9]), torch.tensor([7])]}
+        import_lmms_engine()
+        write_processor(folder, "qwen3_vl")
+        return {"processor_name": str(folder)}
     pytest.importorskip(NEEDS.get(page, "transformers"))
     return {"processor": build_processor("demo")} if page == "trl" else {}
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_code_blocks_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    given = names(page, monkeypatch)
+    given = names(page, tmp_path)
     document = Document.parse(f"docs/trainers/{page}.md", PythonCodeBlockParser())
     document.namespace.update(given)
     examples = list(document.examples())
