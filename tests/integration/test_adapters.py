@@ -1,7 +1,7 @@
 """Adapted batches in the peers' own code, on the CPU.
 
 All three peers ask for transformers older than what `make integration` has: 5.9.0 suits them all.
-Where a peer, or that release, is missing, its tests are skipped; docs/adapters.md has the pins.
+Where a peer, or that release, is missing, its tests are skipped: `make peers` sets them up.
 """
 
 from __future__ import annotations
