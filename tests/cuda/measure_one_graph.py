@@ -82,7 +82,7 @@ def measure_case(case: str, options: list[str]) -> None:
     with CUDA:
         model: Any = build_model(cfg)
     fixed: Any = build_collator(cfg)
-    free = MRopeCollator(fixed.inner_collate, fixed.spec, fixed.vision)
+    free = MRopeCollator(None, fixed.spec, fixed.vision)
     size = cfg.dataloader.batch_size
     examples = [[rows[size * number + row] for row in range(size)] for number in range(BATCHES)]
     if "warm" in options:
@@ -129,7 +129,8 @@ def compile_alone(model: Any, batch: Batch) -> None:
     start = time.perf_counter()
     # Raised by running the graph beside other processes; by then it is in the cache.
     with suppress(torch.OutOfMemoryError):
-        torch.compile(model, fullgraph=True, dynamic=False)(**batch)
+        run: Any = torch.compile(model, fullgraph=True, dynamic=False)
+        run(**batch)
     print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -173,6 +174,7 @@ def measure_capture(run: Any, batches: list[Batch]) -> list[float]:
         graph.replay()
 
     measure("captured by hand", replay)
+    without_sync("captured by hand", lambda: replay(1))
     found = []
     for number in range(2):
         replay(number)
@@ -190,6 +192,7 @@ def measure_reduced(model: Any, batches: list[Batch]) -> None:
         step(reduced, batches[number % BATCHES])
 
     measure('mode="reduce-overhead"', one_step)
+    without_sync('mode="reduce-overhead"', lambda: one_step(1))
 
 
 if __name__ == "__main__":

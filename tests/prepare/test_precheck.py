@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from mrope import MRopeCollator, MRopeError, MRopeSpec, SpanMismatchError, TokenBudgetSampler
 from mrope.positions.rope_index import rope_index
 from mrope.prepare import Precheck, examples_of
-from mrope.prepare.precheck import LENGTH, PATCHES
+from mrope.prepare.precheck import LENGTH, PATCH_PAIRS, PATCHES, SEGMENTS
 from mrope.spec.spec import example_config
 from mrope.towers import VisionSpec
 from support.batches import ROWS, SPAN_ROWS, random_batch
@@ -115,6 +115,8 @@ class TestWhatIsAdded:
         columns = Precheck(SPEC)(given)
         assert columns[LENGTH].tolist() == [8, 7, 3]
         assert columns[PATCHES].tolist() == [16, 16, 0]
+        assert columns[SEGMENTS].tolist() == [1, 2, 0]
+        assert columns[PATCH_PAIRS].tolist() == [16**2, 2 * 8**2, 0]
         assert {name: columns[name] for name in given} == given
         assert Precheck(SPEC)(columns_of_samples([padded]))[LENGTH].tolist() == [1]
 
@@ -127,6 +129,8 @@ class TestWhatIsAdded:
             "target_sizes": [[[side, 2 * side]], None],
         }
         assert Precheck(spec)(columns)[PATCHES].tolist() == [2 * side**2, 0]
+        assert Precheck(spec)(columns)[SEGMENTS].tolist() == [1, 0]
+        assert Precheck(spec)(columns)[PATCH_PAIRS].tolist() == [4 * side**4, 0]
         columns["target_sizes"][0] = [side, 2 * side]
         assert Precheck(spec)(columns)[PATCHES].tolist() == [2 * side**2, 0]
 
@@ -166,7 +170,7 @@ class TestWhatIsAdded:
         columns = Precheck(SPEC)({"input_ids": ids, "image_grid_thw": images})
         assert columns[PATCHES].tolist() == [16, 0]
         examples = examples_of(columns)
-        assert list(examples[1]) == ["input_ids", LENGTH, PATCHES]
+        assert list(examples[1]) == ["input_ids", LENGTH, PATCHES, SEGMENTS, PATCH_PAIRS]
         batch = MRopeCollator(None, SPEC)(examples)
         assert batch["image_grid_thw"].tolist() == [[1, 4, 4]]
 

@@ -298,6 +298,10 @@ def test_the_shape_of_synthetic_rows_is_checked(tmp_path: Path) -> None:
     [
         ("dataloader.max_tokens=64", "dataloader.max_tokens needs rope.packing: flatten"),
         ("dataloader.buffer_size=64", "dataloader.buffer_size needs dataloader.max_tokens"),
+        (
+            "dataloader={max_tokens: 64, buffer_size: 8, balance: work}",
+            "dataloader.balance needs the sampler: remove dataloader.buffer_size",
+        ),
         ("rope.pad_to_multiple_of=8", "rope.pad_to_multiple_of needs rope.packing: flatten"),
         (
             "rope={packing: flatten, pad_to_multiple_of: 0}",

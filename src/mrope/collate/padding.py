@@ -41,9 +41,9 @@ class PaddingCollator:
     size 0) are as if absent, see `mrope.collate.samples.read_sample`.
 
     - `input_ids`, `attention_mask`, `labels`, `mm_token_type_ids`, `moe_mm_token_type_ids` and
-      `token_type_ids`, (n,) or (1, n), are padded. Where only some examples have an `attention_mask`, the others get ones;
-      where only some have `mm_token_type_ids`, the others get zeros, in whose place `MRopeCollator`
-      writes the types of their placeholders.
+      `token_type_ids`, (n,) or (1, n), are padded. Where only some examples have an
+      `attention_mask`, the others get ones; where only some have `mm_token_type_ids`, the others
+      get zeros, in whose place `MRopeCollator` writes the types of their placeholders.
     - `pixel_values`, `pixel_values_videos`, the grids, the crops' sizes, the seconds and the
       lengths of audios are concatenated on dim 0; an example without them adds nothing. A single
       grid (3,), and seconds or a length without an axis, count as one.

@@ -9,11 +9,13 @@ from mrope.prepare.precheck import Precheck, examples_of
 from mrope.prepare.sampler import TokenBudgetSampler
 from mrope.prepare.stop_together import stop_together
 from mrope.prepare.streams import TokenBudgetStream
+from mrope.prepare.work import WorkModel
 
 __all__ = [
     "Precheck",
     "TokenBudgetSampler",
     "TokenBudgetStream",
+    "WorkModel",
     "examples_of",
     "stop_together",
 ]

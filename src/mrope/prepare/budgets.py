@@ -113,15 +113,13 @@ class _Limit(NamedTuple):
 
 def _top_rungs(shapes: Shapes) -> dict[str, int]:
     """Return what the top rungs of a ladder hold, by kind."""
-    tokens, patches = shapes.tokens[-1], shapes.patches[-1]
-    return {
-        "tokens": tokens,
-        "patches": patches,
-        # One border is for the padding.
-        "examples": shapes.examples(tokens) - 1,
+    # One border is for the padding.
+    rungs = {"tokens": shapes.tokens[-1], "examples": shapes.examples(shapes.tokens[-1]) - 1}
+    if shapes.patches:
+        rungs["patches"] = shapes.patches[-1]
         # Padding takes the other borders of the rung, see `Shapes.borders`.
-        "segments": -(-patches // shapes.patches_per_segment),
-    }
+        rungs["segments"] = -(-shapes.patches[-1] // shapes.patches_per_segment)
+    return rungs
 
 
 def _read_lengths(lengths: Any) -> AnyInts:

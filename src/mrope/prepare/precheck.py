@@ -34,7 +34,8 @@ from mrope.spec.spec import MRopeSpec
 from mrope.towers import VisionSpec
 
 LENGTH, PATCHES = "mrope_length", "mrope_patches"
-ADDED = (LENGTH, PATCHES)
+SEGMENTS, PATCH_PAIRS = "mrope_segments", "mrope_patch_pairs"
+ADDED = (LENGTH, PATCHES, SEGMENTS, PATCH_PAIRS)
 """Columns that `Precheck` adds, for samplers; models do not take them."""
 
 # Position ids depend on these; of other token columns only the length is compared.
@@ -53,14 +54,16 @@ NAMES = ("mrope_index", "index", "id")
 
 
 class Precheck:
-    """Check every row of a batch of columns, and add its length and its number of patches.
+    """Check every row of a batch of columns, and add its length and what its tower has to do.
 
-    Each row is passed to `rope_index` as a batch of one, and must pass all its checks. Two int64
+    Each row is passed to `rope_index` as a batch of one, and must pass all its checks. Four int64
     columns are added:
 
     - `mrope_length`: valid tokens of the row, the lengths that `TokenBudgetSampler` takes;
     - `mrope_patches`: patches that the vision tower has to process, the sum of frames * height *
-      width over the row's grids (height * width over its crops for MiniCPM-V); 0 for text.
+      width over the row's grids (height * width over its crops for MiniCPM-V); 0 for text;
+    - `mrope_segments`: images and frames of clips (crops), in which patches attend to each other;
+    - `mrope_patch_pairs`: the sum of their squared patches, which attention in the tower costs.
 
     Plain data: it pickles, and needs neither transformers nor the model. Of pixels only the number
     of patches is read.
@@ -96,7 +99,7 @@ class Precheck:
         self.vision = vision
 
     def __call__(self, columns: Any, indices: Sequence[int] | None = None) -> Any:
-        """Return `columns` with `mrope_length` and `mrope_patches`, int64 (rows,).
+        """Return `columns` with the four columns of `Precheck`, int64 (rows,).
 
         Args:
             columns: a mapping from names to lists or arrays with an entry for each row, or a
@@ -121,14 +124,14 @@ class Precheck:
             raise MRopeError(f"no input_ids among the columns {', '.join(map(str, source))}")
         read |= pixels_of(columns, PIXELS)
         rows = [self._check(read, row, source, indices) for row in range(len(read["input_ids"]))]
-        sizes_N2 = np.array(rows, np.int64).reshape(-1, 2)
-        added = {LENGTH: sizes_N2[:, 0].copy(), PATCHES: sizes_N2[:, 1].copy()}
+        counts_N4 = np.array(rows, np.int64).reshape(-1, len(ADDED))
+        added = {name: counts_N4[:, at].copy() for at, name in enumerate(ADDED)}
         return with_added(columns, added, lists=read)
 
     def _check(
         self, read: Mapping[str, Any], row: int, source: Mapping[str, Any], indices: Any
-    ) -> tuple[int, int]:
-        """Return length and patches of one row; its error names its place in the dataset."""
+    ) -> tuple[int, ...]:
+        """Return what is added for one row; its error names its place in the dataset."""
         try:
             entries = {name: column[row] for name, column in read.items()}
             shapes = {name: pixel_shape(entries[name]) for name in PIXELS if name in entries}
@@ -162,8 +165,8 @@ def examples_of(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _check_row(spec: MRopeSpec, sample: Mapping[str, Any]) -> tuple[int, int]:
-    """Return valid tokens and patches of a row; raise if it cannot be collated."""
+def _check_row(spec: MRopeSpec, sample: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return valid tokens, patches, segments and pairs; raise if a row cannot be collated."""
     if "input_ids" not in sample:
         raise MRopeError("no input_ids: the entry is null")
     arguments = _arguments(spec, sample)
@@ -174,7 +177,7 @@ def _check_row(spec: MRopeSpec, sample: Mapping[str, Any]) -> tuple[int, int]:
     # Checked by now: of the shape of the ids, and any value but 0 is valid.
     mask = arguments.get("attention_mask")
     tokens = arguments["input_ids"].size if mask is None else np.count_nonzero(mask)
-    return int(tokens), _patches(arguments)
+    return int(tokens), *_count_patches(arguments)
 
 
 def _arguments(spec: MRopeSpec, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,14 +241,19 @@ def _seq_lengths(spec: MRopeSpec, lengths: Any) -> list[Any] | None:
     return None
 
 
-def _patches(arguments: Mapping[str, Any]) -> int:
+def _count_patches(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return patches, segments and pairs of patches of a row."""
     grids = [as_grid(name, arguments.get(name)) for name in GRIDS]
     crops = [
         as_integers(name, arguments[name], "height and width in patches").astype(np.int64)
         for name in CROPS
         if name in arguments
     ]
-    return sum(int(sizes.prod(axis=1).sum()) for sizes in (*grids, *crops) if sizes.size)
+    # A crop is a frame of its own.
+    grids += [np.insert(crop, 0, 1, axis=1) for crop in crops if crop.size]
+    frame_G, height_G, width_G = np.concatenate(grids).T
+    area_G = height_G * width_G
+    return int(frame_G @ area_G), int(frame_G.sum()), int(frame_G @ area_G**2)
 
 
 def _of_dataset(

@@ -155,7 +155,12 @@ class TokenBudgetSampler(Sampler[list[int]]):
             raise ValueError(
                 f"max_tokens {max_tokens} is below pad_to_multiple_of {pad_to_multiple_of}"
             )
-        self._check_pairs(patches, cost, patch_pairs, segments)
+        rungs = None if shapes is None else shapes.patches or None
+        _require("patches", patches, max_patches=max_patches, shapes=rungs)
+        _require("shapes", shapes, segments=segments)
+        _require("cost", cost, patch_pairs=patch_pairs)
+        if cost is not None and not self.shuffle:
+            raise ValueError("cost needs shuffle=True: without it a step takes the next batches")
         self.budgets = read_budgets(
             {"tokens": lengths, "patches": patches, "segments": segments},
             {name: getattr(self, f"max_{name}") for name in ("tokens", "patches", "examples")},
@@ -277,18 +282,6 @@ class TokenBudgetSampler(Sampler[list[int]]):
             **{name: getattr(self, name) for name in names},
         }
 
-    def _check_pairs(self, patches: Any, cost: Any, patch_pairs: Any, segments: Any) -> None:
-        """Refuse an argument without the one that it needs."""
-        for name, value, needed, given in (
-            ("max_patches", self.max_patches, "patches", patches is not None),
-            ("shapes", self.shapes, "patches", patches is not None),
-            ("segments", segments, "shapes", self.shapes is not None),
-            ("patch_pairs", patch_pairs, "cost", cost is not None),
-            ("cost", cost, "shuffle=True", self.shuffle),
-        ):
-            if value is not None and not given:
-                raise ValueError(f"{name} needs {needed}")
-
 
 class TokenBudgetIterator(Iterator[list[int]]):
     """Iterate once over a rank's batches, with a position that can be saved and restored.
@@ -369,3 +362,10 @@ def _place(rank: int | None, num_replicas: int | None) -> tuple[int, int]:
     if rank >= num_replicas:
         raise ValueError(f"rank must be below num_replicas ({num_replicas}), not {rank}")
     return rank, num_replicas
+
+
+def _require(name: str, value: object, **without: object) -> None:
+    """Raise if an argument is not given, but others that are useless without it are."""
+    for other, given in without.items():
+        if given is not None and value is None:
+            raise ValueError(f"{other} needs {name}")

@@ -23,6 +23,7 @@ from mrope.errors import MRopeError
 from mrope.positions.spans import token_types
 from mrope.prepare.sampler import TokenBudgetSampler
 from mrope.prepare.streams import TokenBudgetStream
+from mrope.prepare.work import WorkModel
 from mrope.training.open_source import open_source, split_source
 from mrope.training.synthetic import SyntheticRows, patch_values
 
@@ -62,13 +63,22 @@ class TensorRows(Dataset[dict[str, torch.Tensor]]):
 
     def patches(self) -> npt.NDArray[np.int64]:
         """Return the number of patches of each row, images and clips together, int64 (N,)."""
+        return np.array([grids.prod(axis=1).sum() for grids in self._grids()], np.int64)
+
+    def patch_pairs(self) -> npt.NDArray[np.int64]:
+        """Return the sum of squared patches over the images and frames of each row, int64 (N,)."""
+        pairs = (grids[:, 0] @ grids[:, 1:].prod(axis=1) ** 2 for grids in self._grids())
+        return np.array([*pairs], np.int64)
+
+    def _grids(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Yield the grids of each row, images and clips together, int64 (grids, 3)."""
         names = [name for name in GRIDS if name in self.columns.column_names]
-        if not names:
-            return np.zeros(len(self), np.int64)
         columns = self.columns.with_format("numpy").select_columns(names)
-        # A null in a column of arrays comes back as one NaN of no dimension.
-        grids = [[grid for grid in row.values() if np.ndim(grid) == 2] for row in columns]
-        return np.array([sum(int(grid.prod(axis=1).sum()) for grid in row) for row in grids])
+        none = np.empty((0, 3), np.int64)
+        for row in columns if names else [{}] * len(self):
+            # A null in a column of arrays comes back as one NaN of no dimension.
+            given = (grid for grid in row.values() if np.ndim(grid) == 2)
+            yield np.concatenate([none, *given])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = self.columns[index]
@@ -186,17 +196,7 @@ def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[A
         stream = _make_stream(cfg, table, options.max_tokens, options.buffer_size)
         return DataLoader(stream, batch_size=None, **_loader_options(cfg, collate))
     if options.max_tokens is not None:
-        lengths = rows.lengths()
-        if cfg.rope.enabled and cfg.rope.shapes is not None and cfg.rope.shapes.patches:
-            # No batch may be above the top rung of patches either.
-            lengths = cfg.rope.shapes.ladder().sampler_lengths(lengths, rows.patches())
-        # The filled-up row must fit into the budget too.
-        sampler = TokenBudgetSampler(
-            lengths,
-            options.max_tokens,
-            pad_to_multiple_of=cfg.rope.pad_to_multiple_of,
-            seed=cfg.train.seed,
-        )
+        sampler = make_sampler(cfg, rows, options.max_tokens)
         return DataLoader(table, batch_sampler=sampler, **_loader_options(cfg, collate))
     if len(rows) < options.batch_size:
         raise MRopeError(
@@ -212,11 +212,39 @@ def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[A
     )
 
 
+def make_sampler(cfg: Config, rows: RowDataset, max_tokens: int) -> TokenBudgetSampler:
+    """Make the batch sampler of a config with `dataloader.max_tokens`.
+
+    Raises:
+        MRopeError: a row is above a budget, or the work of the model's tower cannot be counted.
+    """
+    options, shapes = cfg.dataloader, cfg.rope.shapes
+    ladder = shapes.ladder() if shapes is not None and cfg.rope.enabled else None
+    given: dict[str, Any] = {}
+    # Reading all grids takes time, and is needed by these alone.
+    if options.max_patches is not None or (ladder is not None and ladder.patches):
+        given |= {"patches": rows.patches()}
+    if options.balance == "work":
+        given |= {"patches": rows.patches(), "patch_pairs": rows.patch_pairs()}
+        given |= {"cost": WorkModel.from_config(cfg.model.config)}
+    return TokenBudgetSampler(
+        rows.lengths(),
+        max_tokens,
+        **given,
+        max_patches=options.max_patches,
+        shapes=ladder,
+        # The filled-up row must fit into the budget too.
+        pad_to_multiple_of=cfg.rope.pad_to_multiple_of,
+        seed=cfg.train.seed,
+    )
+
+
 def _make_stream(cfg: Config, rows: Any, max_tokens: int, buffer_size: int) -> TokenBudgetStream:
     """Make the stream of batches of a config with `dataloader.buffer_size`."""
     return TokenBudgetStream(
         RowStream(rows),
         max_tokens,
+        max_patches=cfg.dataloader.max_patches,
         pad_to_multiple_of=cfg.rope.pad_to_multiple_of,
         buffer_size=buffer_size,
         size=measure_row,

@@ -177,14 +177,17 @@ class DataLoaderSection(_Section):
     """Arguments of `torch.utils.data.DataLoader`.
 
     With `num_workers: 0` the last three are ignored. `max_tokens` is our own: a
-    `TokenBudgetSampler` fills batches up to so many tokens, and `batch_size` is ignored. With
-    `buffer_size`, rows are read in order, and a `TokenBudgetStream` fills batches from a buffer of
-    so many: no pass over all rows comes before.
+    `TokenBudgetSampler` fills batches up to so many tokens, and `max_patches` patches if given, and
+    `batch_size` is ignored. `balance` is what is made similar in the batches of a step: their
+    tokens, or their work by `WorkModel`. With `buffer_size`, rows are read in order, and a
+    `TokenBudgetStream` fills batches from a buffer of so many: no pass over all rows comes before.
     """
 
     batch_size: Annotated[int, Field(ge=1)] = 4
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     buffer_size: Annotated[int, Field(ge=1)] | None = None
+    max_patches: Annotated[int, Field(ge=1)] | None = None
+    balance: Literal["tokens", "work"] = "tokens"
     num_workers: Annotated[int, Field(ge=0)] = 2
     pin_memory: bool = False
     start_method: Literal["spawn", "fork", "forkserver"] = "spawn"
@@ -193,8 +196,11 @@ class DataLoaderSection(_Section):
 
     @model_validator(mode="after")
     def _batches_have_a_token_budget(self) -> Self:
-        if self.buffer_size is not None and self.max_tokens is None:
-            raise ValueError("dataloader.buffer_size needs dataloader.max_tokens")
+        for name, default in (("max_patches", None), ("balance", "tokens"), ("buffer_size", None)):
+            if getattr(self, name) != default and self.max_tokens is None:
+                raise ValueError(f"dataloader.{name} needs dataloader.max_tokens")
+        if self.buffer_size is not None and self.balance != "tokens":
+            raise ValueError("dataloader.balance needs the sampler: remove dataloader.buffer_size")
         return self
 
 

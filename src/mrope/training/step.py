@@ -116,12 +116,10 @@ def _mark(device: torch.device) -> _Mark:
 
 
 def _seconds_between(began: Any, ended: Any) -> float:
-    seconds: float
     if isinstance(began, float):
-        seconds = ended - began
-    else:
-        seconds = began.elapsed_time(ended) / 1000  # milliseconds
-    return seconds
+        return float(ended - began)
+    milliseconds: float = began.elapsed_time(ended)
+    return milliseconds / 1000
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,8 +66,15 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
 
     def patches(self) -> npt.NDArray[np.int64]:
         """Return the number of patches of each row, images and clips together, int64 (N,)."""
-        drawn = (self._images(torch.Generator().manual_seed(row)) for row in range(len(self)))
-        return np.array([_patches([*images, *self.clips]) for images in drawn])
+        return np.array([_patches(grids) for grids in self._grids()])
+
+    def patch_pairs(self) -> npt.NDArray[np.int64]:
+        """Return the sum of squared patches over the images and frames of each row, int64 (N,)."""
+        return np.array([sum(t * (h * w) ** 2 for t, h, w in grids) for grids in self._grids()])
+
+    def _grids(self) -> Iterator[list[list[int]]]:
+        for row in range(len(self)):
+            yield [*self._images(torch.Generator().manual_seed(row)), *self.clips]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         # Seeded by the index, so that a row is the same in every worker and every epoch.
