@@ -174,6 +174,21 @@ def test_compiled_text_layers_attend_without_a_mask(family: str) -> None:
     assert sum(causal) == len(layers) > 0
 
 
+# dynamo looks at the gradient of a layer's input, which is no leaf.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_layers_compile_one_by_one(family: str) -> None:
+    """As trainers compile under FSDP2, whose hooks stand between layers."""
+    model: Any = attach(tiny_model(family).train())
+    batch = collate(family, examples_of(family), "flatten", SHAPES)
+    want = model(**dict(batch)).loss
+    with fresh_dynamo():
+        for layer in (*model.model.visual.blocks, *model.model.language_model.layers):
+            layer.compile(fullgraph=True, dynamic=False, backend="eager")
+        assert (model(**batch).loss - want).abs() < 1e-5
+
+
 def checkpointed() -> Any:
     model: Any = attach(tiny_model("qwen3_vl").train())
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -210,10 +210,11 @@ def _attach_attention(name: str, part: Any, attention: Attention) -> None:
         how, why = "segments", foreign
     part.mrope_attention, part.mrope_attention_reason = how, why
     for path, parts in layers.items() if how != "own" else ():
+        layer = part.get_submodule(path)
         if parts is not None:
-            bind(part.get_submodule(path), "forward", partial(tower_forward, parts))
+            bind(layer, "forward", partial(tower_forward, parts.bound_to(layer)))
         elif how == "varlen":
-            use_varlen(part.get_submodule(path))
+            use_varlen(layer)
 
 
 def _attention_layers(name: str, part: Any) -> Iterator[tuple[str, TowerLayer | None]]:

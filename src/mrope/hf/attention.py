@@ -63,6 +63,7 @@ def attend_within(
     value: torch.Tensor,
     borders: Borders,
     options: dict[str, Any],
+    eager: Any,
 ) -> torch.Tensor:
     """Attend within segments, in one call where that is possible.
 
@@ -72,6 +73,7 @@ def attend_within(
         borders: of the segments.
         options: `scaling`, the factor of the scores, `dropout`, and what else transformers'
             attention functions take.
+        eager: the attention function for "eager".
 
     Returns:
         (N, heads * dimension).
@@ -82,7 +84,7 @@ def attend_within(
         return attend_varlen(query, key, value, cu_seqlens, longest, scale).flatten(1)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
         layer.config._attn_implementation,  # noqa: SLF001 - no public name
-        modelling_of(layer).eager_attention_forward,
+        eager,
     )
     options = {"is_causal": False, **options}
     if borders.pairs is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ class TowerLayer:
         scale: attribute with the factor of the scores.
         dropout: attribute with the rate of attention dropout; a layer without it has none.
         returns_pair: whether the layer returns (output, attention weights); the weights are None.
+        rotate, attend: functions of the modelling file that defines the layer's forward, so that
+            rounding is that of its own: of query and key by `position_embeddings`, and eager
+            attention. Bound by `bound_to`, since `torch.compile` cannot trace the search for them.
     """
 
     inputs: tuple[str, ...]
@@ -31,6 +34,14 @@ class TowerLayer:
     scale: str = "scaling"
     dropout: str = "attention_dropout"
     returns_pair: bool = False
+    rotate: Any = None
+    attend: Any = None
+
+    def bound_to(self, layer: torch.nn.Module) -> TowerLayer:
+        """Return this description with the functions of a layer's modelling file."""
+        module = modelling_of(layer)
+        rotate = getattr(module, "apply_rotary_pos_emb_vision", None)
+        return replace(self, rotate=rotate, attend=module.eager_attention_forward)
 
     def describes(self, layer: torch.nn.Module) -> bool:
         """Whether a layer has these modules and no other, which it might run in between."""
@@ -89,7 +100,7 @@ def tower_forward(
     heads = _project(self, parts, hidden_states, rotary)
     kwargs["scaling"] = getattr(self, parts.scale)
     kwargs["dropout"] = getattr(self, parts.dropout, 0.0) if self.training else 0.0
-    attended = attend_within(self, *heads, within, kwargs)
+    attended = attend_within(self, *heads, within, kwargs, parts.attend)
     output = getattr(self, parts.output)(attended.view(*hidden_states.shape[:-1], -1))
     return (output, None) if parts.returns_pair else output
 
@@ -116,6 +127,5 @@ def _project(
         query_norm, key_norm = (getattr(layer, name) for name in parts.norms)
         query, key = query_norm(query), key_norm(key)
     if rotary is not None:
-        # Taken from the layer's own modelling file, so that rounding is that of its own forward.
-        query, key = modelling_of(layer).apply_rotary_pos_emb_vision(query, key, *rotary)
+        query, key = parts.rotate(query, key, *rotary)
     return query, key, value
