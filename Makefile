@@ -1,6 +1,6 @@
 # Each target sets up its own environment: a fresh clone needs python3, make and a package index.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs parity integration peers ray soak fuzz cuda bench lowest newest clean
+.PHONY: help demo test check docs browser parity integration peers ray soak fuzz cuda bench lowest newest clean
 
 PYTHON ?= python3
 LOWEST_PYTHON ?= python3.10
@@ -28,7 +28,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## Train on photographs twice, with positions from the workers and from the model, and compare every loss
 	$(BIN)/mrope train configs/demo.yaml --compare
 
-test: check docs  ## Run everything that CI runs: check, docs and tests (under 10 minutes on 2 cores)
+test: check docs browser  ## Run everything that CI runs: check, docs and tests (under 10 minutes on 2 cores)
 	$(BIN)/pytest -q -n 2 --dist loadscope
 
 check: $(READY)  ## Lint, format, types, import directions, and limits of files and functions
@@ -41,6 +41,13 @@ check: $(READY)  ## Lint, format, types, import directions, and limits of files 
 # Without --quiet, which drops warnings before --strict counts them.
 docs: $(READY)  ## Build the docs strictly into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Debian's package needs root; playwright's own build, a download, does not. Tests find either.
+browser: $(READY)  ## Install a Chromium for the tests that look at pages, unless there is one
+	@$(BIN)/python tests/support/browser.py || \
+	  { [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium-headless-shell; } || \
+	  $(BIN)/playwright install chromium-headless-shell || \
+	  echo "No Chromium could be installed: tests of pages are skipped, or fail where CI is set. Put chromium on the PATH."
 
 # transformers 4.57, 5.17 and 5.23 each need an environment of their own (about 2 minutes to set up).
 PARITY := .venvs/4.57.6 .venvs/5.17.0 .venvs/5.23.0

@@ -9,6 +9,9 @@ under sdpa) and, in bfloat16, once with the variable-length kernel ("varlen"). O
 under `torch.cuda.set_sync_debug_mode("error")`; on a CPU under `SyncGuard`, and without the kernel.
 
 A case passes without a sync and with loss and gradients near the plain model's on the padded batch.
+The kernel rounds in another order than sdpa. Where the plain model's own gradients move further than
+the limit when its tower's attention is rounded anew (experts are then chosen differently), up to twice
+that is allowed, and the report says so ("own").
 In float32 a mixture of experts may sync on CUDA: `torch.nn.functional.grouped_mm` reads its groups
 back there, for the plain model too. Prints a line for each case; exits with 1 if any fails.
 """
@@ -42,6 +45,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # position or mask makes.
 MOST = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (5e-3, 5e-2)}
 EXPECTED = "grouped_mm in float32"
+ROUNDINGS, HALF_ULP = 4, 2.0**-9  # of bfloat16, relative
 
 Batch = dict[str, Any]
 Case = dict[str, Any]
@@ -96,6 +100,19 @@ class Subject:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
+    def own_difference(self, plain: Batch, wanted: dict[str, torch.Tensor]) -> float:
+        """Return how far the plain model's gradients move when its tower's attention is rounded anew."""
+        layers = [one for one in self.model.modules() if is_tower_attention(one)]
+        furthest = 0.0
+        for seed in range(ROUNDINGS):
+            random = torch.Generator(DEVICE).manual_seed(seed)
+            handles = [one.register_forward_hook(partial(round_anew, random)) for one in layers]
+            self.step(plain)
+            for handle in handles:
+                handle.remove()
+            furthest = max(furthest, relative(self.gradients(), wanted))
+        return furthest
+
     def gradients(self) -> dict[str, torch.Tensor]:
         """Return the gradients of the last step, in float64."""
         named = self.model.named_parameters()
@@ -113,6 +130,22 @@ def small_model(family: str) -> Any:
     Two layers of their default configs need not hold every kind that the family has.
     """
     return tiny_model(family).train() if family in PLAIN_FAMILIES else default_model(family)
+
+
+def is_tower_attention(module: torch.nn.Module) -> bool:
+    """Return whether a module is an attention layer of a vision tower."""
+    name = type(module).__name__
+    return "Vision" in name and name.endswith("Attention")
+
+
+def round_anew(random: torch.Generator, _: Any, __: Any, output: Any) -> Any:
+    """Return a layer's output as another order of the same additions may round it."""
+    if isinstance(output, tuple):
+        return tuple(round_anew(random, None, None, one) for one in output)
+    if not isinstance(output, torch.Tensor):
+        return output
+    noise = torch.randn(output.shape, generator=random, device=output.device)
+    return (output.float() * (1 + HALF_ULP * noise)).to(output.dtype)
 
 
 @contextmanager
@@ -177,6 +210,7 @@ def verdict(case: Case) -> str:
     if "error" in case:
         return f"FAILED {case['error']}"
     loss, gradients = MOST[getattr(torch, case["dtype"])]
+    gradients = max(gradients, 2 * case.get("own", 0.0))
     # Not `>`, which a nan passes.
     if case["missing"] or not (case["loss"] <= loss and case["gradients"] <= gradients):
         return "FAILED differs"
@@ -198,7 +232,10 @@ def check(family: str, dtype: torch.dtype) -> Iterator[Case]:
             for attention in ("segments", "varlen") if varlen else ("segments",):
                 known = head | {"batch": name, "attention": attention}
                 try:
-                    yield known | compare(subject, attention, staged, wanted)
+                    found = compare(subject, attention, staged, wanted)
+                    if attention == "varlen" and found["gradients"] > MOST[dtype][1]:
+                        found["own"] = subject.own_difference(plain, wanted[1])
+                    yield known | found
                 except Exception as error:  # noqa: BLE001 - the other cases are still to be run
                     yield known | {"error": described(error)}
     except Exception as error:  # noqa: BLE001 - so are the other families
@@ -216,7 +253,9 @@ def main(file: Path, families: list[str]) -> int:
         for dtype in MOST:
             for case in check(family, dtype):
                 case["verdict"] = verdict(case)
-                numbers = [f"{case[key]:.1e}" for key in ("loss", "gradients") if key in case]
+                numbers = [
+                    f"{case[key]:.1e}" for key in ("loss", "gradients", "own") if key in case
+                ]
                 labels = (family, case["dtype"], case.get("batch"), case.get("attention"))
                 print(*labels, *numbers, case["verdict"], flush=True)
                 report["cases"].append(case)
