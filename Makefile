@@ -45,7 +45,7 @@ docs: $(READY)  ## Build the docs strictly into site/
 # Debian's package needs root; playwright's own build, a download, does not. Tests find either.
 browser: $(READY)  ## Install a Chromium for the tests that look at pages, unless there is one
 	@$(BIN)/python tests/support/browser.py || \
-	  { [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium-headless-shell; } || \
+	  { [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium-headless-shell fonts-dejavu-core; } || \
 	  $(BIN)/playwright install chromium-headless-shell || \
 	  echo "No Chromium could be installed: tests of pages are skipped, or fail where CI is set. Put chromium on the PATH."
 

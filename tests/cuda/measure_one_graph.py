@@ -1,13 +1,15 @@
 """Measure a training step of fixed shapes on a GPU: plain, attached, compiled to one graph, captured.
 
     PYTHONPATH=src:tests python tests/cuda/measure_one_graph.py 2b-mixed8,2b-crops64 [flash] [reduce]
+    PYTHONPATH=src:tests python tests/cuda/measure_one_graph.py 2b-s16k checkpoint [flash] [reduce]
     PYTHONPATH=src:tests python tests/cuda/measure_one_graph.py 2b-mixed8 warm
 
 For each config of configs/bench: milliseconds of a step, forward and backward, by CUDA events (median
 of 12 after 3); GPU idle by a trace of 3 further steps; peak memory; losses of two batches. All variants
 run on the same eight batches, collated before. "captured by hand" replays one CUDA graph of the compiled
 step, forward and backward; with `reduce`, torch's own mode="reduce-overhead" is compiled and measured too;
-with `flash`, a plain model under transformers' flash attention path, with torch's kernel. With `warm`
+with `flash`, a plain model under transformers' flash attention path, with torch's kernel; with
+`checkpoint`, all of them under gradient checkpointing, without which 2b-s16k does not fit. With `warm`
 nothing is measured: the graph is compiled into inductor's cache, so that several cases compile side by
 side before they are measured one by one.
 """
@@ -38,6 +40,7 @@ from support.flash import flash_attention
 
 CUDA = torch.device("cuda")
 BATCHES, STEPS, WARM_UP, PROFILED = 8, 12, 3, 3
+WARM_SHARE = 0.2
 OVERRIDES = [f"rope.{key}=true" for key in ("enabled", "vision")]
 OVERRIDES += ["model.attach=true", "dataloader.num_workers=0"]
 Batch = dict[str, Any]
@@ -80,7 +83,7 @@ def measure_case(case: str, options: list[str]) -> None:
     rows: Any = load_run_rows(cfg)
     torch.manual_seed(0)
     with CUDA:
-        model: Any = build_model(cfg)
+        model: Any = build_case(cfg, options)
     fixed: Any = build_collator(cfg)
     free = MRopeCollator(None, fixed.spec, fixed.vision)
     size = cfg.dataloader.batch_size
@@ -96,7 +99,7 @@ def measure_case(case: str, options: list[str]) -> None:
     measure("plain, sdpa", lambda number: step(model, plain[number % BATCHES]))
     losses = {"plain": [step(model, batch).item() for batch in plain[:2]]}
     if "flash" in options:
-        measure_flash(cfg, plain)
+        measure_flash(cfg, plain, options)
         torch.cuda.empty_cache()  # of its model
     attach(model)
     print(explain_attention(model))
@@ -125,6 +128,7 @@ def measure_case(case: str, options: list[str]) -> None:
 
 
 def compile_alone(model: Any, batch: Batch) -> None:
+    torch.cuda.set_per_process_memory_fraction(WARM_SHARE)  # others compile on this GPU
     attach(model)
     start = time.perf_counter()
     # Raised by running the graph beside other processes; by then it is in the cache.
@@ -141,11 +145,18 @@ def without_sync(name: str, one_step: Callable[[], Any]) -> None:
     print(f"no sync by CUDA's own debug mode: {name}", flush=True)
 
 
-def measure_flash(cfg: Any, plain: list[Batch]) -> None:
+def build_case(cfg: Any, options: list[str]) -> Any:
+    model: Any = build_model(cfg)
+    if "checkpoint" in options:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def measure_flash(cfg: Any, plain: list[Batch], options: list[str]) -> None:
     section = cfg.model.model_copy(update={"attn_implementation": "flash_attention_2"})
     with flash_attention():
         with CUDA:
-            model: Any = build_model(cfg.model_copy(update={"model": section}))
+            model = build_case(cfg.model_copy(update={"model": section}), options)
         measure("plain, flash path", lambda number: step(model, plain[number % BATCHES]))
 
 
