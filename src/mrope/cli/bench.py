@@ -69,6 +69,21 @@ def omni(json_file: JsonFile = None, repeats: Repeats = 15) -> None:
 
 
 @bench_app.command()
+def balance(
+    json_file: JsonFile = None,
+    examples: Annotated[
+        int, typer.Option(min=10_000, help="Examples of the simulated epoch.")
+    ] = 60_000,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed plans of a million examples.")] = 5,
+    quick: Quick = False,
+) -> None:
+    """Simulate 8, 64 and 512 ranks on batches by tokens, length, visual tokens and work."""
+    from mrope.bench.balance import bench_balance
+
+    bench_balance(examples, repeats, quick, json_file)
+
+
+@bench_app.command()
 def step(
     words: Annotated[
         list[str],
