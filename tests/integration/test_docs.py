@@ -1,50 +1,33 @@
-"""The code of the trainers' pages runs as it stands."""
+"""The code of the guides runs with every trainer, and that of lmms-engine where it is installed."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-from sybil.document import Document
-from sybil.parsers.markdown import PythonCodeBlockParser
 
-from integration.common import build_processor, import_lmms_engine
+from integration.common import import_lmms_engine
 from integration.lmms_recipe import write_processor
+from support.guides import GUIDES, make_workspace, run_guide
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(page.stem for page in ROOT.glob("docs/trainers/*.md") if page.stem != "index")
-# What a page needs in order to run beside what it shows.
-NEEDS = {
-    "trl": "trl",
-    "lightning": "lightning",
-    "torchdata": "torchdata",
-    "accelerate": "accelerate",
-}
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")
 
 
-def names(page: str, folder: Path) -> dict[str, Any]:
-    """Return what a page takes for given; skip the test where its trainer is not installed."""
-    if page == "lmms-engine":
-        import_lmms_engine()
-        write_processor(folder, "qwen3_vl")
-        return {"processor_name": str(folder)}
-    pytest.importorskip(NEEDS.get(page, "transformers"))
-    return {"processor": build_processor("demo")} if page == "trl" else {}
+@pytest.mark.parametrize("guide", GUIDES)
+def test_guides_run_with_every_trainer(
+    guide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_workspace(tmp_path, monkeypatch)
+    assert run_guide(guide) == []
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_code_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    given = names(page, tmp_path)
-    document = Document.parse(f"docs/trainers/{page}.md", PythonCodeBlockParser())
-    document.namespace.update(given)
-    examples = list(document.examples())
-    assert len(examples) == document.text.count("```python") > 0
-    for example in examples:
-        example.evaluate()
+def test_the_code_for_lmms_engine_runs(tmp_path: Path) -> None:
+    import_lmms_engine()
+    write_processor(tmp_path, "qwen3_vl")
+    page = (ROOT / "docs" / "frameworks.md").read_text(encoding="utf-8")
+    # Marked `py`: tests/test_docs.py runs what is marked `python`, without lmms-engine.
+    (block,) = re.findall(r"```py\n(.*?)```", page, flags=re.DOTALL)
+    exec(block, {"processor_name": str(tmp_path)})

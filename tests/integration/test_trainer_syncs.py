@@ -1,4 +1,4 @@
-"""The settings of docs/trainers that leave a step without syncs, under each trainer, by the guard."""
+"""The settings of the docs that leave a step without syncs, under each trainer, by the guard."""
 
 from __future__ import annotations
 
