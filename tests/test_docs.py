@@ -16,11 +16,11 @@ from mrope.spec.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
-PAGES = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")]
-)
-# Their code needs the trainers: tests/integration/test_docs.py runs it.
-TRAINERS = sorted(ROOT.glob("docs/trainers/*.md"))
+DOCS = sorted(ROOT.rglob("docs/**/*.md"))
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
+# The code of the guides needs a model and a dataset: tests/test_guides.py runs it.
+PAGES = [file for file in FILES if file.parent.name not in ("start", "trainers")]
+MOST_PAGES, MOST_LINES, MOST_README_LINES = 20, 200, 120
 # Text and target of a Markdown link or picture; the text may run over a line's end.
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -51,7 +51,7 @@ def test_docstring_examples_run(file: str) -> None:
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in [*PAGES, *TRAINERS]])
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in FILES])
 def test_relative_links_lead_to_files(page: str) -> None:
     file = ROOT / page
     prose = re.sub(r"```.*?```", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -70,3 +70,14 @@ def test_code_blocks_and_links_are_found() -> None:
     assert "README.md" in _having("```python", PAGES)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(LINK.findall(readme)) > 5
+
+
+def test_pages_are_few_and_short() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    listed = re.findall(r"[\w/-]+\.md", navigation.split("\nnot_in_nav:")[0])
+    assert len(listed) <= MOST_PAGES
+    inside = {str(file.relative_to(ROOT / "docs")) for file in DOCS}
+    assert inside - set(listed) == {name for name in inside if name.startswith("contributors/")}
+    limits = dict.fromkeys(DOCS, MOST_LINES) | {ROOT / "README.md": MOST_README_LINES}
+    for file, most in limits.items():
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= most, file

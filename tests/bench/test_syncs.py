@@ -81,7 +81,7 @@ def test_without_one_of_its_parts_the_attached_model_syncs(dropped: str, site: s
 @pytest.mark.parametrize("family", MODEL_FAMILIES)
 def test_the_table_in_the_docs_is_what_is_counted(family: str) -> None:
     """Count two rows of each family; `mrope bench syncs` counts all, and writes the table."""
-    page = (CONFIGS.parent / "docs" / "guard.md").read_text(encoding="utf-8")
+    page = (CONFIGS.parent / "docs/contributors/guard.md").read_text(encoding="utf-8")
     for attention, media, padded in (("sdpa", "both", True), ("eager", "images", False)):
         cfg = load_config(CONFIGS / f"{family}.yaml", [f"model.attn_implementation={attention}"])
         row = count_row(cfg, media, padded)

@@ -162,7 +162,7 @@ def main() -> int:
         table.add_row(name, str(value))
     make_console().print(table)
     write_json(report, arguments.json)
-    # The allocator's heap grows for a while and then stays; see docs/reliability.md.
+    # The allocator's heap grows for a while and then stays; see docs/contributors/reliability.md.
     resident = looks[-1].resident
     growth = report["growth_in_the_second_half"]
     flat = all(one < 0.002 * size for one, size in zip(growth, resident, strict=True))

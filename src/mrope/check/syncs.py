@@ -21,7 +21,7 @@ from mrope.training.model import attach_and_compile, build_model
 from mrope.training.sections import Config
 from mrope.training.step import choose_device, guarded_step, to_device
 
-# What transformers' Trainer needs to run without syncs; docs/trainers/transformers.md says what
+# What transformers' Trainer needs to run without syncs; docs/start/trainer.md says what
 # each setting gives up.
 TRAINER_RECIPE: dict[str, Any] = {
     "accelerator_config": {"non_blocking": True},

@@ -81,7 +81,7 @@ def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> 
     and `language_model`), those of its towers' attention layers and of linear text layers, and for
     Qwen3-VL the text model's `_deepstack_process`. Classes and modules of transformers, parameters,
     names and the state dict stay as they are. Outputs are those of the unmodified model:
-    `docs/reading.md` says which are bit-equal.
+    `docs/attach.md` says which are bit-equal.
 
     Args:
         model: a `...ForConditionalGeneration`, its base model, or a PEFT model around one. Attach

@@ -1,7 +1,7 @@
 """Compute position ids of a whole stream in one pass, without a loop over tokens or spans.
 
 One idea is used twice: compute a few numbers for each group, and repeat them over its members.
-Groups are first runs, then lines; `docs/design.md` shows both steps on small arrays.
+Groups are first runs, then lines; `docs/contributors/design.md` shows both steps on small arrays.
 
 Shape suffixes: T tokens of the stream, D documents, D1 their borders, R runs, R1 their borders, G
 grids (one for each vision span), L lines. A line is a stretch of tokens in which the width position

@@ -1,8 +1,8 @@
 """Convert batches to the names and shapes that other trainers expect, one pure function each.
 
 Every adapter takes a batch of `MRopeCollator` in model layout and returns a new dict; its argument
-is not changed. Docstrings name the release whose source was read; docs/adapters.md states what was
-run.
+is not changed. Docstrings name the release whose source was read; docs/contributors/reliability.md
+states what was run.
 
 Shape suffixes: B rows and S width of a padded batch, T tokens of a flattened one.
 """
