@@ -16,7 +16,7 @@ from mrope.spec.spec import example_config
 from support.batches import SPAN_ROWS
 from support.malformed import MALFORMED, Malformed
 
-ERRORS_PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
+TROUBLE_PAGE = Path(__file__).parents[2] / "docs" / "trouble.md"
 
 
 def spec_of(case: Malformed) -> MRopeSpec:
@@ -37,7 +37,7 @@ def test_the_error_names_row_span_and_both_counts(case: Malformed) -> None:
 
 @pytest.mark.parametrize("case", MALFORMED, ids=lambda case: case.name)
 def test_the_docs_show_the_message(case: Malformed) -> None:
-    page = " ".join(ERRORS_PAGE.read_text(encoding="utf-8").split())
+    page = " ".join(TROUBLE_PAGE.read_text(encoding="utf-8").split())
     assert case.message in page
     assert " ".join(case.what.split()) in page
 
@@ -72,7 +72,7 @@ IMAGE_ROW = {
     "image_grid_thw": [[1, 4, 4]],
 }
 MASK = [[1] * 7, [1, 1, 0, 0, 0, 0, 0]]
-# What is wrong with a whole argument: the change, and the message that docs/errors.md shows.
+# What is wrong with a whole argument: the change, and the message that docs/trouble.md shows.
 WHOLE: dict[str, tuple[dict[str, Any], str]] = {
     "inverted mask": (
         {"attention_mask": [[1 - value for value in row] for row in MASK]},
@@ -110,7 +110,7 @@ def test_wrong_arguments_as_a_whole_name_the_likely_cause(family: str, case: str
     if case == "inverted mask":
         assert isinstance(caught.value, SpanMismatchError)
         assert (caught.value.row, caught.value.found, caught.value.needed) == (0, 0, 4)
-    page = " ".join(ERRORS_PAGE.read_text(encoding="utf-8").split())
+    page = " ".join(TROUBLE_PAGE.read_text(encoding="utf-8").split())
     assert message in page
 
 
@@ -172,7 +172,7 @@ def test_pixels_that_do_not_match_are_in_the_docs(case: str) -> None:
     with pytest.raises(SpanMismatchError) as caught:
         MRopeCollator(None, spec)(examples)
     assert str(caught.value) == message
-    assert message in " ".join(ERRORS_PAGE.read_text(encoding="utf-8").split())
+    assert message in " ".join(TROUBLE_PAGE.read_text(encoding="utf-8").split())
 
 
 GOOD: dict[str, Any] = {"input_ids": [[101, 102, 7]], "image_grid_thw": [[1, 2, 2]]}

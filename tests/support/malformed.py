@@ -1,6 +1,6 @@
 """Every malformed sample that users of the field report, and what a user is told.
 
-`test_malformed.py` checks the messages, and that `docs/errors.md` shows them word for word.
+`test_malformed.py` checks the messages, and that `docs/trouble.md` shows them word for word.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ MALFORMED = [
     ),
     case(
         "stray image placeholder",
-        "Somebody typed `<|image_pad|>` into the text.",
+        "Somebody typed the placeholder of an image into the text.",
         [[7, IMAGE, 8, *image(4)]],
         "row 0, image 0: found 1 placeholder token, but its grid [1, 4, 4], merged by 2, needs 4. "
         "Likely cause: a grid of another sample or processor, or the spec of another model family.",
@@ -108,7 +108,7 @@ MALFORMED = [
     ),
     case(
         "sampled video placeholder",
-        "A policy sampled `<|video_pad|>` in its answer; the row has no video.",
+        "A policy sampled the placeholder of a video in its answer; the row has no video.",
         [[*image(4), 7, VIDEO, 8]],
         "row 0, video 0: found 1 placeholder token, but has no grid. Likely cause: a placeholder "
         "token that was typed or sampled as text, or a grid that was lost on the way.",
