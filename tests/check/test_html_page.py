@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -15,6 +14,7 @@ from mrope.check.report import Check
 from mrope.check.row_layout import Misfit, RowLayout, TokenRun, lay_out
 from mrope.check.rows import RowCheck
 from mrope.check.summary import EXAMPLES, Summary
+from support.browser import open_browser
 from support.checked import CUT, GOOD, SPEC, STRAY, Folder, Row
 from support.malformed import image
 
@@ -167,17 +167,12 @@ def test_a_page_that_cannot_be_written_is_one_message(folder: Folder) -> None:
     assert "1 row, none bad" in folder.out  # what was found is said before
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
 @pytest.mark.parametrize("width", [1200, 400])
 def test_the_page_in_a_browser(folder: Folder, width: int) -> None:
-    api = pytest.importorskip("playwright.sync_api")
     page_of(folder, [GOOD, *[CUT] * 7, STRAY])
     asked: list[str] = []
     said: list[str] = []
-    with api.sync_playwright() as play:
-        browser = play.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-        )
+    with open_browser() as browser:
         page = browser.new_page(viewport={"width": width, "height": 800})
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda message: said.append(message.text))
@@ -201,6 +196,5 @@ def test_the_page_in_a_browser(folder: Folder, width: int) -> None:
         assert len(set(colours)) == 4
         bars = page.locator("#lengths rect.bar")
         assert bars.count() == 1 and bars.first.bounding_box()["height"] > 20
-        browser.close()
     assert asked == [(folder.path / "page.html").as_uri()]
     assert said == []
