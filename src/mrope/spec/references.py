@@ -103,7 +103,7 @@ VISION_READ_SINCE: dict[str, tuple[int, int]] = {
     "interp_indices": (5, 15),
     "interp_weights": (5, 15),
 }
-"""First release (major, minor) whose vision towers read each tensor; source: docs/vision.md.
+"""First release (major, minor) whose vision towers read each tensor; source: docs/batch.md.
 
 A later release that ignored one would compute it again: slower, not wrong. `attach` compares.
 """
