@@ -1,38 +1,72 @@
-"""Trace training steps on CUDA: how long the GPU is busy, and how long it waits for the host."""
+"""Trace training steps on CUDA: how long the GPU computes, communicates, and waits for the host."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 
+class DeviceEvent(NamedTuple):
+    """A kernel or a copy, and when it ran, in nanoseconds."""
+
+    name: str
+    start: int
+    end: int
+
+
 def profile_steps(step: Callable[[Any], Any], batches: Iterable[Any]) -> dict[str, float]:
     """Profile a step of each batch; return idle share, busy time, kernels and copies per step."""
-    from torch.profiler import ProfilerActivity, profile
-
     ready = list(batches)
-    torch.cuda.synchronize()
-    # Without ProfilerActivity.CPU, whose records would slow the host down.
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for batch in ready:
-            step(batch)
-        torch.cuda.synchronize()
-    result: Any = profiler.profiler
-    events = [one for one in result.kineto_results.events() if one.duration_ns()]
-    on_device = [one for one in events if one.device_type().name == "CUDA"]
-    spans = [(one.start_ns(), one.start_ns() + one.duration_ns()) for one in on_device]
+    events = trace_steps(step, ready)
     # Kernels of several streams overlap, so that their durations must not be added up.
-    busy = covered_length(spans)
-    wall = max(end for _, end in spans) - min(start for start, _ in spans)
-    copies = sum(one.name().startswith("Memcpy HtoD") for one in on_device)
+    busy, wall = _covered(events), _wall(events)
+    copies = sum(one.name.startswith("Memcpy HtoD") for one in events)
     return {
         "gpu_idle_share": 1 - busy / wall,
         "gpu_busy_ms": busy / 1e6 / len(ready),
         "profiled_step_ms": wall / 1e6 / len(ready),
-        "kernels_per_step": len(spans) / len(ready),
+        "kernels_per_step": len(events) / len(ready),
         "copies_in_step": copies / len(ready),
+    }
+
+
+def trace_steps(step: Callable[[Any], Any], batches: Sequence[Any]) -> list[DeviceEvent]:
+    """Return what ran on the GPU in a step of each batch."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    # Without ProfilerActivity.CPU, whose records would slow the host down.
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for batch in batches:
+            step(batch)
+        torch.cuda.synchronize()
+    result: Any = profiler.profiler
+    return [
+        DeviceEvent(one.name(), one.start_ns(), one.start_ns() + one.duration_ns())
+        for one in result.kineto_results.events()
+        if one.duration_ns() and one.device_type().name == "CUDA"
+    ]
+
+
+def split_collectives(events: Sequence[DeviceEvent], steps: int) -> dict[str, float]:
+    """Return a rank's time in kernels of its own and in NCCL's, in milliseconds per step.
+
+    Returns:
+        `compute_ms`: something other than NCCL ran; `collective_ms`: a kernel of NCCL ran, which
+        sends, or spins until the other ranks have come as far; `exposed_ms`: nothing else ran
+        beside it; `gpu_idle_share`: nothing ran at all; `profiled_step_ms`: the whole step.
+    """
+    collectives = [one for one in events if "nccl" in one.name.lower()]
+    compute = _covered([one for one in events if "nccl" not in one.name.lower()])
+    busy, wall = _covered(events), _wall(events)
+    return {
+        "compute_ms": compute / 1e6 / steps,
+        "collective_ms": _covered(collectives) / 1e6 / steps,
+        "exposed_ms": (busy - compute) / 1e6 / steps,
+        "gpu_idle_share": 1 - busy / wall,
+        "profiled_step_ms": wall / 1e6 / steps,
     }
 
 
@@ -43,3 +77,11 @@ def covered_length(spans: list[tuple[int, int]]) -> float:
         covered += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return covered
+
+
+def _covered(events: Sequence[DeviceEvent]) -> float:
+    return covered_length([(one.start, one.end) for one in events])
+
+
+def _wall(events: Sequence[DeviceEvent]) -> float:
+    return max(one.end for one in events) - min(one.start for one in events)
