@@ -40,7 +40,7 @@ from support.flash import flash_attention
 
 CUDA = torch.device("cuda")
 BATCHES, STEPS, WARM_UP, PROFILED = 8, 12, 3, 3
-WARM_SHARE = 0.2
+WARM_SHARE = 0.15
 OVERRIDES = [f"rope.{key}=true" for key in ("enabled", "vision")]
 OVERRIDES += ["model.attach=true", "dataloader.num_workers=0"]
 Batch = dict[str, Any]

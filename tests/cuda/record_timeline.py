@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 
 from mrope import MRopeCollator
 from mrope.bench.harness import conditions
@@ -83,6 +84,8 @@ def step(run: Any, batch: Batch, mark: Mark) -> None:
 
 def capture(model: Any, batch: Batch) -> Step:
     """Return a step that replays one CUDA graph of forward and backward, compiled."""
+    # As in measure_one_graph.py, so that the graph is the one in inductor's cache.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
     run: Any = torch.compile(model, fullgraph=True, dynamic=False)
     buffers = {
         name: value.clone() if isinstance(value, torch.Tensor) else value
