@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import re
 from pathlib import Path
 from unittest import mock
@@ -12,6 +13,8 @@ import pytest
 from sybil.document import Document
 from sybil.parsers.markdown import PythonCodeBlockParser
 
+from mrope import build_collator, load_config
+from mrope.spec import example_config
 from mrope.spec.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -74,10 +77,31 @@ def test_code_blocks_and_links_are_found() -> None:
 
 def test_pages_are_few_and_short() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
-    listed = re.findall(r"[\w/-]+\.md", navigation.split("\nnot_in_nav:")[0])
+    listed = re.findall(r": ([\w/-]+\.md)$", navigation.split("\nnot_in_nav:")[0], re.MULTILINE)
     assert len(listed) <= MOST_PAGES
     inside = {str(file.relative_to(ROOT / "docs")) for file in DOCS}
     assert inside - set(listed) == {name for name in inside if name.startswith("contributors/")}
     limits = dict.fromkeys(DOCS, MOST_LINES) | {ROOT / "README.md": MOST_README_LINES}
     for file, most in limits.items():
         assert len(file.read_text(encoding="utf-8").splitlines()) <= most, file
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_config_of_the_front_page_loads(page: str, tmp_path: Path) -> None:
+    (block,) = re.findall(
+        r"```yaml\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL
+    )
+    (tmp_path / "train.yaml").write_text(block, encoding="utf-8")
+    folder = tmp_path / "Qwen3-VL-2B-Instruct"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(example_config("qwen3_vl")), encoding="utf-8")
+    (tmp_path / "rows.parquet").touch()
+    assert build_collator(load_config(tmp_path / "train.yaml")).vision is not None
+
+
+@pytest.mark.parametrize("name", ["positions", "ladder"])
+def test_pictures_are_as_drawn(name: str) -> None:
+    pictures = pytest.importorskip("support.pictures", exc_type=ImportError)
+    drawn = getattr(pictures, f"draw_{name}")().svg()
+    file = pictures.FOLDER / f"{name}.svg"
+    assert file.read_text(encoding="utf-8") == drawn, "run tests/support/pictures.py"

@@ -1,0 +1,281 @@
+"""Draw the pictures of the docs as SVG.
+
+    PYTHONPATH=src:tests python tests/support/pictures.py [TIMELINE.json]
+
+Writes docs/pictures/{positions,ladder}.svg, and timeline.svg from a file that
+`tests/cuda/record_timeline.py` wrote. Text stays text, and colours follow the reader's light or dark page.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from html import escape
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mrope import MRopeSpec, Shapes, rope_index
+from mrope.bench.mix import make_mix
+from mrope.spec import example_config
+
+FOLDER = Path(__file__).parents[2] / "docs/pictures"
+WIDTH = 560
+BATCHES = 2000
+STYLE = """
+text { font: 14px sans-serif; fill: #333 }
+.small { font-size: 12px; fill: #666 }
+.axis { stroke: #999; fill: none }
+.band { fill: #8883 }
+.text { stroke: #888; fill: #888 }
+.time { stroke: #0060b0; fill: #0060b0 }
+.height { stroke: #c84e00; fill: #c84e00 }
+.width { stroke: #00805c; fill: #00805c }
+.line { fill: none !important }
+.host { fill: #7c9cc4 }
+.back { fill: #a9bfdb }
+.sync { fill: #d43a2f }
+.gpu { fill: #00805c }
+@media (prefers-color-scheme: dark) {
+  text { fill: #ddd }
+  .small { fill: #aaa }
+  .time { stroke: #5cb3f5; fill: #5cb3f5 }
+  .height { stroke: #f59350; fill: #f59350 }
+  .width { stroke: #3fcf9f; fill: #3fcf9f }
+  .host { fill: #5577a5 }
+  .back { fill: #3f5878 }
+  .sync { fill: #ff6b5e }
+  .gpu { fill: #3fcf9f }
+}
+"""
+
+
+class Picture:
+    """Collects shapes of a picture; coordinates are rounded to tenths."""
+
+    def __init__(self, height: int, title: str) -> None:
+        self.height, self.title = height, title
+        self.parts: list[str] = []
+
+    def add(self, tag: str, css: str, content: str = "", **numbers: Any) -> None:
+        given = {name.replace("_", "-"): _short(value) for name, value in numbers.items()}
+        listed = "".join(f' {name}="{value}"' for name, value in given.items())
+        self.parts.append(f'<{tag} class="{css}"{listed}>{escape(content)}</{tag}>')
+
+    def rect(self, css: str, x: float, y: float, width: float, height: float, **more: Any) -> None:
+        self.add("rect", css, x=x, y=y, width=width, height=height, **more)
+
+    def text(self, x: float, y: float, words: str, css: str = "", anchor: str = "start") -> None:
+        self.add("text", css, words, x=x, y=y, text_anchor=anchor)
+
+    def line(
+        self, css: str, *points: tuple[float, float], stroke: float = 1, dash: str = ""
+    ) -> None:
+        drawn = " ".join(f"{_short(x)},{_short(y)}" for x, y in points)
+        more = {"stroke_dasharray": dash} if dash else {}
+        self.add("polyline", css, points=drawn, stroke_width=stroke, **more)
+
+    def save(self, name: str) -> None:
+        (FOLDER / name).write_text(self.svg(), encoding="utf-8")
+
+    def svg(self) -> str:
+        head = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" '
+            f'width="{WIDTH}" height="{self.height}" role="img">\n<title>{self.title}</title>\n'
+        )
+        return head + f"<style>{STYLE}</style>\n" + "\n".join(self.parts) + "\n</svg>\n"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def draw_positions() -> Picture:
+    """Draw time, height and width of text, an image and a clip, as `rope_index` computes them."""
+    config = example_config("qwen2_5_vl")
+    config["vision_config"] |= {"tokens_per_second": 2}
+    spec = MRopeSpec.from_config(config, "transformers-5.23")
+    start, image, video = spec.vision_start_token_id, spec.image_token_id, spec.video_token_id
+    # 3 x 4 merged tokens, then three frames of 2 x 3, half a second, which is one position, apart.
+    ids = [7, 7, 7, start, *[image] * 12, 7, 7, 7, start, *[video] * 18, 7, 7, 7, 7]
+    position_ids, _ = rope_index(
+        spec,
+        [ids],
+        image_grid_thw=[[1, 6, 8]],
+        video_grid_thw=[[3, 4, 6]],
+        second_per_grid_ts=[0.5],
+    )
+    position_3S = position_ids[:, 0]
+    picture = Picture(330, "Time, height and width positions of text, an image and a clip")
+    left, bottom, step = 34.0, 272.0, 520 / len(ids)
+    rise = 190 / position_3S.max()
+
+    def place(token: float, position: float) -> tuple[float, float]:
+        return left + (token + 0.5) * step, bottom - position * rise
+
+    tops = {image: ("an image,", "3 x 4 tokens"), video: ("a clip, 3 frames", "of 2 x 3 tokens")}
+    kinds = [token if token in tops else None for token in ids]
+    at = 0
+    for kind, run in groupby(kinds):
+        count = len(list(run))
+        if kind is not None:
+            picture.rect("band", left + at * step, 42.0, count * step, bottom - 42)
+            for row, words in enumerate(tops[kind]):
+                picture.text(
+                    left + (at + count / 2) * step, 60 + 16 * row, words, "small", "middle"
+                )
+            _draw_axes(picture, position_3S[:, at : at + count], at, place)
+        else:
+            points = [place(at + n, position_3S[0, at + n]) for n in range(count)]
+            picture.line("text line", *points, stroke=2)
+            for x, y in points:
+                picture.add("circle", "text", cx=x, cy=y, r=2.5)
+        at += count
+    _draw_frame(picture, left, bottom, len(ids), int(position_3S.max()), place)
+    return picture
+
+
+def _draw_axes(picture: Picture, span_3T: Any, at: int, place: Any) -> None:
+    for css, stroke, row in (("time", 5.0, 0), ("height", 2.5, 1), ("width", 1.5, 2)):
+        points = [place(at + n, value) for n, value in enumerate(span_3T[row])]
+        picture.line(f"{css} line", *points, stroke=stroke)
+        for x, y in points if css == "width" else []:
+            picture.add("circle", css, cx=x, cy=y, r=2.0)
+
+
+def _draw_frame(
+    picture: Picture, left: float, bottom: float, tokens: int, top: int, place: Any
+) -> None:
+    picture.line("axis", (left, 42.0), (left, bottom), (left + 520, bottom))
+    for position in range(0, top + 1, 5):
+        picture.text(left - 6, place(0, position)[1] + 4, str(position), "small", "end")
+    for token in range(0, tokens, 10):
+        picture.text(place(token, 0)[0], bottom + 17, str(token), "small", "middle")
+    picture.text(left + 520, bottom + 36, "token of the row", "small", "end")
+    picture.text(2, 34, "position", "small")
+    x = left
+    for css, words in (
+        ("time", "time"),
+        ("height", "height"),
+        ("width", "width"),
+        ("text", "all three"),
+    ):
+        picture.line(f"{css} line", (x, 14.0), (x + 22, 14.0), stroke=4)
+        picture.text(x + 28, 19, words)
+        x += 58 + 8 * len(words)
+
+
+def draw_ladder() -> Picture:
+    """Draw the patches of batches of four rows, and the rungs that `Shapes.fit` proposes."""
+    mix = make_mix(4 * BATCHES)
+    tokens, patches, segments = (
+        values.reshape(-1, 4).sum(axis=1)
+        for values in (mix.tokens(), mix.patches(), mix.segments())
+    )
+    longest = int(mix.grids_G3[:, 1:].prod(axis=1).max())
+    ladder = Shapes.fit(tokens=tokens, patches=patches, segments=segments, longest=longest)
+    rungs = ladder.shapes.patches
+    picture = Picture(300, "Patches of batches, and the rungs that hold them")
+    left, bottom, width, height = 20.0, 246.0, 520.0, 160.0
+    scale = width / rungs[-1]
+    counts, edges = np.histogram(patches, bins=52, range=(0, rungs[-1]))
+    for number, (below, rung) in enumerate(pairwise((0, *rungs))):
+        x, top = left + rung * scale, bottom - height
+        if number % 2 == 0:
+            picture.rect("band", left + below * scale, top, (rung - below) * scale, height)
+        lift = 16 * ((len(rungs) - number) % 2)  # neighbours' labels would overlap
+        picture.line("height line", (x, top - 4 - lift), (x, bottom), stroke=2)
+        picture.text(x + 3, top - 8 - lift, f"{rung:,}", "small", "end")
+    for count, edge in zip(counts, edges, strict=False):
+        if count:
+            tall = float(count / counts.max() * (height - 10))
+            picture.rect("gpu", float(left + edge * scale), bottom - tall, width / 52 - 1, tall)
+    picture.line("axis", (left, bottom), (left + width, bottom))
+    picture.text(left, 18, f"Patches of {BATCHES:,} batches of four rows, images of many sizes")
+    shares = (
+        f"{100 * ladder.patch_padding:.0f} % of the patches are padding, {ladder.graphs} graphs"
+    )
+    picture.text(left, 38, f"{len(rungs)} rungs, {shares}", "small")
+    for value in _ticks(rungs[-1]):
+        picture.text(left + value * scale, bottom + 18, f"{value:,}", "small", "middle")
+    picture.text(left + width, bottom + 38, "patches of a batch", "small", "end")
+    return picture
+
+
+def _ticks(last: float) -> list[int]:
+    """Return round numbers from 0 on, four or more of them."""
+    unit = 10 ** int(math.log10(last))
+    step = next(
+        unit * share // 100 for share in (100, 50, 25, 20) if last >= 3 * unit * share / 100
+    )
+    return list(range(0, int(last) + 1, step))
+
+
+def draw_timeline(table: dict[str, Any]) -> Picture:
+    """Draw, for each variant, what host and GPU did in the recorded steps, all on one scale."""
+    variants = table["variants"]
+    last = max(one["gpu"][-1][1] for one in variants.values())
+    picture = Picture(
+        70 + 96 * len(variants), "Host and GPU in training steps, with syncs and without"
+    )
+    left, scale = 44.0, 510 / last
+    x = left
+    for css, words in (
+        ("host", "forward"),
+        ("back", "backward"),
+        ("sync", "sync"),
+        ("gpu", "GPU busy"),
+    ):
+        picture.rect(css, x, 6.0, 14.0, 14.0)
+        picture.text(x + 20, 18, words)
+        x += 40 + 8 * len(words)
+    y = 36.0
+    for name, one in variants.items():
+        idle = f"{one['step_ms']:.0f} ms a step, GPU idle {100 * one['gpu_idle_share']:.0f} %"
+        picture.text(left, y + 16, f"{name}: {idle}")
+        picture.text(left - 6, y + 40, "host", "small", "end")
+        picture.text(left - 6, y + 68, "GPU", "small", "end")
+        for start, end, what in one["host"]:
+            css = "back" if what in ("backward", "replay") else "host"
+            picture.rect(css, left + start * scale, y + 24, max((end - start) * scale, 1.0), 22.0)
+        _draw_shares(picture, "sync", one["syncs"], left, y + 24, scale)
+        _draw_shares(picture, "gpu", one["gpu"], left, y + 52, scale)
+        y += 96
+    picture.line("axis", (left, y - 8), (left + 510, y - 8))
+    for at in _ticks(last):
+        picture.text(left + at * scale, y + 10, str(at), "small", "middle")
+    picture.text(left + 510, y + 28, "milliseconds", "small", "end")
+    return picture
+
+
+def _draw_shares(
+    picture: Picture, css: str, intervals: list[Any], left: float, y: float, scale: float
+) -> None:
+    """Draw a lane in columns of a pixel, as opaque as the share of its time that is covered."""
+    covered = np.zeros(512)
+    for start, end, _ in intervals:
+        first, stop = start * scale, min(end * scale, 511.0)
+        for column in range(int(first), int(stop) + 1):
+            covered[column] += max(0.0, min(stop, column + 1) - max(first, column))
+    levels = np.minimum(np.ceil(covered * 10), 10).astype(int)
+    at = 0
+    for level, run in groupby(levels.tolist()):
+        count = len(list(run))
+        if level:
+            picture.rect(css, left + at, y, float(count), 22.0, opacity=level / 10)
+        at += count
+
+
+def main(words: list[str]) -> None:
+    draw_positions().save("positions.svg")
+    draw_ladder().save("ladder.svg")
+    for file in words:
+        table = json.loads(Path(file).read_text(encoding="utf-8"))
+        draw_timeline(table).save("timeline.svg")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
