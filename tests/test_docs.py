@@ -13,7 +13,7 @@ import pytest
 from sybil.document import Document
 from sybil.parsers.markdown import PythonCodeBlockParser
 
-from mrope import build_collator, load_config
+from mrope import MRopeCollator, build_collator, load_config
 from mrope.spec import example_config
 from mrope.spec.families import FAMILIES
 
@@ -96,7 +96,8 @@ def test_the_config_of_the_front_page_loads(page: str, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(example_config("qwen3_vl")), encoding="utf-8")
     (tmp_path / "rows.parquet").touch()
-    assert build_collator(load_config(tmp_path / "train.yaml")).vision is not None
+    collate = build_collator(load_config(tmp_path / "train.yaml"))
+    assert isinstance(collate, MRopeCollator) and collate.vision is not None
 
 
 @pytest.mark.parametrize("name", ["positions", "ladder"])
