@@ -17,6 +17,7 @@ from mrope import MRopeError
 from mrope.bench.harness import make_console, make_table
 from mrope.check.explain import compute_positions, print_positions, save_plot
 from mrope.cli import main
+from mrope.spec import example_config
 
 SAMPLE = ["text:3", "image:4x6", "text:2", "video:2x4x4"]
 DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
@@ -177,6 +178,8 @@ def test_an_error_is_red_on_a_terminal(command: Command, monkeypatch: pytest.Mon
         ["bench", "positions", "--json", "no/such/folder/x.json"],
         ["bench", "step", "train.steps=3"],
         ["bench", "step", DEMO, "--device", "abacus"],
+        ["bench", "positions", "--plot", "x.nope"],
+        ["explain", "--family", "qwen3_vl", "text:1", "--plot", "x"],
         ["syncs"],
         ["syncs", DEMO, "--model", "somewhere"],
         ["syncs", DEMO, DEMO],
@@ -185,6 +188,56 @@ def test_an_error_is_red_on_a_terminal(command: Command, monkeypatch: pytest.Mon
 def test_wrong_usage_exits_with_2(command: Command, words: list[str]) -> None:
     assert command(*words) == 2
     assert "Usage" in command.err
+
+
+NO_GPU = "train.device is cuda, but torch sees no CUDA device: set it to cpu or auto, or install"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", DEMO, "--device", "cuda"], NO_GPU),
+        (["train", DEMO, "train.device=cuda", "--compare"], NO_GPU),
+        (["bench", "step", DEMO, "--device", "cuda"], NO_GPU),
+        (["train", DEMO, "trian.steps=3"], "  trian: unknown key (did you mean 'train'?); known:"),
+        (["train", DEMO, "train.steps"], "'train.steps': must be key.of.section=value"),
+        (["train", DEMO, "model.config=Qwen/Q"], "Q; give a config.json or the local folder that"),
+        (["train", DEMO, "model.config=."], "  model.config: no config at "),
+        (["train", DEMO, "data.source=no.jsonl"], "  data.source: nothing at "),
+        (["train", DEMO, "rope.reference=4.57"], "transformers-5.23, not 4.57"),
+        (
+            ["train", DEMO, "rope.pad_to_multiple_of=8"],
+            "\n  rope.pad_to_multiple_of needs rope.pac",
+        ),
+        (["check", "--model", "nowhere", "--dataset", "demo"], "  --model: no config at nowhere;"),
+        (["syncs", "--model", "nowhere"], "  model.config: no config at nowhere; give"),
+        (["syncs", "--model", "nowhere", "train.seed=1"], "--model takes no train.seed=1"),
+    ],
+)
+def test_wrong_input_exits_with_2_before_anything_runs(
+    command: Command, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert command(*words) == 2
+    assert command.err.startswith("mrope: ") and message in command.err
+    assert command.out == ""
+
+
+def test_a_dataset_that_cannot_be_parsed_says_why(command: Command, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input_ids": [1, 2]')
+    assert command("train", DEMO, f"data.source={rows}") == 2
+    message = command.err.splitlines()[-1]
+    assert message.startswith(f"mrope: data.source: {rows} cannot be read: ")
+    assert "JSON" in message
+
+
+def test_a_config_without_a_tokenizer_says_so(command: Command, tmp_path: Path) -> None:
+    rows, model = tmp_path / "rows.jsonl", tmp_path / "config.json"
+    rows.write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n')
+    model.write_text(json.dumps(example_config("qwen3_vl")))
+    assert command("check", "--model", str(model), "--dataset", str(rows)) == 2
+    assert "no folder with a tokenizer is given, and the demo's has <|image_pad|>" in command.err
 
 
 @pytest.mark.parametrize(("equal", "code"), [(True, 0), (False, 1)])
@@ -203,10 +256,11 @@ def test_train_compares(
 
 
 def test_train_hands_the_config_on(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr("mrope.training.loop.train", lambda cfg: seen.append(cfg.rope.enabled))
-    assert command("train", DEMO, "rope.enabled=false") == 0
-    assert seen == [False]
+    seen: list[Any] = []
+    monkeypatch.setattr("mrope.training.loop.train", seen.append)
+    assert command("train", DEMO, "rope.enabled=false", "--device", "auto") == 0
+    (cfg,) = seen
+    assert (cfg.rope.enabled, cfg.train.device) == (False, "auto")
 
 
 def test_bench_step_and_syncs_tell_configs_from_overrides(
@@ -272,6 +326,7 @@ def _without(package: str, *words: str) -> subprocess.CompletedProcess[str]:
     [
         ("typer", ["--version"], "cli"),
         ("pydantic", ["train", DEMO], "cli"),
+        ("transformers", ["train", DEMO], "train"),
         ("datasets", ["train", DEMO], "train"),
         ("matplotlib", ["bench", "positions", "--plot", "x.png"], "plot"),
     ],

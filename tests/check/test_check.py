@@ -95,8 +95,8 @@ def test_a_limit_leaves_the_rest_alone(folder: Folder) -> None:
     [
         (["check"], "give --model and --dataset, or --config"),
         (["check", "--model", "{model}"], "give --model and --dataset, or --config"),
-        (["check", "--model", "nowhere", "--dataset", "{rows}"], "model.config: no config at"),
-        (["check", "--model", "{model}", "--dataset", "nowhere"], "data.source: nothing at"),
+        (["check", "--model", "nowhere", "--dataset", "{rows}"], "--model: no config at"),
+        (["check", "--model", "{model}", "--dataset", "nowhere"], "--dataset: nothing at"),
         (
             ["check", "--model", "{model}", "--dataset", "{model}"],
             "config.json has the columns",
@@ -104,7 +104,7 @@ def test_a_limit_leaves_the_rest_alone(folder: Folder) -> None:
         (["check", "--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (
             ["check", "--model", "{model}", "--dataset", "{rows}", "--reference", "5.23"],
-            "rope.reference: must be one of auto, transformers-4.57",
+            "--reference: must be one of auto, transformers-4.57",
         ),
         (["check", "--config", str(DEMO), "--json", "no/such/x.json"], "no folder no/such"),
         (["check", "--config", str(DEMO), "--limit", "0"], "Invalid value for '--limit'"),
@@ -177,7 +177,7 @@ def test_the_command_line_wins_over_the_config(
 def test_without_a_config_the_command_line_is_all_there_is(folder: Folder) -> None:
     cfg = check_config(None, str(folder.model), "demo")
     assert (cfg.data.source, cfg.rope.reference, cfg.data.rows) == ("demo", "auto", None)
-    with pytest.raises(ConfigError, match=r"^the command line: 1 problem\n  data.source: nothing"):
+    with pytest.raises(ConfigError, match=r"^the command line: 1 problem\n  --dataset: nothing"):
         check_config(None, str(folder.model), "nowhere")
 
 

@@ -79,7 +79,7 @@ train: 5
         "  dataloader.pin_memory: must be a valid boolean, not 1 (int)",
         "  dataloader.start_method: must be 'spawn', 'fork' or 'forkserver', not 'spwan' (str)",
         "  rope.reference: must be one of auto, transformers-4.57, transformers-5.17, "
-        "transformers-5.23 (did you mean 'transformers-5.23'?) (is 'transformers-5.22')",
+        "transformers-5.23 (did you mean 'transformers-5.23'?), not 'transformers-5.22'",
         "  rope.enable: unknown key (did you mean 'enabled'?); known: enabled, reference, vision, packing, layout, shapes, pad_to_multiple_of, on_error, rejects, max_rejects",
         "  train: must be a section with the keys steps, seed, lr, weight_decay, device, dtype, "
         "log_file",

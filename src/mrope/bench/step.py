@@ -51,7 +51,7 @@ from mrope.training.dataloader import RowDataset, make_loader
 from mrope.training.loop import load_run_rows
 from mrope.training.model import build_model
 from mrope.training.sections import Config
-from mrope.training.step import endless, finish, guarded_step, to_device
+from mrope.training.step import choose_device, endless, finish, guarded_step, to_device
 
 VARIANTS = ("plain", "rows", "positions", "vision", "attached")
 _MODES = {"compiled": None, "captured": "reduce-overhead"}
@@ -110,6 +110,7 @@ def bench_step(
         steps: timed steps of each variant after 3 warm-up steps, at least 2. Host time is measured
             in `steps // 4` further steps, at least 2.
     """
+    choose_device(device)
     console = make_console()
     report: dict[str, Any] = {
         "conditions": _conditions(device),

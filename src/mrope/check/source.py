@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 
 # A dataset that is generated: not a path.
 _DEMO = "demo"
+# The words by which the command line was called, for errors in the keys that they set.
+_OPTIONS = {
+    "model.config": "--model",
+    "data.source": "--dataset",
+    "rope.reference": "--reference",
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ def check_config(
         ConfigError: a value is invalid.
     """
     from mrope.training.config import as_config, load_config
+    from mrope.training.sections import ConfigError
 
     given: dict[str, str | int | None] = {
         "model.config": model,
@@ -86,7 +93,13 @@ def check_config(
         if value is not None:
             section, _, name = key.partition(".")
             table.setdefault(section, {})[name] = value
-    return as_config(table, Path(), "the command line")
+    try:
+        return as_config(table, Path(), "the command line")
+    except ConfigError as error:
+        message = str(error)
+        for key, option in _OPTIONS.items():
+            message = message.replace(f"\n  {key}:", f"\n  {option}:")
+        raise ConfigError(message) from None
 
 
 def open_rows(cfg: Config, *, compare: bool = False) -> CheckedRows:

@@ -14,7 +14,7 @@ from rich.table import Table
 from mrope.errors import MRopeError
 from mrope.guard import Site
 from mrope.hf import SyncReport, attach, detach
-from mrope.training.config import build_collator, load_config
+from mrope.training.config import as_config, build_collator, load_config
 from mrope.training.dataloader import RowDataset
 from mrope.training.loop import load_run_rows
 from mrope.training.model import attach_and_compile, build_model
@@ -39,7 +39,8 @@ def print_step_syncs(config: Path | None, overrides: list[str], model: str | Non
         config: training config with the model and the data.
         overrides: see `load_config`.
         model: instead of a config, a model's `config.json` or folder: random weights of that
-            shape, on synthetic rows. Override a config's layer counts if the model is too large.
+            shape, on synthetic rows. A model that is too large takes a config whose `model.config`
+            has fewer layers.
 
     Raises:
         MRopeError: neither or both of config and model are given, or the model is unknown.
@@ -121,6 +122,8 @@ def _config(config: Path | None, overrides: list[str], model: str | None) -> Con
         raise MRopeError("give a CONFIG or --model, and not both")
     if config is not None:
         return load_config(config, overrides)
+    if overrides:
+        raise MRopeError(f"--model takes no {overrides[0]}: overrides change a CONFIG")
     return _synthetic_config(str(model))
 
 
@@ -152,13 +155,12 @@ def _first_batch(cfg: Config, rows: RowDataset) -> dict[str, Any]:
 def _synthetic_config(model: str) -> Config:
     """Return a config of two synthetic rows for a model, each with two images and a clip."""
     shape = {"width": 160, "images": 2, "image": [8, 8], "videos": 1, "frames": 2, "frame": [8, 8]}
-    return Config.model_validate(
-        {
-            "model": {"config": str(Path(model).resolve())},
-            "data": {"source": "synthetic", "rows": 2, "shape": shape},
-            "dataloader": {"batch_size": 2, "num_workers": 0},
-        }
-    )
+    table = {
+        "model": {"config": model},
+        "data": {"source": "synthetic", "rows": 2, "shape": shape},
+        "dataloader": {"batch_size": 2, "num_workers": 0},
+    }
+    return as_config(table, Path(), "--model")
 
 
 def _table(before: list[Site], after: list[Site]) -> Table:

@@ -14,7 +14,8 @@ try:
     import typer
     from rich.console import Console
 except ModuleNotFoundError as missing:
-    sys.stderr.write(f"mrope: no module {missing.name!r}; pip install 'mrope[cli]'\n")
+    package = (missing.name or "").partition(".")[0]
+    sys.stderr.write(f"mrope: no module {package!r}; pip install 'mrope[cli]'\n")
     raise SystemExit(2) from missing
 
 from mrope import __version__
@@ -22,6 +23,7 @@ from mrope.cli.bench import bench_app
 from mrope.cli.options import (
     ConfigFile,
     DatasetName,
+    Device,
     JsonFile,
     ModelName,
     Overrides,
@@ -43,7 +45,7 @@ _EXTRAS = {
     "yaml": "cli",
     "typing_extensions": "cli",
     "jinja2": "cli",
-    "transformers": "hf",
+    "transformers": "train",
     "datasets": "train",
     "PIL": "train",
     "skimage": "train",
@@ -112,13 +114,20 @@ def train(
     overrides: Overrides = None,
     compare: Annotated[
         bool,
-        typer.Option("--compare", help="Run with and without the stage; exit with 1 unless equal."),
+        typer.Option(
+            "--compare",
+            help="Run with and without the stage; exit with 1 unless every loss is equal.",
+        ),
     ] = False,
+    device: Annotated[
+        Device | None, typer.Option(help="Short for train.device=...; auto: CUDA if available.")
+    ] = None,
 ) -> None:
-    """Train a model from a config."""
+    """Train a model from a config: mrope train configs/demo.yaml train.steps=3."""
     from mrope.training.config import load_config
 
-    cfg = load_config(config, overrides or ())
+    device_override = [] if device is None else [f"train.device={device.value}"]
+    cfg = load_config(config, [*(overrides or ()), *device_override])
     from mrope.training import loop
 
     if not compare:
@@ -158,7 +167,10 @@ def check(
         ),
     ] = None,
 ) -> None:
-    """Check every row of a dataset before training; exit with 1 if any row is bad."""
+    """Check every row of a dataset before training; exit with 1 if any row is bad.
+
+    mrope check --model FOLDER --dataset PATH --report report.html
+    """
     _require_dataset(model, dataset, config)
     from mrope.check.commands import check_dataset
     from mrope.check.source import check_config
@@ -207,11 +219,13 @@ def explain(
     ] = False,
     plot_file: PlotFile = None,
 ) -> None:
-    """Print the position ids of a sample: mrope explain --family qwen3_vl text:3 image:4x6 text:2.
+    """Print the position ids of a made-up sample or of a dataset row.
 
-    Or of a dataset row: mrope explain --model FOLDER --dataset PATH --row 7.
+    mrope explain --family qwen3_vl text:3 image:4x6 text:2
 
-    For a bad row, print the first wrong token and exit with 1.
+    mrope explain --model FOLDER --dataset PATH --row 7
+
+    For a bad row, print the first span that does not fit and exit with 1.
     """
     from mrope.check.explain import compute_positions, print_positions, save_plot
 
@@ -257,10 +271,14 @@ def syncs(
         ),
     ] = False,
 ) -> None:
-    """List the lines of code where one training step syncs, plain and attached."""
+    """List the lines of code where one training step syncs, plain and attached.
+
+    With --model the whole model is built in memory, with random weights unless the folder has its
+    own; a smaller one needs a CONFIG with fewer layers.
+    """
     configs, overrides = split_words(words or [])
     if len(configs) + (model is not None) != 1:
-        raise typer.BadParameter("give one CONFIG, or --model")
+        raise typer.BadParameter("give one CONFIG, or --model, and not both")
     from mrope.check.syncs import print_step_syncs, print_trainer_syncs
 
     print_syncs = print_trainer_syncs if trainer else print_step_syncs

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mrope.cli.options import JsonFile, PlotFile, Quick, Repeats, split_words
+from mrope.cli.options import Device, JsonFile, PlotFile, Quick, Repeats, split_words
 
-bench_app = typer.Typer(help="Run a benchmark; save JSON or a plot.", no_args_is_help=True)
-
-
-class Device(str, Enum):
-    """Device of `mrope bench step`."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
+bench_app = typer.Typer(
+    help="Measure the stage against its rivals; save JSON or a plot.", no_args_is_help=True
+)
 
 
 @bench_app.command()
@@ -105,7 +98,9 @@ def step(
 
 @bench_app.command("syncs")
 def sync_counts(
-    configs: Annotated[list[Path], typer.Argument(help="Training configs, one per family.")],
+    configs: Annotated[
+        list[Path], typer.Argument(metavar="CONFIG...", help="Training configs, one per family.")
+    ],
     json_file: JsonFile = None,
     markdown_file: Annotated[
         Path | None, typer.Option("--markdown", metavar="FILE.md", help="Page to update.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -31,14 +32,26 @@ def as_page(file: Path | None) -> Path | None:
 
 
 def _plottable(file: Path | None) -> Path | None:
+    """Require matplotlib, a format that it writes, and the folder of the plot."""
     if file is not None:
-        importlib.import_module("matplotlib")
+        formats = importlib.import_module("matplotlib.backend_bases").FigureCanvasBase.filetypes
+        if file.suffix[1:].lower() not in formats:
+            raise typer.BadParameter(f"cannot write a plot to {file}; give a name like plot.png")
     return _in_a_folder(file)
+
+
+class Device(str, Enum):
+    """Device of a training run."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Training config (YAML).")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config values to override.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Values to override, such as train.steps=3."),
 ]
 JsonFile = Annotated[
     Path | None,
@@ -57,12 +70,19 @@ ReferenceName = Annotated[
 ]
 ModelName = Annotated[
     str | None,
-    typer.Option("--model", metavar="FOLDER_OR_CONFIG", help="Model folder, or its config.json."),
+    typer.Option(
+        "--model",
+        metavar="FOLDER_OR_CONFIG",
+        help="Local folder of a model, or its config.json; nothing is downloaded.",
+    ),
 ]
 DatasetName = Annotated[
     str | None,
     typer.Option(
-        "--dataset", metavar="PATH", help="Dataset, in any form that data.source of a config takes."
+        "--dataset",
+        metavar="PATH",
+        help="Folder written by save_to_disk, or a file or folder of Parquet or JSON lines; "
+        "PATH:SPLIT names one of several splits.",
     ),
 ]
 RunConfig = Annotated[

@@ -157,8 +157,11 @@ def _problem(entry: Mapping[str, Any]) -> str:
     if entry["type"] == "model_type":
         return f"{name}: must be a section with the keys {', '.join(_known_keys(keys))}"
     if entry["type"] == "value_error":
-        given = "" if isinstance(entry["input"], dict) else f" (is {entry['input']!r})"
-        return f"{name}: {entry['ctx']['error']}{given}".removeprefix(": ")
+        said = str(entry["ctx"]["error"])
+        if said.startswith("must be") and not isinstance(entry["input"], dict):
+            said += f", not {entry['input']!r}"
+        # A section's own check names its keys in full.
+        return said if not name or said.startswith(f"{name}.") else f"{name}: {said}"
     allowed = str(entry["msg"]).replace("Input should be", "must be", 1)
     return f"{name}: {allowed}, not {entry['input']!r} ({type(entry['input']).__name__})"
 

@@ -38,6 +38,7 @@ def train(cfg: Config, console: Console | None = None) -> TrainResult:
         MRopeError: the dataset is not usable, or a sample is malformed.
     """
     console = console or Console()
+    choose_device(cfg.train.device)  # fails before rows are prepared, which takes long
     result = _train_once(cfg, load_run_rows(cfg), console)
     console.print(table_of_run(result))
     return result
@@ -62,6 +63,7 @@ def compare(cfg: Config, console: Console | None = None) -> bool:
 
 def compare_runs(cfg: Config, console: Console) -> tuple[TrainResult, TrainResult]:
     """Return the results of two runs over the same rows: `rope.enabled` on, and off."""
+    choose_device(cfg.train.device)
     # Once for both: preparing rows is slow, and both runs must read the same ones.
     rows = load_run_rows(cfg)
     on, off = (_train_once(_switched(cfg, enabled), rows, console) for enabled in (True, False))

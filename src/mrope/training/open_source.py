@@ -163,6 +163,8 @@ def _errors_named(path: Path) -> Iterator[None]:
     except MRopeError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise MRopeError(f"data.source: {path} cannot be read: {error}") from error
+        # "An error occurred while generating the dataset" says nothing; its cause does.
+        reason = error.__cause__ or error
+        raise MRopeError(f"data.source: {path} cannot be read: {reason}") from error
     except (IndexError, StopIteration) as error:  # raised for an empty folder, an empty file
         raise MRopeError(f"data.source: {path} has no rows") from error

@@ -77,11 +77,12 @@ def _folder(value: str, info: ValidationInfo) -> str:
     return str(path)
 
 
-def _reference(value: str) -> str:
-    # Not a Literal: the names are keys of a table, and a misspelt one gets a suggestion.
+def _reference(value: object) -> object:
+    # Not a Literal: the names are keys of a table, and a misspelt one gets a suggestion. Before the
+    # type is checked: YAML reads 5.23 as a number.
     known = ("auto", *REFERENCES)
     if value not in known:
-        raise ValueError(f"must be one of {', '.join(known)}{nearest(value, known)}")
+        raise ValueError(f"must be one of {', '.join(known)}{nearest(str(value), known)}")
     return value
 
 
@@ -248,7 +249,7 @@ class RopeSection(_Section):
     """
 
     enabled: bool = True
-    reference: Annotated[str, AfterValidator(_reference)] = "auto"
+    reference: Annotated[str, BeforeValidator(_reference)] = "auto"
     vision: bool = False
     packing: Literal["flatten"] | None = None
     layout: Literal["model", "batch"] = "model"

@@ -158,5 +158,8 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise MRopeError("train.device is cuda, but torch sees no CUDA device")
+        raise MRopeError(
+            "train.device is cuda, but torch sees no CUDA device: set it to cpu or auto, or "
+            "install a CUDA build of torch"
+        )
     return torch.device(name)

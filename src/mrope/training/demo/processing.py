@@ -213,7 +213,8 @@ def build_processing(
         clips_share=spec.family_row.frames_apart,
     )
     tokenizer = _tokenizer(source)
-    _check_tokenizer(tokenizer, spec, model_config.get_text_config().vocab_size)
+    whose = "the tokenizer" if source else "no folder with a tokenizer is given, and the demo's"
+    _check_tokenizer(tokenizer, whose, spec, model_config.get_text_config().vocab_size)
     return Processing(spec, tokenizer, processors, fps, pictures)
 
 
@@ -225,7 +226,7 @@ def _tokenizer(folder: Path | None) -> Any:
     return tokenizer
 
 
-def _check_tokenizer(tokenizer: Any, spec: MRopeSpec, vocab_size: int) -> None:
+def _check_tokenizer(tokenizer: Any, whose: str, spec: MRopeSpec, vocab_size: int) -> None:
     """Raise if the ids of special tokens or the vocabulary are not those of the model."""
     wanted = {
         IMAGE: spec.image_token_id,
@@ -236,13 +237,11 @@ def _check_tokenizer(tokenizer: Any, spec: MRopeSpec, vocab_size: int) -> None:
         found = tokenizer.convert_tokens_to_ids(token)
         if found != id_:
             raise MRopeError(
-                f"the tokenizer has {token} as {found}, but the model's config says {id_}: "
-                "they belong to different models"
+                f"{whose} has {token} as {found}, but the model's config says {id_}: they belong "
+                "to different models; the model's own is in its folder"
             )
     if len(tokenizer) > vocab_size:
-        raise MRopeError(
-            f"the tokenizer has {len(tokenizer)} entries, but vocab_size is {vocab_size}"
-        )
+        raise MRopeError(f"{whose} has {len(tokenizer)} entries, but vocab_size is {vocab_size}")
 
 
 def _expand(text: str, placeholder: str, expanded: Sequence[str]) -> str:
