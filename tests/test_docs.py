@@ -100,9 +100,10 @@ def test_the_config_of_the_front_page_loads(page: str, tmp_path: Path) -> None:
     assert isinstance(collate, MRopeCollator) and collate.vision is not None
 
 
-@pytest.mark.parametrize("name", ["positions", "ladder"])
-def test_pictures_are_as_drawn(name: str) -> None:
+def test_pictures_are_as_drawn() -> None:
     pictures = pytest.importorskip("support.pictures", exc_type=ImportError)
-    drawn = getattr(pictures, f"draw_{name}")().svg()
-    file = pictures.FOLDER / f"{name}.svg"
-    assert file.read_text(encoding="utf-8") == drawn, "run tests/support/pictures.py"
+    drawn = pictures.draw_all()
+    assert {file.name for file in pictures.FOLDER.iterdir()} == set(drawn)
+    for name, picture in drawn.items():
+        text = (pictures.FOLDER / name).read_text(encoding="utf-8")
+        assert text == picture.svg(), "run tests/support/pictures.py"

@@ -1,16 +1,15 @@
 """Draw the pictures of the docs as SVG.
 
-    PYTHONPATH=src:tests python tests/support/pictures.py [TIMELINE.json]
+    PYTHONPATH=src:tests python tests/support/pictures.py
 
-Writes docs/pictures/{positions,ladder}.svg, and timeline.svg from a file that
-`tests/cuda/record_timeline.py` wrote. Text stays text, and colours follow the reader's light or dark page.
+Writes docs/pictures/: positions.svg, ladder.svg, and timeline-NAME.svg for every
+docs/benchmarks/timeline-NAME.json, which `tests/cuda/record_timeline.py` wrote on a GPU. Text stays text, and colours follow the reader's light or dark page.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from html import escape
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -22,7 +21,8 @@ from mrope import MRopeSpec, Shapes, rope_index
 from mrope.bench.mix import make_mix
 from mrope.spec import example_config
 
-FOLDER = Path(__file__).parents[2] / "docs/pictures"
+DOCS = Path(__file__).parents[2] / "docs"
+FOLDER = DOCS / "pictures"
 WIDTH = 560
 BATCHES = 2000
 STYLE = """
@@ -77,9 +77,6 @@ class Picture:
         drawn = " ".join(f"{_short(x)},{_short(y)}" for x, y in points)
         more = {"stroke_dasharray": dash} if dash else {}
         self.add("polyline", css, points=drawn, stroke_width=stroke, **more)
-
-    def save(self, name: str) -> None:
-        (FOLDER / name).write_text(self.svg(), encoding="utf-8")
 
     def svg(self) -> str:
         head = (
@@ -241,8 +238,9 @@ def draw_timeline(table: dict[str, Any]) -> Picture:
         for start, end, what in one["host"]:
             css = "back" if what in ("backward", "replay") else "host"
             picture.rect(css, left + start * scale, y + 24, max((end - start) * scale, 1.0), 22.0)
-        _draw_shares(picture, "sync", one["syncs"], left, y + 24, scale)
-        _draw_shares(picture, "gpu", one["gpu"], left, y + 52, scale)
+        # Syncs may be much shorter than a pixel, and are to be seen.
+        _draw_shares(picture, "sync", one["syncs"], (left, y + 24), scale, least=4)
+        _draw_shares(picture, "gpu", one["gpu"], (left, y + 52), scale, least=1)
         y += 96
     picture.line("axis", (left, y - 8), (left + 510, y - 8))
     for at in _ticks(last):
@@ -252,7 +250,7 @@ def draw_timeline(table: dict[str, Any]) -> Picture:
 
 
 def _draw_shares(
-    picture: Picture, css: str, intervals: list[Any], left: float, y: float, scale: float
+    picture: Picture, css: str, intervals: list[Any], at: Any, scale: float, least: int
 ) -> None:
     """Draw a lane in columns of a pixel, as opaque as the share of its time that is covered."""
     covered = np.zeros(512)
@@ -260,22 +258,24 @@ def _draw_shares(
         first, stop = start * scale, min(end * scale, 511.0)
         for column in range(int(first), int(stop) + 1):
             covered[column] += max(0.0, min(stop, column + 1) - max(first, column))
-    levels = np.minimum(np.ceil(covered * 10), 10).astype(int)
-    at = 0
+    levels = np.where(covered > 0, np.clip(np.ceil(covered * 10), least, 10), 0).astype(int)
+    (x, y), column = at, 0
     for level, run in groupby(levels.tolist()):
         count = len(list(run))
         if level:
-            picture.rect(css, left + at, y, float(count), 22.0, opacity=level / 10)
-        at += count
+            picture.rect(css, x + column, y, float(count), 22.0, opacity=level / 10)
+        column += count
 
 
-def main(words: list[str]) -> None:
-    draw_positions().save("positions.svg")
-    draw_ladder().save("ladder.svg")
-    for file in words:
-        table = json.loads(Path(file).read_text(encoding="utf-8"))
-        draw_timeline(table).save("timeline.svg")
+def draw_all() -> dict[str, Picture]:
+    """Return every picture by the name of its file."""
+    found = {"positions.svg": draw_positions(), "ladder.svg": draw_ladder()}
+    for file in sorted(DOCS.glob("benchmarks/timeline-*.json")):
+        table = json.loads(file.read_text(encoding="utf-8"))
+        found[f"{file.stem}.svg"] = draw_timeline(table)
+    return found
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    for name, picture in draw_all().items():
+        (FOLDER / name).write_text(picture.svg(), encoding="utf-8")
