@@ -27,7 +27,7 @@ def rows() -> list[Row]:
             # Another shape of the key above.
             found[-1][2].update(dimensions(shape, kind))
         elif keys:
-            # "as `input_features`", which are float32 in what is tested.
+            # "that of the features", which are float32 in what is tested.
             types = set(re.findall(TYPES, kind)) or {"float32"}
             found.append((keys, types, dimensions(shape, kind)))
     return found

@@ -155,9 +155,9 @@ def _mismatch(modality: str, row: int | None, rows: list[_Row]) -> SpanMismatchE
         cause = f"its pixels and those of row {swapped[0]} were swapped"
     shown = f"{counts.grids[:_SHOWN]}"[:-1] + (", ...]" if len(counts.grids) > _SHOWN else "]")
     size = f"{grids} {shown} needs {counts.needed}" if counts.grids else f"there is no {grids}"
-    patches = f"{counts.found} patch{'' if counts.found == 1 else 'es'}"
     return SpanMismatchError(
-        f"{where}: {pixels} has {patches}, but {size}. Likely cause: {cause}.",
+        f"{where}: {pixels} has {counts.found} patch{'' if counts.found == 1 else 'es'}, but "
+        f"{size}. Likely cause: {cause}.",
         row=row,
         modality=modality,
         found=counts.found,

@@ -184,9 +184,9 @@ def _span_error(
     size: str,
     cause: str,
 ) -> SpanMismatchError:
-    tokens = f"found {found} placeholder token{'' if found == 1 else 's'}"
     return SpanMismatchError(
-        f"{where}: {tokens}, but {size}. Likely cause: {cause}.",
+        f"{where}: found {found} placeholder token{'' if found == 1 else 's'}, but {size}. "
+        f"Likely cause: {cause}.",
         row=row,
         span=span,
         modality=_NAMES[kind],
