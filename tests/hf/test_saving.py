@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import pickle
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,21 @@ def test_a_copy_is_attached_and_runs_on_its_own_weights(family: str, how: str) -
     assert not [module for module in twin.modules() if "forward" in vars(module)]
     attach(twin)
     assert torch.equal(logits_of(twin, batch), expected)
+
+
+def test_a_model_sent_by_multiprocessing_is_attached() -> None:
+    """Its pickler has a rule of its own for methods, and shares the weights."""
+    _, batch = make_batches("qwen3_vl", media_of("qwen3_vl")[0], padded=True)
+    model = attach(tiny_model("qwen3_vl"))
+    twin = pickle.loads(ForkingPickler.dumps(model))
+    assert explain_attention(twin) == explain_attention(model)
+    assert torch.equal(logits_of(twin, batch), logits_of(model, batch))
+
+
+def test_methods_of_others_pickle_as_before() -> None:
+    for dumps in (pickle.dumps, ForkingPickler.dumps):
+        assert pickle.loads(dumps(Path("a/b").with_suffix))(".c") == Path("a/b.c")
+        assert pickle.loads(dumps(dict.fromkeys))([1]) == {1: None}
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"])

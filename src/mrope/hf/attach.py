@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -212,7 +211,8 @@ def _attach_attention(name: str, part: Any, attention: Attention) -> None:
     for path, parts in layers.items() if how != "own" else ():
         layer = part.get_submodule(path)
         if parts is not None:
-            bind(layer, "forward", partial(tower_forward, parts.bound_to(layer)))
+            layer.mrope_parts = parts.bound_to(layer)
+            bind(layer, "forward", tower_forward)
         elif how == "varlen":
             use_varlen(layer)
 
@@ -318,6 +318,8 @@ def detach(model: Model) -> Model:
         for path, parts in _attention_layers(name, part):
             if parts is None:
                 undo_varlen(part.get_submodule(path))
+            else:
+                vars(part.get_submodule(path)).pop("mrope_parts", None)  # a tower may keep its own
     for module in base.modules():
         unbind(module, "forward", _BOUND)
         unbind(module, "_deepstack_process", _BOUND)

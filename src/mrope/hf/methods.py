@@ -7,8 +7,10 @@ transformers' own, or what the other library does would be dropped without a wor
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -22,20 +24,37 @@ def bind(module: torch.nn.Module, name: str, function: Method) -> None:
 
     accelerate's hook keeps running around a forward that is replaced beneath it.
     """
-    # A partial, not a closure or a method: it pickles, and a deep copy is bound to its own module.
-    setattr(module, _slot(module, name), partial(function, module))
+    # A method, not a partial, which `torch.compile` compares by identity: each of many equal layers
+    # would have a graph of its own. A deep copy is bound to its own module; `_reduce` pickles it.
+    setattr(module, _slot(module, name), MethodType(function, module))
 
 
 def unbind(module: torch.nn.Module, name: str, functions: Collection[Method]) -> None:
     """Undo `bind` if the instance's method is one of `functions`; else leave it."""
     slot = _slot(module, name)
-    bound = vars(module).get(slot)
-    if not isinstance(bound, partial) or bound.func not in functions:
+    if getattr(vars(module).get(slot), "__func__", None) not in functions:
         return
     if slot == name:
         delattr(module, name)
     else:  # the hook calls what is in its slot, so the slot must not be empty
         setattr(module, slot, MethodType(getattr(type(module), name), module))
+
+
+def _reduce(method: MethodType) -> Any:
+    """Pickle a method that `bind` made by its function; any other by its name, as Python does."""
+    # Not `_module_of`: some are decorated by transformers.
+    if str(getattr(method.__func__, "__module__", "")).startswith("mrope.hf."):
+        return _make_method, (method.__func__, method.__self__)
+    return method.__reduce__()
+
+
+def _make_method(function: Method, module: torch.nn.Module) -> MethodType:
+    return MethodType(function, module)
+
+
+# Python looks a method up by its name in its instance, whose class has none of that name.
+copyreg.pickle(MethodType, _reduce)
+ForkingPickler.register(MethodType, _reduce)
 
 
 def find_foreign(module: torch.nn.Module, name: str = "forward") -> str | None:

@@ -65,7 +65,6 @@ SIGLIP = TowerLayer(
 
 
 def tower_forward(
-    parts: TowerLayer,
     self: Any,
     hidden_states: torch.Tensor,
     cu_seqlens: Borders | torch.Tensor,
@@ -74,11 +73,8 @@ def tower_forward(
 ) -> Any:
     """Attend within segments; replaces the forward of a tower's attention layer.
 
-    Bound with `functools.partial`, which pickles and copies as a method of the class would.
-
     Args:
-        parts: how the layer is built.
-        self: the layer.
+        self: the layer; its `mrope_parts` say how it is built.
         hidden_states: (N, hidden), or (1, N, hidden) in towers of a batch of one.
         cu_seqlens: `Borders` in place of the tensor. Given only a tensor, as under flash attention,
             the layer's own forward is called.
@@ -91,6 +87,7 @@ def tower_forward(
         within = within[hidden_states.shape[-2]]
     if isinstance(within, torch.Tensor):
         return type(self).forward(self, hidden_states, cu_seqlens, **kwargs)
+    parts: TowerLayer = self.mrope_parts
     # Flash attention's argument; the other implementations would not know it.
     kwargs.pop("max_seqlen", None)
     # Towers have none for the whole batch; some pass the argument on.
