@@ -72,7 +72,7 @@ def flash_attention() -> Iterator[Calls]:
     padding.pad_input, padding.unpad_input = utils._pad_input, utils._unpad_input
     loaded = ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn", "_flash_with_kvcache_fn")
     with (
-        mock.patch.dict(sys.modules, {"flash_attn": package, "flash_attn.bert_padding": padding}),
+        _importable({"flash_attn": package, "flash_attn.bert_padding": padding}),
         mock.patch.object(utils, "is_flash_attn_2_available", return_value=True),
         mock.patch.object(
             transformers.PreTrainedModel, "_flash_attn_can_dispatch", return_value=True
@@ -80,6 +80,20 @@ def flash_attention() -> Iterator[Calls]:
         mock.patch.dict(vars(utils), {name: None for name in loaded if hasattr(utils, name)}),
     ):
         yield calls
+
+
+@contextmanager
+def _importable(modules: dict[str, Any]) -> Iterator[None]:
+    """Let modules be imported. Others that are imported meanwhile stay, unlike with `mock.patch.dict`."""
+    before = {name: sys.modules.pop(name, None) for name in modules}
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
 
 
 def _by_segment(
