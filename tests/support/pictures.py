@@ -222,7 +222,7 @@ def draw_timeline(table: dict[str, Any]) -> Picture:
     x = left
     for css, words in (
         ("host", "forward"),
-        ("back", "backward"),
+        ("back", "backward, replay"),
         ("sync", "sync"),
         ("gpu", "GPU busy"),
     ):
@@ -240,7 +240,13 @@ def draw_timeline(table: dict[str, Any]) -> Picture:
             picture.rect(css, left + start * scale, y + 24, max((end - start) * scale, 1.0), 22.0)
         # Syncs may be much shorter than a pixel, and are to be seen.
         _draw_shares(picture, "sync", one["syncs"], (left, y + 24), scale, least=4)
-        _draw_shares(picture, "gpu", one["gpu"], (left, y + 52), scale, least=1)
+        end = one["gpu"][-1][1]
+        picture.rect("band", left, y + 52, end * scale, 22.0)
+        # Most gaps between kernels are too short to draw: they lower the lane.
+        drawn = sum(stop - start for start, stop, _ in one["gpu"]) / end
+        height = 22 * min(1.0, (1 - one["gpu_idle_share"]) / drawn)
+        at = (left, y + 74 - height)
+        _draw_shares(picture, "gpu", one["gpu"], at, scale, least=1, height=height)
         y += 96
     picture.line("axis", (left, y - 8), (left + 510, y - 8))
     for at in _ticks(last):
@@ -250,7 +256,13 @@ def draw_timeline(table: dict[str, Any]) -> Picture:
 
 
 def _draw_shares(
-    picture: Picture, css: str, intervals: list[Any], at: Any, scale: float, least: int
+    picture: Picture,
+    css: str,
+    intervals: list[Any],
+    at: Any,
+    scale: float,
+    least: int,
+    height: float = 22.0,
 ) -> None:
     """Draw a lane in columns of a pixel, as opaque as the share of its time that is covered."""
     covered = np.zeros(512)
@@ -263,7 +275,7 @@ def _draw_shares(
     for level, run in groupby(levels.tolist()):
         count = len(list(run))
         if level:
-            picture.rect(css, x + column, y, float(count), 22.0, opacity=level / 10)
+            picture.rect(css, x + column, y, float(count), height, opacity=level / 10)
         column += count
 
 
