@@ -245,8 +245,8 @@ def draw_timeline(table: dict[str, Any]) -> Picture:
         # Most gaps between kernels are too short to draw: they lower the lane.
         drawn = sum(stop - start for start, stop, _ in one["gpu"]) / end
         height = 22 * min(1.0, (1 - one["gpu_idle_share"]) / drawn)
-        at = (left, y + 74 - height)
-        _draw_shares(picture, "gpu", one["gpu"], at, scale, least=1, height=height)
+        corner = (left, y + 74 - height)
+        _draw_shares(picture, "gpu", one["gpu"], corner, scale, least=1, height=height)
         y += 96
     picture.line("axis", (left, y - 8), (left + 510, y - 8))
     for at in _ticks(last):
@@ -271,11 +271,11 @@ def _draw_shares(
         for column in range(int(first), int(stop) + 1):
             covered[column] += max(0.0, min(stop, column + 1) - max(first, column))
     levels = np.where(covered > 0, np.clip(np.ceil(covered * 10), least, 10), 0).astype(int)
-    (x, y), column = at, 0
+    (left, y), column = at, 0
     for level, run in groupby(levels.tolist()):
         count = len(list(run))
         if level:
-            picture.rect(css, x + column, y, float(count), height, opacity=level / 10)
+            picture.rect(css, left + column, y, float(count), height, opacity=level / 10)
         column += count
 
 
