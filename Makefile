@@ -124,10 +124,12 @@ fuzz: $(READY)  ## Damage 20,000 samples; each must give the exact result or an 
 	PYTHONPATH=src:tests $(BIN)/python -X faulthandler -m fuzz.run
 
 # No set-up: uses the machine's Python and CUDA build of torch, with transformers 5.23 or later and the cli extra.
-cuda:  ## On a machine with a GPU, check the guard, and packing under sdpa, eager and flash attention
+cuda:  ## On a machine with a GPU, check the guard, packing under three attentions, every family, and ranks if there are several
 	mkdir -p outputs
 	PYTHONPATH=src:tests $(PYTHON) tests/cuda/check_guard.py outputs/guard.json
 	PYTHONPATH=src:tests $(PYTHON) tests/cuda/check_packing.py outputs/packing.json
+	PYTHONPATH=src:tests $(PYTHON) tests/cuda/check_families.py outputs/families.json
+	PYTHONPATH=src:tests $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node gpu tests/cuda/check_ranks.py outputs/ranks.json
 
 bench: $(READY)  ## Measure positions and vision tensors (about a minute)
 	$(BIN)/mrope bench positions
