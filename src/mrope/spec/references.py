@@ -14,10 +14,13 @@ import importlib.metadata
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mrope.errors import MRopeError
+
+Release = tuple[int, int]  # major, minor
+Era = tuple[Release, Release]  # the first and the last one
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Reference:
     Source: `get_rope_index` of `qwen2_vl`, `qwen2_5_vl` and `qwen3_vl` in each release.
 
     Attributes:
+        era: first and last release whose positions are these.
         fill: position written at padding.
         delta_over_padded: `rope_deltas` is max + 1 - S with the padded length S, instead of the
             row's number of valid tokens.
@@ -42,6 +46,7 @@ class Reference:
             videos.
     """
 
+    era: Era
     fill: int
     delta_over_padded: bool
     text_batch_fill_in_delta: bool
@@ -52,8 +57,23 @@ class Reference:
     timed_image_step: int
 
 
+# The era begins with 5.18, the first wheel that does not truncate seconds.
+_NEWEST = Reference(
+    era=((5, 18), (5, 24)),
+    fill=0,
+    delta_over_padded=False,
+    text_batch_fill_in_delta=False,
+    advance_over_time=False,
+    whole_seconds=False,
+    start_required=False,
+    binary_mask=False,
+    timed_image_step=1,
+)
+
+# Oldest first. No row has 5.0 to 5.5, whose positions of clips are wrong.
 REFERENCES: dict[str, Reference] = {
     "transformers-4.57": Reference(
+        era=((4, 57), (4, 57)),
         fill=1,
         delta_over_padded=True,
         text_batch_fill_in_delta=True,
@@ -63,37 +83,19 @@ REFERENCES: dict[str, Reference] = {
         binary_mask=True,
         timed_image_step=0,
     ),
-    "transformers-5.17": Reference(
-        fill=0,
-        delta_over_padded=False,
-        text_batch_fill_in_delta=False,
-        advance_over_time=False,
-        whole_seconds=True,
-        start_required=False,
-        binary_mask=False,
-        timed_image_step=1,
-    ),
-    "transformers-5.23": Reference(
-        fill=0,
-        delta_over_padded=False,
-        text_batch_fill_in_delta=False,
-        advance_over_time=False,
-        whole_seconds=False,
-        start_required=False,
-        binary_mask=False,
-        timed_image_step=1,
-    ),
+    "transformers-5.17": replace(_NEWEST, era=((5, 6), (5, 17)), whole_seconds=True),
+    "transformers-5.23": _NEWEST,
 }
 
-# First and last release (major, minor) of each era. No row has 5.0 to 5.5, whose positions of clips
-# are wrong. The era of 5.23 begins with 5.18, the first wheel that does not truncate seconds.
-_ERAS: tuple[tuple[tuple[int, int], tuple[int, int], str], ...] = (
-    ((4, 57), (4, 57), "transformers-4.57"),
-    ((5, 6), (5, 17), "transformers-5.17"),
-    ((5, 18), (5, 24), "transformers-5.23"),
-)
+# Releases in which every family that has a feature was compared. Before 5.23 flash
+# attention in the vision tower takes the borders of the flattened row, `cu_seq_lens_q`.
+_COMPARED: dict[str, tuple[Era, ...]] = {
+    "positions": tuple(reference.era for reference in REFERENCES.values()),
+    "attach": (((5, 23), (5, 24)),),
+    "flatten": (((5, 23), (5, 24)),),
+}
 
-VISION_READ_SINCE: dict[str, tuple[int, int]] = {
+VISION_READ_SINCE: dict[str, Release] = {
     "cu_seqlens": (5, 9),
     "max_seqlen": (5, 15),
     "position_ids": (5, 9),
@@ -103,22 +105,13 @@ VISION_READ_SINCE: dict[str, tuple[int, int]] = {
     "interp_indices": (5, 15),
     "interp_weights": (5, 15),
 }
-"""First release (major, minor) whose vision towers read each tensor; source: docs/batch.md.
+"""First release whose vision towers read each tensor; source: docs/batch.md.
 
 A later release that ignored one would compute it again: slower, not wrong. `attach` compares.
 """
 
-AUDIO_READ_SINCE = (5, 23)
-"""First release (major, minor) whose audio towers are known to read every tensor."""
-
-Release = tuple[int, int]
-
-# First and last release (major, minor) in which every family was compared, by feature. Before 5.23
-# flash attention in the vision tower takes the borders of the flattened row, `cu_seq_lens_q`.
-_COMPARED: dict[str, tuple[Release, Release]] = {
-    "attach": ((5, 23), (5, 24)),
-    "flatten": ((5, 23), (5, 24)),
-}
+AUDIO_READ_SINCE: Release = (5, 23)
+"""First release whose audio towers are known to read every tensor."""
 
 Proof = Callable[[str, Any], None]
 _PROOF: list[Proof] = []
@@ -160,14 +153,12 @@ def is_known(feature: str, version: str) -> bool:
         (True, False, True)
     """
     release = as_release(version)
-    eras = ((first, last) for first, last, _ in _ERAS)
-    known = eras if feature == "positions" else iter((_COMPARED[feature],))
-    return any(first <= release <= last for first, last in known)
+    return any(first <= release <= last for first, last in _COMPARED[feature])
 
 
 def describe_known(feature: str) -> str:
     """Return the newest release (major.minor) with which a feature was compared."""
-    last = _ERAS[-1][1] if feature == "positions" else _COMPARED[feature][1]
+    _, last = _COMPARED[feature][-1]
     return ".".join(map(str, last))
 
 
@@ -177,7 +168,8 @@ def borders_reach_the_tower(version: str) -> bool:
     Under flash attention its patches would then attend within the text's borders. No comparison on
     a CPU finds that, so that these releases are refused.
     """
-    return as_release(version) < _COMPARED["flatten"][0]
+    (first, _), *_ = _COMPARED["flatten"]
+    return as_release(version) < first
 
 
 def _in_worker() -> bool:
@@ -210,15 +202,17 @@ def resolve_reference(name: str = "auto", installed: str | None = None) -> str:
             )
         return name
     version = installed if installed is not None else installed_transformers()
+    *_, newest = REFERENCES
     if version is None:
-        return _ERAS[-1][2]
+        return newest
     release = as_release(version)
-    for first, last, reference in _ERAS:
+    for key, reference in REFERENCES.items():
+        first, last = reference.era
         if first <= release <= last:
-            return reference
-    if release > _ERAS[-1][1]:
+            return key
+    if release > _NEWEST.era[1]:
         # Not a guess: `MRopeSpec.from_config` compares it with that release's own function.
-        return _ERAS[-1][2]
+        return newest
     # Only releases between or before the eras are left.
     why = "releases 5.0 to 5.5 number clips wrongly" if release[0] == 5 else "it was not tested"
     raise MRopeError(
@@ -235,7 +229,7 @@ def installed_transformers() -> str | None:
         return None
 
 
-def as_release(version: str) -> tuple[int, int]:
+def as_release(version: str) -> Release:
     """Parse the major and minor number of a transformers version.
 
     Raises:
