@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from mrope import MRopeCollator, MRopeError
 from mrope.collate.padding import PaddingCollator
-from mrope.hf import attach, detach
+from mrope.hf import attach, detach, explain_attention
 from mrope.towers import VisionSpec
 from support.models import MODEL_FAMILIES, model_config, tiny_examples, tiny_model, tiny_spec
 
@@ -235,6 +235,8 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+# The unmodified model's output holds views.
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
 @pytest.mark.usefixtures("one_process")
 def test_ddp_and_fsdp2_wrap_an_attached_model() -> None:
     from torch.distributed.device_mesh import init_device_mesh
@@ -259,3 +261,17 @@ def test_ddp_and_fsdp2_wrap_an_attached_model() -> None:
     torch.testing.assert_close(output.loss, expected, rtol=0, atol=1e-6)
     with pytest.raises(MRopeError, match="too late: .* wrapped by FSDPModule"):
         attach(sharded)
+
+    for module in (wrapped, sharded):
+        assert "TextModel: varlen" in explain_attention(module)
+        torch.testing.assert_close(step(detach(module), plain_batch)[0].loss, expected)
+        with pytest.raises(MRopeError, match="is not attached"):
+            explain_attention(module)
+
+
+def test_a_compiled_model_is_explained_and_detached() -> None:
+    model = attach(tiny_model("qwen3_vl"))
+    compiled = cast("torch.nn.Module", torch.compile(model, backend="eager"))
+    assert "TextModel: varlen" in explain_attention(compiled)
+    detach(compiled)
+    assert not [one for one in model.modules() if "forward" in vars(one)]

@@ -62,6 +62,9 @@ _BOUND: set[Any] = {
     pool_states,
     merge_windows,
 }
+# Under which names, and what else it sets on them.
+_METHODS = ("forward", "_deepstack_process", "get_pooled_states")
+_SET = ("mrope_strict", "mrope_attention", "mrope_attention_reason", "mrope_parts")
 # Methods of a base model that its attached forward does not call: it calls the towers itself.
 _FEATURES = ("get_image_features", "get_video_features", "get_audio_features")
 _VISION = (FUSED, FUSED_NORMED, OMNI_2_5_VISION, PADDLEOCR, NORMED, HUNYUAN, SIGLIP)
@@ -106,6 +109,7 @@ def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> 
             attached forward would not call it; a text model with sliding windows; or an unknown
             release of transformers under which the small model differs.
     """
+    _refuse_wrapped(model)
     base = base_model(model)
     _refuse_replaced(base)
     for text in copies(base.language_model):
@@ -144,12 +148,9 @@ def explain_attention(model: torch.nn.Module) -> str:
     Raises:
         MRopeError: the model is not attached.
     """
-    base = base_model(model)
-    if not hasattr(base, "mrope_strict"):
-        raise MRopeError(f"{type(base).__name__} is not attached")
     lines = (
         f"{type(part).__name__}: {part.mrope_attention}, {part.mrope_attention_reason}"
-        for _, part in _attending_parts(base)
+        for _, part in _attending_parts(_attached_base(model))
     )
     return "\n".join(dict.fromkeys(lines))  # copies of one tower attend alike
 
@@ -304,44 +305,45 @@ def _choose_attention(part: Any, attention: Attention) -> tuple[str, str]:
 
 
 def detach(model: Model) -> Model:
-    """Undo `attach`: remove the forwards that it set on the instances.
+    """Undo `attach`: remove what it set on the instances. A wrapped model stays wrapped.
+
+    Raises:
+        MRopeError: the model is not attached.
+    """
+    for module in _attached_base(model).modules():
+        undo_varlen(module)
+        for name in _SET:
+            vars(module).pop(name, None)
+        for name in _METHODS:
+            unbind(module, name, _BOUND)
+    return model
+
+
+def _attached_base(model: torch.nn.Module) -> Any:
+    """Return the base model of an attached model.
 
     Raises:
         MRopeError: the model is not attached.
     """
     base = base_model(model)
-    if not hasattr(base, "mrope_strict"):
+    if "mrope_strict" not in vars(base):
         raise MRopeError(f"{type(base).__name__} is not attached")
-    del base.mrope_strict
-    for name, part in _attending_parts(base):
-        del part.mrope_attention, part.mrope_attention_reason
-        for path, parts in _attention_layers(name, part):
-            if parts is None:
-                undo_varlen(part.get_submodule(path))
-            else:
-                vars(part.get_submodule(path)).pop("mrope_parts", None)  # a tower may keep its own
-    for module in base.modules():
-        unbind(module, "forward", _BOUND)
-        unbind(module, "_deepstack_process", _BOUND)
-        unbind(module, "get_pooled_states", _BOUND)
-    return model
+    return base
 
 
 def base_model(model: torch.nn.Module) -> Any:
     """Return the one module inside `model` that holds a vision tower and a language model.
 
     Raises:
-        MRopeError: there is none of a known family or more than one, or the model is wrapped.
+        MRopeError: there is none of a known family or more than one.
     """
-    _refuse_wrapped(model)
     found = [
         module
         for module in model.modules()
-        if hasattr(module, "language_model")
-        and any(hasattr(module, name) for name in VISION_TOWERS)
+        # In `_modules`: models around the base model, and wrappers, pass its attributes on.
+        if "language_model" in module._modules  # noqa: SLF001 - no public name
+        and not module._modules.keys().isdisjoint(VISION_TOWERS)  # noqa: SLF001
         and getattr(getattr(module, "config", None), "model_type", None) in FORWARDS
-        # `...ForConditionalGeneration` forwards both attributes from the base model inside it.
-        and not hasattr(module, "model")
     ]
     if len(found) != 1:
         known = ", ".join(FORWARDS)

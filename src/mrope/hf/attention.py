@@ -215,11 +215,11 @@ def use_varlen(attention: Any) -> None:
     attention.config._attn_implementation = TEXT_ATTENTION  # noqa: SLF001
 
 
-def undo_varlen(attention: Any) -> None:
-    """Undo `use_varlen`, where it was called."""
-    if hasattr(attention, "mrope_attached"):
-        attention.config, _ = attention.mrope_attached
-        del attention.mrope_attached
+def undo_varlen(module: torch.nn.Module) -> None:
+    """Undo `use_varlen`, if the module is a layer for which it was called."""
+    attached = vars(module).pop("mrope_attached", None)
+    if attached is not None:
+        module.config = attached[0]
 
 
 def mix_by_segment(
