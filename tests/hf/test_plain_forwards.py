@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,31 @@ def test_the_counts_in_the_docs_are_what_is_counted(family: str) -> None:
     page = (CONFIGS.parent / "docs" / "families.md").read_text(encoding="utf-8")
     (row,) = (line for line in page.splitlines() if line.startswith(f"| `{family}` |"))
     assert row.split("|")[3].strip() == ", ".join(map(str, counts))
+
+
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
+def test_a_second_thread_runs_in_the_middle_of_a_forward(family: str) -> None:
+    """As in a server: the text model's config is another one for as long as a forward runs."""
+    _, batch = make_batches(family, media_of(family)[0], padded=True)
+    model = attach(tiny_model(family))
+    text = model.model.language_model
+    config = text.config
+    expected = logits_of(model, batch)
+    with ThreadPoolExecutor() as pool:
+
+        def run_beside(*_: Any) -> None:
+            hook.remove()
+            assert torch.equal(pool.submit(logits_of, model, batch).result(), expected)
+
+        hook = text.layers[0].register_forward_pre_hook(run_beside)
+        assert torch.equal(logits_of(model, batch), expected)
+    assert text.config is config
+
+
+@torch.no_grad()
+def logits_of(model: Any, batch: Any) -> torch.Tensor:
+    logits: torch.Tensor = model(**batch).logits
+    return logits
 
 
 def test_audio_is_left_to_the_models_own_forward() -> None:

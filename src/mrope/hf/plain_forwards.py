@@ -123,7 +123,7 @@ def _run_text_model(
         inputs.pop(name, None)
     text = self.language_model
     if not isinstance(mask, dict):
-        mask = make_masks(text.config, embeds, padding_mask, cache_of(inputs))
+        mask = make_masks(_own_config(text), embeds, padding_mask, cache_of(inputs))
     with _masks_as_given(text, mask):
         outputs = text(inputs_embeds=embeds, attention_mask=mask, **inputs)
     return own_output(self, outputs, encoded)
@@ -184,16 +184,24 @@ def _masks_as_given(text: Any, mask: Any) -> Iterator[None]:
     jumps where there is neither a mask nor a cache: a sync. For an implementation that transformers
     has no masks for, that function returns what it is given.
     """
-    if isinstance(mask, dict) or is_flash(text.config):
+    own = _own_config(text)
+    if isinstance(mask, dict) or is_flash(own):
         yield
         return
-    config = text.config
-    text.config = copy.copy(config)
-    text.config._attn_implementation = TEXT_ATTENTION  # noqa: SLF001 - no public name
+    config = copy.copy(own)
+    config._attn_implementation = TEXT_ATTENTION  # noqa: SLF001 - no public name
+    config.mrope_own = own
+    text.config = config
     try:
         yield
     finally:
-        text.config = config
+        text.config = own
+
+
+def _own_config(text: Any) -> Any:
+    """Return the config of a text model, also while `_masks_as_given` has replaced it."""
+    # In another thread, which would otherwise make its masks by the replacement, and restore that.
+    return getattr(text.config, "mrope_own", text.config)
 
 
 def pool_states(
