@@ -157,8 +157,17 @@ def test_pairs_are_the_third_argument_of_cost() -> None:
         seen.extend(counts)
         return counts[0]
 
-    TokenBudgetSampler([5, 6], 10, cost=cost, patch_pairs=[7, 8])
-    assert [one.tolist() for one in seen] == [[5, 6], [0, 0], [7, 8]]
+    TokenBudgetSampler([5, 6], 10, cost=cost, patches=[3, 0], patch_pairs=[9, 0])
+    assert [one.tolist() for one in seen] == [[5, 6], [3, 0], [9, 0]]
+
+
+def test_a_cost_may_change_its_arguments() -> None:
+    def cost(tokens: Any, patches: Any) -> Any:
+        tokens += 1000 * patches
+        return tokens
+
+    sampler = TokenBudgetSampler([5, 6], 10, cost=cost, patches=[3, 0])
+    assert sampler.budgets["tokens"].sizes_N.tolist() == [5, 6]
 
 
 # A ladder
@@ -265,7 +274,8 @@ def test_bad_columns_are_named(options: dict[str, Any], message: str) -> None:
         ({"max_patches": 8}, "max_patches needs patches"),
         ({"shapes": Shapes((64,), (8,))}, "shapes needs patches"),
         ({"segments": [1, 1]}, "segments needs shapes"),
-        ({"patch_pairs": [1, 1]}, "patch_pairs needs cost"),
+        ({"patches": [1, 1], "patch_pairs": [1, 1]}, "patch_pairs needs cost"),
+        ({"cost": work, "patch_pairs": [1, 1]}, "patch_pairs needs patches"),
         ({"cost": work, "shuffle": False}, "cost needs shuffle=True"),
         ({"patches": [1, 1], "max_patches": 0}, "max_patches must be at least 1, not 0"),
     ],

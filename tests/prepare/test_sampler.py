@@ -9,8 +9,11 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 import torch.distributed as dist
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -431,6 +434,8 @@ def test_accelerate_may_not_shard_batches_again() -> None:
         ([[1], [1, 2]], "lengths must be one integer for each example"),
         ([5, None], "not object: example 1 has None"),
         (np.array([5.0, 2.5]), "not float64: example 0 has 5.0"),
+        (np.array([5.0, np.nan]), "not float64: example 1 has nan"),
+        (pa.array([5, None]), "not float64: example 1 has nan"),
         ([True, False], "not bool: example 0 has True"),
         ([5, "7"], "example 0 has '5'"),
         ([2**70], "not object: example 0 has 1180591620717411303424"),
@@ -440,6 +445,29 @@ def test_accelerate_may_not_shard_batches_again() -> None:
 def test_bad_lengths_are_named(lengths: Any, message: str) -> None:
     with pytest.raises(MRopeError, match=message):
         TokenBudgetSampler(lengths, 10)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        tuple,
+        np.array,
+        torch.tensor,
+        pa.array,
+        lambda lengths: pa.chunked_array([lengths[:2], lengths[2:]]),
+        lambda lengths: np.array(lengths, np.uint16),
+        lambda lengths: np.array(lengths, np.object_),
+        lambda lengths: [torch.tensor(length) for length in lengths],
+        lambda lengths: Dataset.from_dict({"length": lengths})["length"],
+    ],
+)
+def test_columns_of_every_library_are_read(form: Any) -> None:
+    lengths = [6, 5, 3, 4, 2]
+    plain, given = (
+        TokenBudgetSampler(some, 10, patches=some, max_patches=10)
+        for some in (lengths, form(lengths))
+    )
+    assert list(given) == list(plain)
 
 
 def test_an_example_that_fits_only_unrounded_is_named() -> None:

@@ -481,6 +481,8 @@ def test_flattened_batches_are_those_made_by_hand(workers: int) -> None:
     [
         ({"id": "a"}, r"sample 0 \(id a\) .* has no size \(KeyError\('mrope_length'\)\): map Pre"),
         ({"mrope_length": 2.5, "mrope_patches": 0}, "sample 0 of those .* has no size"),
+        (np.arange(3), r"sample 0 of those .* has no size \(IndexError"),
+        (object(), r"sample 0 of those .* has no size \(TypeError"),
         ({"mrope_length": 0, "mrope_patches": 0}, "has 0 tokens and 0 patches"),
         (
             {"id": 7, "mrope_length": 9, "mrope_patches": 0},
@@ -493,7 +495,7 @@ def test_flattened_batches_are_those_made_by_hand(workers: int) -> None:
         ),
     ],
 )
-def test_a_sample_that_fits_no_batch_is_named(sample: dict[str, Any], text: str) -> None:
+def test_a_sample_that_fits_no_batch_is_named(sample: Any, text: str) -> None:
     stream = TokenBudgetStream([sample], 10, max_patches=20, pad_to_multiple_of=4)
     with pytest.raises(MRopeError, match=text):
         list(stream)

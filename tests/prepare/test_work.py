@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mrope import MRopeError
-from mrope.prepare.work import WorkModel
+from mrope.prepare.work import _TOWERS, WorkModel
 from support.models import model_config, tiny_model
 
 CONFIG_2B = Path(__file__).parents[2] / "configs" / "bench" / "models" / "2b.json"
@@ -85,6 +85,43 @@ def test_a_live_config_is_read(family: str) -> None:
     assert WorkModel.from_config(live) == WorkModel.from_config(model_config(family))
 
 
+@pytest.mark.parametrize("family", _TOWERS)
+def test_keys_at_their_default_can_be_left_out(family: str) -> None:
+    """transformers before 4.57 saved only what differs from the class's default."""
+    live = AutoConfig.for_model(family)
+    assert WorkModel.from_config({"model_type": family}) == WorkModel.from_config(live)
+    # Older files of Qwen2-VL hold the text model's values beside the sections.
+    flat = {"model_type": family, "hidden_size": 1024, "num_hidden_layers": 8}
+    nested = {"model_type": family, "text_config": {"hidden_size": 1024, "num_hidden_layers": 8}}
+    assert WorkModel.from_config(flat) == WorkModel.from_config(nested)
+    assert WorkModel.from_config(flat).per_token < WorkModel.from_config(live).per_token
+
+
+@pytest.mark.parametrize("family", _TOWERS)
+def test_released_weights_are_counted(family: str) -> None:
+    """The linear maps of each class's default config, by its parameters on the meta device."""
+    config = AutoConfig.for_model(family)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    text, merge = config.text_config, config.vision_config.spatial_merge_size
+    experts = getattr(text, "n_routed_experts", 0) or getattr(text, "num_experts", 0)
+    # Of the weights in a module of this name, the share that a token or a patch meets.
+    share = {"experts": text.num_experts_per_tok / experts} if experts else {}
+    share |= {"merger": merge**-2, "deepstack_merger_list": merge**-2, "downsample": merge**-2}
+    share |= dict.fromkeys(("embed_tokens", "pos_embed", "embeddings", "conv1d"), 0)
+    counts = {"patch_embed": 0.0, "visual": 0.0, "model": 0.0, "lm_head": 0.0}
+    for name, weights in model.named_parameters():
+        parts = name.removeprefix("model.").split(".")
+        kind = next((kind for kind in counts if kind in parts), "model")
+        meets = next((share[part] for part in parts if part in share), 1)
+        counts[kind] += weights.numel() * meets * (weights.ndim > 1)
+    work = WorkModel.from_config(config)
+    # Linear attention has products of its own, and pixels need no gradient.
+    text_work = 6 * (counts["model"] + counts["lm_head"])
+    assert work.per_token == pytest.approx(text_work, rel=0.03 if "qwen3_5" in family else 1e-6)
+    assert work.per_patch == pytest.approx(6 * counts["visual"] + 4 * counts["patch_embed"])
+
+
 def test_a_frozen_tower_has_no_backward_pass() -> None:
     whole, frozen = (WorkModel.from_config(CONFIG_2B, frozen_tower=one) for one in (False, True))
     assert frozen.per_patch_pair == whole.per_patch_pair / 3
@@ -103,5 +140,5 @@ def test_work_is_the_sum_of_both_parts() -> None:
 def test_a_tower_that_is_not_known_is_named() -> None:
     with pytest.raises(MRopeError, match=r"vision tower of 'ernie4_5_vl_moe'.* Known: qwen2_vl, "):
         WorkModel.from_config(model_config("ernie4_5_vl_moe"))
-    with pytest.raises(MRopeError, match="the config has no hidden_size"):
-        WorkModel.from_config({"model_type": "qwen3_vl", "text_config": {}, "vision_config": {}})
+    with pytest.raises(MRopeError, match="hidden_size must be an integer >= 0, not 'big'"):
+        WorkModel.from_config({"model_type": "qwen3_vl", "text_config": {"hidden_size": "big"}})

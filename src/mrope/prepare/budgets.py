@@ -81,7 +81,8 @@ def read_work(
     Raises:
         MRopeError: not one finite number of 0 or more for each example, or all are 0.
     """
-    counts = [lengths_N, np.zeros_like(lengths_N)]
+    # A copy: a function that adds in place would change the budget.
+    counts = [lengths_N.copy(), np.zeros_like(lengths_N)]
     if patches is not None:
         counts[1] = _read_counts("patches", patches, len(lengths_N)).astype(np.int64)
     if pairs is not None:
@@ -186,9 +187,14 @@ def _integers(name: str, values: Lengths) -> AnyInts:
         raise MRopeError(f"{name} must be one integer for each example: {error}") from error
     if values_N.ndim != 1:
         raise MRopeError(f"{name} must be (examples,), not {values_N.shape}")
+    if values_N.dtype == np.object_:
+        # Python's own integers, as pandas and pyarrow hold them in some columns.
+        values_N = np.asarray(values_N.tolist())
     if values_N.dtype.kind not in "iu" and len(values_N):
-        pairs = enumerate(values_N.tolist())
-        index, value = next((pair for pair in pairs if type(pair[1]) is not int), (0, values[0]))
+        # Of a column of floats the first null, which made them floats.
+        nulls = np.isnan(values_N) if values_N.dtype.kind == "f" else np.zeros(1)
+        pairs = list(enumerate(values_N.tolist()))[int(nulls.argmax()) :]
+        index, value = next((pair for pair in pairs if type(pair[1]) is not int), pairs[0])
         raise MRopeError(
             f"{name} must be integers of at most 64 bits, not {values_N.dtype}: example {index} "
             f"has {value!r}"

@@ -156,7 +156,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
                 f"max_tokens {max_tokens} is below pad_to_multiple_of {pad_to_multiple_of}"
             )
         rungs = None if shapes is None else shapes.patches or None
-        _require("patches", patches, max_patches=max_patches, shapes=rungs)
+        _require("patches", patches, max_patches=max_patches, shapes=rungs, patch_pairs=patch_pairs)
         _require("shapes", shapes, segments=segments)
         _require("cost", cost, patch_pairs=patch_pairs)
         if cost is not None and not self.shuffle:

@@ -148,7 +148,7 @@ class TokenBudgetStream(IterableDataset[list[Any]]):
                 tokens, patches = map(operator.index, self.size(sample))
             else:
                 tokens, patches, sample = self._from_columns(sample)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise MRopeError(
                 f"{_name(given, position)} has no size ({error!r}): map Precheck over the stream, "
                 f"which adds {LENGTH} and {PATCHES}, or pass size=, a function of a sample that "
@@ -319,10 +319,6 @@ class TokenBudgetStreamIterator(Iterator[list[Any]]):
         while reader.position < stop and (read := reader.read()) is not None:
             if read[0] in waiting:
                 self._buffer.append(self._stream.measure(*read))
-
-
-def _at_least(name: str, value: int | None, lowest: int) -> int | None:
-    return None if value is None else as_whole(name, value, lowest)
 
 
 def _of_rank(source: Any, rank: int, ranks: int, presharded: bool) -> Any:

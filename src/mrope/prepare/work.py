@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mrope.errors import MRopeError
+from mrope.spec.class_defaults import CLASS_DEFAULTS, fill_defaults
 from mrope.spec.model_config import read_int, read_model, read_tower
 
 FloatArray = npt.NDArray[np.float64]
@@ -89,7 +90,10 @@ class WorkModel:
                 f"WorkModel cannot count the vision tower of {name!r}; give the sampler a function "
                 f"of tokens and patches instead. Known: {', '.join(_TOWERS)}"
             )
+        # Without the section, the values at the top are those of an older file's text model.
+        table = {"vision_config": {}, **table}
         vision, where = read_tower(table, "vision_config", name, str(name))
+        text = fill_defaults(text, CLASS_DEFAULTS[str(name)]["text_config"])
         weights, pairs = _count_text(text, f"{name} text_config")
         tower = count_tower(vision, where)
         factor = _FORWARD if frozen_tower else _BOTH

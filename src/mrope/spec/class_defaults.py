@@ -1,8 +1,8 @@
 """Values that transformers' config classes assume where a config has none.
 
 transformers reads a `config.json` that lacks a key, as older releases and other tools write it,
-with the default of its config class. `CLASS_DEFAULTS` holds those defaults that a spec is read
-from, so that workers read such a file equally, without transformers.
+with the default of its config class. `CLASS_DEFAULTS` holds those defaults that a spec or a
+`WorkModel` is read from, so that workers read such a file equally, without transformers.
 
 Source: the config class of each `model_type` in transformers 5.24. Releases 4.57, 5.17 and 5.23
 have the same values for the families that they have. `tests/spec/test_class_defaults.py` compares
@@ -45,7 +45,7 @@ def _ids(image: int, video: int, start: int) -> dict[str, Any]:
     return {"image_token_id": image, "video_token_id": video, "vision_start_token_id": start}
 
 
-def _tower(patch: int, **others: int) -> dict[str, Any]:
+def _tower(patch: int, **others: Any) -> dict[str, Any]:
     """Return the section of a vision tower, with what most towers have in common."""
     common = {"in_channels": 3, "temporal_patch_size": 2, "spatial_merge_size": 2}
     return {"vision_config": common | {"patch_size": patch} | others}
@@ -56,34 +56,96 @@ def _plain_tower(patch: int, **others: int) -> dict[str, Any]:
     return {"vision_config": {"num_channels": 3, "patch_size": patch, **others}}
 
 
-def _glm(image: int, image_start: int, video_start: int) -> dict[str, Any]:
+def _text(
+    hidden: int, layers: int, heads: int, groups: int, vocabulary: int, **others: Any
+) -> dict[str, Any]:
+    """Return the section of a text model; `groups` are its key and value heads."""
+    sizes = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "vocab_size": vocabulary,
+    }
+    return {"text_config": {**sizes, **others}}
+
+
+def _experts(key: str, experts: int, width: int, chosen: int, **others: int) -> dict[str, int]:
+    """Return the values of a text model's experts: their number, their width, how many act."""
+    return {key: experts, "moe_intermediate_size": width, "num_experts_per_tok": chosen, **others}
+
+
+def _glm(image: int, image_start: int, video_start: int, **sizes: int) -> dict[str, Any]:
     """Return the defaults of a GLM-V class, whose ids are numbered in pairs."""
     ids = {"image_token_id": image, "video_token_id": image + 1}
     ids |= {"image_start_token_id": image_start}
     ids |= {"video_start_token_id": video_start, "video_end_token_id": video_start + 1}
-    return ids | _tower(14)
+    return ids | _tower(14, **sizes)
 
 
 _QWEN = _ids(151655, 151656, 151652)
-_QWEN3_TOWER = _tower(16, num_position_embeddings=2304)
-_QWEN3_5 = _ids(248056, 248057, 248053) | _QWEN3_TOWER
+_QWEN2_TEXT = _text(8192, 80, 64, 8, 152064, intermediate_size=29568)
+
+_QWEN3_SIZES: dict[str, Any] = {
+    "num_position_embeddings": 2304,
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "out_hidden_size": 3584,
+}
+_QWEN3_TOWER = _tower(16, **_QWEN3_SIZES, deepstack_visual_indexes=[8, 16, 24])
+
+_QWEN3_EXPERTS = _experts("num_local_experts|num_experts", 60, 1408, 4)
+
+_QWEN3_5 = _ids(248056, 248057, 248053) | _tower(16, **_QWEN3_SIZES)
+_LINEAR = {
+    "head_dim": 256,
+    "linear_num_value_heads": 32,
+    "linear_num_key_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}
+
+_QWEN3_5_EXPERTS = _experts(
+    "num_experts|num_local_experts", 256, 512, 8, shared_expert_intermediate_size=512
+)
+
+_GLM_SIZES = {"depth": 24, "hidden_size": 1536, "intermediate_size": 13696, "out_hidden_size": 4096}
+_GLM_TEXT = _text(4096, 40, 32, 2, 151552, intermediate_size=13696)
+_GLM_EXPERTS = _experts("n_routed_experts", 128, 1408, 8)
 
 # The classes declare no `vision_start_token_id`: it is in the files of released checkpoints.
 _OMNI = {"audio_start_token_id": 151647, "position_id_per_seconds": 25}
 
 
 CLASS_DEFAULTS: dict[str, Defaults] = {
-    "qwen2_vl": _QWEN | _tower(14),
+    "qwen2_vl": _QWEN | _QWEN2_TEXT | _tower(14, depth=32, embed_dim=1280, hidden_size=3584),
     # Released checkpoints have 2 tokens per second, and say so in their files.
-    "qwen2_5_vl": _QWEN | _tower(14, window_size=112, tokens_per_second=4),
-    "qwen3_vl": _QWEN | _QWEN3_TOWER,
-    "qwen3_vl_moe": _QWEN | _QWEN3_TOWER,
-    "qwen3_5": _QWEN3_5,
-    "qwen3_5_moe": _QWEN3_5,
+    "qwen2_5_vl": _QWEN
+    | _QWEN2_TEXT
+    | _tower(
+        14,
+        window_size=112,
+        tokens_per_second=4,
+        depth=32,
+        hidden_size=3584,
+        intermediate_size=3420,
+        out_hidden_size=3584,
+        fullatt_block_indexes=[7, 15, 23, 31],
+    ),
+    "qwen3_vl": _QWEN
+    | _QWEN3_TOWER
+    | _text(4096, 32, 32, 32, 151936, head_dim=128, intermediate_size=22016),
+    "qwen3_vl_moe": _QWEN
+    | _QWEN3_TOWER
+    | _text(2048, 24, 16, 16, 151936, head_dim=128, intermediate_size=5632, **_QWEN3_EXPERTS),
+    "qwen3_5": _QWEN3_5 | _text(4096, 32, 16, 4, 248320, intermediate_size=12288, **_LINEAR),
+    "qwen3_5_moe": _QWEN3_5 | _text(2048, 40, 16, 2, 248320, **_LINEAR, **_QWEN3_5_EXPERTS),
     "qwen4_exp": _QWEN3_5,
-    "glm4v": _glm(151343, 151339, 151341),
-    "glm4v_moe": _glm(151363, 151339, 151341),
-    "glm46v": _glm(151343, 151339, 151361),
+    "glm4v": _glm(151343, 151339, 151341, **_GLM_SIZES) | _GLM_TEXT,
+    "glm4v_moe": _glm(151363, 151339, 151341, **_GLM_SIZES)
+    | _text(4096, 46, 96, 8, 151424, intermediate_size=10944, **_GLM_EXPERTS),
+    "glm46v": _glm(151343, 151339, 151361, **_GLM_SIZES) | _GLM_TEXT,
     "glm_ocr": _glm(59280, 59256, 59258),
     "ernie4_5_vl_moe": {
         "image_token_id": 100295,
