@@ -124,6 +124,8 @@ def _parts(packing: Any) -> Iterator[Pair]:
             example["labels"] = torch.as_tensor(example["input_ids"]).clone()
         _, batch = _both("qwen3_vl", examples, packing=packing, shapes=shapes)
         yield batch, shard_sequence(batch, 0, 2)
+    _, batch = make_batches(THINKERS[0], MEDIA[0], padded=True)
+    yield batch, shard_sequence(batch, 0, 2)
 
 
 def _adapted() -> Iterator[Pair]:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.nn
@@ -15,7 +16,15 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrope import MRopeCollator, MRopeError, Shapes, gather_sequence, shard_sequence
+from mrope import (
+    MRopeCollator,
+    MRopeError,
+    MRopeSpec,
+    Shapes,
+    gather_sequence,
+    shard_sequence,
+)
+from mrope.spec.spec import example_config
 from mrope.towers import VisionSpec
 from support.specs import example_spec
 
@@ -235,6 +244,17 @@ def test_parts_of_one_pair_of_rungs_have_one_description(packing: Any, scheme: A
     assert len(found) <= rows
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("packing", [None, "flatten"])
+def test_parts_of_one_rung_of_tokens_have_one_description(packing: Any, scheme: Any) -> None:
+    """Rungs of tokens alone: a row still has one shape, whatever examples are in it."""
+    shapes = Shapes((64,), tokens_per_example=16)
+    collate = MRopeCollator(None, SPEC, VISION, packing=packing, shapes=shapes)
+    batches = [collate(text(*lengths)) for lengths in ((5, 3), (1, 9), (20, 21))]
+    cut = [part for batch in batches for part in parts(batch, 2, scheme)]
+    assert all(described(part) == described(cut[0]) for part in cut)
+
+
 def test_a_flattened_row_of_fixed_shapes_in_zigzag() -> None:
     """Segments of 7 and 3 tokens, 54 of padding and 3 empty ones, cut into 4 each."""
     shapes = Shapes((64,), (16,), longest=16, patches_per_segment=8, tokens_per_example=16)
@@ -246,6 +266,48 @@ def test_a_flattened_row_of_fixed_shapes_in_zigzag() -> None:
     assert first["max_length_q"] == 38
     assert first["input_ids"][0, :6].tolist() == [10, 11, 16, 0, 20, 0]
     assert second["input_ids"][0, :6].tolist() == [12, 13, 14, 15, 21, 22]
+
+
+# Other kinds of batches.
+
+
+def test_arrays_and_lists_of_a_padded_batch() -> None:
+    inner = {"input_ids": np.array([[10, 11, 12]]), "labels": [[10, 11, 12]]}
+    first, second = parts(MRopeCollator(lambda _: dict(inner), SPEC)(None), 2)
+    assert first["input_ids"].tolist() == [[10, 11]] and second["input_ids"].tolist() == [[12, 0]]
+    assert first["shift_labels"].tolist() == [[11, 12]]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_positions_on_one_axis(scheme: Any) -> None:
+    spec = MRopeSpec.from_config(example_config("lfm3_vl"))
+    batch = MRopeCollator(None, spec)(text(8, 5))
+    whole = gather_sequence(parts(batch, 2, scheme), scheme)
+    for name in ("input_ids", "position_ids", "labels"):
+        assert torch.equal(whole[name], batch[name]), name
+
+
+def test_indices_of_audio_and_of_tokens() -> None:
+    """Audio goes by its index, as images do; indices of the whole batch are dropped."""
+    batch = MRopeCollator(None, SPEC)(text(4))
+    batch |= {"audio_scatter_index": torch.tensor([1, 2]), "audio_split_sizes": [2]}
+    batch |= {"moe_text_index": torch.arange(4), "moe_vision_index": torch.arange(0)}
+    first, second = parts(batch, 2)
+    kinds = ("scatter", "feature")
+    found = [part[f"audio_{name}_index"].tolist() for part in (first, second) for name in kinds]
+    assert found == [[1], [0], [0], [1]]
+    assert not {"audio_split_sizes", "moe_text_index", "moe_vision_index"} & first.keys()
+
+
+def test_features_that_video_llama_3_leaves_out() -> None:
+    """Index of a feature among all that the tower returns, not among those that are kept."""
+    batch = MRopeCollator(None, SPEC)(text(4))
+    batch |= {"video_scatter_index": torch.tensor([1, 2, 3])}
+    batch |= {"video_feature_index": torch.tensor([0, 4, 5])}
+    first, second = parts(batch, 2)
+    assert first["video_feature_index"].tolist() == [0]
+    assert second["video_scatter_index"].tolist() == [0, 1]
+    assert second["video_feature_index"].tolist() == [4, 5]
 
 
 def test_the_batch_is_not_written_to_and_the_stage_pickles() -> None:

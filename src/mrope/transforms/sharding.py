@@ -25,15 +25,10 @@ IntArray = npt.NDArray[np.int64]
 Scheme = Literal["contiguous", "zigzag"]
 
 _FILL = {"labels": -100, "shift_labels": -100}
-# Read on the host by attached models of `mrope.hf`; valid for the whole sequence only.
-_NOT_OF_A_PART = (
-    "has_padding",
-    "segment_sizes",
-    "image_split_sizes",
-    "image_window_split_sizes",
-    "video_split_sizes",
-    "video_window_split_sizes",
-)
+_MODALITIES = ("image", "video", "audio")
+# Read by attached models of `mrope.hf`, as is whatever ends with `_split_sizes`; valid for the
+# whole sequence only.
+_NOT_OF_A_PART = ("has_padding", "segment_sizes", "moe_text_index", "moe_vision_index")
 
 
 class _Plan(NamedTuple):
@@ -76,13 +71,14 @@ def shard_sequence(
     up what the padding of the examples leaves of the width.
 
     Args:
-        batch: in model layout, with `input_ids` (B, S) and `position_ids` (3|4, B, S).
+        batch: in model layout, with `input_ids` (B, S) and `position_ids` (3|4, B, S), or (B, S) of
+            families with 1-D positions.
         rank, world_size: rank and size of the group that shares a sequence.
         scheme: see above.
         pad_token_id: token id at padding.
 
     Returns:
-        A new dict. `position_ids` is cut on axis 2, every other tensor with one entry per token on
+        A new dict. `position_ids` is cut on its last axis, every other tensor with one entry per token on
         axis 1; pixels, grids, vision tensors and `rope_deltas` stay whole. Padding has labels of
         -100 and a mask of 0. In a flattened row it is a segment of its own ("contiguous"), or the
         end of each example, where causal attention never reaches it ("zigzag"). Additional keys:
@@ -90,7 +86,7 @@ def shard_sequence(
         - `shift_labels`, if there are `labels`: the label of the next token. Models shift `labels`
           themselves and would lose one at each cut; transformers' losses take these instead.
         - `image_scatter_index`: indices among the rank's B * L tokens; `image_feature_index`: the
-          feature rows that go there. The same for `video_`. With fixed shapes
+          feature rows that go there. The same for `video_` and `audio_`. With fixed shapes
           `vision_feature_index` (B * L,) and `vision_feature_mask` (B, L): the feature row of each
           of the rank's tokens, and which of them take one. Other inputs of attached models are
           dropped, since these attend within one process: an attached model refuses the part.
@@ -108,8 +104,12 @@ def shard_sequence(
         [[0, 1, 6, 7]]
     """
     _check(batch, rank, world_size, scheme)
-    whole = dict(batch)
-    shape, flattened = tuple(batch["input_ids"].shape[:2]), "cu_seq_lens_q" in batch
+    shape, flattened = np.shape(batch["input_ids"])[:2], "cu_seq_lens_q" in batch
+    columns = {name for name, value in batch.items() if is_column(name, value, shape)}
+    # An inner collate function may have left arrays or lists in a padded batch.
+    whole = {
+        name: torch.as_tensor(value) if name in columns else value for name, value in batch.items()
+    }
     fixed = "vision_feature_index" in batch
     if whole.get("labels") is not None:
         # Before cutting: the last token of a part predicts the first token of the next.
@@ -120,21 +120,22 @@ def shard_sequence(
         whole["attention_mask"] = torch.ones(shape, dtype=torch.int64)
     plan = _plan(whole, shape[1], rank, world_size, scheme)
     fills = {**_FILL, "input_ids": pad_token_id}
-    part = {name: value for name, value in whole.items() if name not in _NOT_OF_A_PART}
+    part = {name: value for name, value in whole.items() if not _is_of_the_whole(name)}
     for name, value in whole.items():
         if is_column(name, value, shape):
             part[name] = _cut(value, plan, fills.get(name, 0))
-    part["position_ids"] = _cut_positions(whole["position_ids"], plan, flattened)
+    if whole["position_ids"].ndim == 3:  # 1-D ones, (B, S), are a column
+        part["position_ids"] = _cut_positions(whole["position_ids"], plan, flattened)
     if flattened:
-        part |= _borders(plan, world_size if scheme == "zigzag" else 1, fixed)
+        part |= _borders(plan, world_size if scheme == "zigzag" else 1, _is_fixed_row(whole))
     if fixed:
         index = whole["vision_feature_index"].view(shape)
         # Padding repeats an index: its mask is False, so that it may be any.
         source = torch.from_numpy(plan.source_L).clamp(min=0)
         part["vision_feature_index"] = index.index_select(1, source).flatten()
-    for modality in ("image", "video"):
+    for modality in _MODALITIES:
         if f"{modality}_scatter_index" in whole:
-            part |= _places(modality, whole[f"{modality}_scatter_index"], plan, shape[1])
+            part |= _places(modality, whole, plan, shape[1])
     return part
 
 
@@ -148,13 +149,13 @@ def gather_sequence(
         scheme: the scheme they were cut with.
 
     Returns:
-        Token columns (B, S, ...) and `position_ids` (3|4, B, S) of the whole sequence; S includes
-        the padding that made it divisible.
+        Token columns (B, S, ...) and `position_ids` (3|4, B, S) or (B, S) of the whole sequence; S
+        includes the padding that made it divisible.
     """
     shape = tuple(parts[0]["input_ids"].shape[:2])
     names = [name for name, value in parts[0].items() if is_column(name, value, shape)]
     whole = {name: torch.cat([part[name] for part in parts], dim=1) for name in names}
-    whole["position_ids"] = torch.cat([part["position_ids"] for part in parts], dim=2)
+    whole["position_ids"] = torch.cat([part["position_ids"] for part in parts], dim=-1)
     if scheme == "contiguous":
         return whole
     ranks = len(parts)
@@ -162,9 +163,14 @@ def gather_sequence(
     own = [_zigzag(borders * ranks, rank, ranks) for rank in range(ranks)]
     order = torch.from_numpy(np.concatenate(own).argsort())
     return {
-        name: value.index_select(2 if name == "position_ids" else 1, order)
+        name: value.index_select(-1 if name == "position_ids" else 1, order)
         for name, value in whole.items()
     }
+
+
+def _is_of_the_whole(name: str) -> bool:
+    """Whether a value of the batch says nothing of a part, and cannot be cut."""
+    return name in _NOT_OF_A_PART or name.endswith("_split_sizes")
 
 
 def _check(batch: Mapping[str, Any], rank: int, world_size: int, scheme: str) -> None:
@@ -229,6 +235,11 @@ def _lengths(whole: Mapping[str, Any], width: int) -> IntArray:
     return length_D
 
 
+def _is_fixed_row(whole: Mapping[str, Any]) -> bool:
+    """Whether a flattened row was padded to a rung: it has no rope deltas then."""
+    return "cu_seq_lens_q" in whole and whole.get("rope_deltas") is None
+
+
 def _without_tail(whole: Mapping[str, Any], segments: int) -> bool:
     """Return whether a flattened row ends with an example, not with a tail of padding.
 
@@ -246,7 +257,7 @@ def _pad_each(whole: Mapping[str, Any], length_D: IntArray, width: int, multiple
     shapes they give 4 4 8: a batch with segments of 3, 5 and 2 tokens needs 4 8 4, 16 as well.
     """
     padded_D: IntArray = -(-length_D // multiple) * multiple
-    if "vision_feature_index" in whole and "cu_seq_lens_q" in whole:
+    if _is_fixed_row(whole):
         most = width + len(length_D) * (multiple - 1)
         padded_D[-1] = most // multiple * multiple - padded_D[:-1].sum()
     return padded_D
@@ -301,7 +312,7 @@ def _borders(plan: _Plan, ranks: int, fixed: bool) -> dict[str, Any]:
 
 
 def _places(
-    modality: str, scatter_index: torch.Tensor, plan: _Plan, width: int
+    modality: str, whole: Mapping[str, Any], plan: _Plan, width: int
 ) -> dict[str, torch.Tensor]:
     """Select the feature rows of the rank's tokens, and compute their indices among these tokens.
 
@@ -311,11 +322,13 @@ def _places(
     real = (plan.beyond_L == 0).nonzero()[0]
     local_S = np.full(width, -1)
     local_S[plan.source_L[real]] = real
-    row, place = np.divmod(scatter_index.numpy(), width)
+    row, place = np.divmod(whole[f"{modality}_scatter_index"].numpy(), width)
     local = local_S[place]
     feature = (local >= 0).nonzero()[0]
     own = row[feature] * len(plan.source_L) + local[feature]
+    rows = torch.from_numpy(feature)
+    kept = whole.get(f"{modality}_feature_index")  # of VideoLLaMA 3, which leaves some rows out
     return {
         f"{modality}_scatter_index": torch.from_numpy(own),
-        f"{modality}_feature_index": torch.from_numpy(feature),
+        f"{modality}_feature_index": rows if kept is None else kept[rows],
     }
