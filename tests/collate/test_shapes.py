@@ -180,6 +180,8 @@ def test_what_the_collator_refuses() -> None:
         MRopeCollator(None, SPEC, VISION, shapes=Shapes((16,), (18,)))
     with pytest.raises(ValueError, match="shapes needs vision"):
         MRopeCollator(None, SPEC, shapes=SHAPES)
+    with pytest.raises(ValueError, match="pad_token_id 102 is a placeholder"):
+        MRopeCollator(None, SPEC, shapes=Shapes((16,), pad_token_id=IMAGE))
     omni = MRopeSpec.from_config(example_config("qwen3_omni_moe_thinker"), "transformers-5.23")
     with pytest.raises(MRopeError, match="not supported for qwen3_omni_moe_thinker"):
         MRopeCollator(None, omni, VISION, shapes=SHAPES)

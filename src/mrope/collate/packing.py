@@ -75,10 +75,7 @@ def check_packing(spec: MRopeSpec, options: Flatten) -> None:
             transformers lets examples attend to each other.
         ValueError: the token id of padding is a placeholder.
     """
-    if options.pad_token_id in (spec.image_token_id, spec.video_token_id):
-        raise ValueError(
-            f"pad_token_id {options.pad_token_id} is a placeholder of images or videos"
-        )
+    refuse_placeholder(spec, options.pad_token_id)
     if not spec.family_row.packs:
         raise MRopeError(
             f"packing='flatten' is refused for {spec.family}: nobody has compared what its "
@@ -92,6 +89,16 @@ def check_packing(spec: MRopeSpec, options: Flatten) -> None:
             f"{describe_known('flatten')}, or pad"
         )
     prove_if_unknown("flatten", spec)
+
+
+def refuse_placeholder(spec: MRopeSpec, pad_token_id: int) -> None:
+    """Refuse padding that would be taken for a token of an image or video.
+
+    Raises:
+        ValueError: the token id is a placeholder.
+    """
+    if pad_token_id in (spec.image_token_id, spec.video_token_id):
+        raise ValueError(f"pad_token_id {pad_token_id} is a placeholder of images or videos")
 
 
 def seq_lengths(

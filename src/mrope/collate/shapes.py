@@ -22,7 +22,7 @@ import torch
 
 from mrope.arrays import IntArray
 from mrope.collate.ladder import Shapes
-from mrope.collate.packing import Flatten, fill_of, flatten, is_column
+from mrope.collate.packing import Flatten, fill_of, flatten, is_column, refuse_placeholder
 from mrope.collate.pixels import take_pixels
 from mrope.collate.samples import GRIDS, SECONDS
 from mrope.errors import MRopeError
@@ -42,10 +42,11 @@ def check_shapes(spec: MRopeSpec, vision: VisionSpec | None, shapes: Shapes) -> 
     """Refuse a ladder that the model's batches cannot be padded to.
 
     Raises:
-        ValueError: rungs of patches without a vision spec, or a rung that does not consist of whole
-            tokens.
+        ValueError: rungs of patches without a vision spec, a rung that does not consist of whole
+            tokens, or a token id of padding that is a placeholder.
         MRopeError: as `check_family`.
     """
+    refuse_placeholder(spec, shapes.pad_token_id)
     if not shapes.patches:
         check_positions(spec)
         return

@@ -78,10 +78,11 @@ def shard_sequence(
         pad_token_id: token id at padding.
 
     Returns:
-        A new dict. `position_ids` is cut on its last axis, every other tensor with one entry per token on
-        axis 1; pixels, grids, vision tensors and `rope_deltas` stay whole. Padding has labels of
-        -100 and a mask of 0. In a flattened row it is a segment of its own ("contiguous"), or the
-        end of each example, where causal attention never reaches it ("zigzag"). Additional keys:
+        A new dict. `position_ids` is cut on its last axis, every other tensor with one entry per
+        token on axis 1; pixels, grids, vision tensors and `rope_deltas` stay whole. Padding has
+        labels of -100 and a mask of 0. In a flattened row it is a segment of its own
+        ("contiguous"), or the end of each example, where causal attention never reaches it
+        ("zigzag"). Additional keys:
 
         - `shift_labels`, if there are `labels`: the label of the next token. Models shift `labels`
           themselves and would lose one at each cut; transformers' losses take these instead.
