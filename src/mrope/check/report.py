@@ -82,7 +82,8 @@ def list_counts(check: Check) -> Iterator[tuple[str, str]]:
         yield "lengths", ", ".join(f"{name} {n:,}" for name, n in summary.quantiles().items())
     yield "reference", check.comparison
     if check.compared:
-        yield "compared", f"{summary.compared:,} good rows, all equal"
+        good = "good row" if summary.compared == 1 else "good rows"
+        yield "compared", f"{summary.compared:,} {good}, all equal" if summary.compared else "none"
     for error, found in summary.unanswered.items():
         yield "not compared", f"{count_rows(len(found.rows))} where that function raises {error}"
 

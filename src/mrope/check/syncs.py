@@ -66,7 +66,7 @@ def print_trainer_syncs(config: Path | None, overrides: list[str], model: str | 
     rope_on = cfg.rope.model_copy(update={"enabled": True, "vision": True})
     cfg = cfg.model_copy(update={"model": model_on, "rope": rope_on})
     console = Console()
-    for name, options in (("defaults", {}), ("with the recipe", TRAINER_RECIPE)):
+    for name, options in (("defaults", {}), ("with these settings:", TRAINER_RECIPE)):
         report = SyncReport(quiet=True)
         run_trainer(cfg, options, report)
         console.print(f"transformers' Trainer, {name}", *(f"{k}={v!r}" for k, v in options.items()))
@@ -165,11 +165,16 @@ def _synthetic_config(model: str) -> Config:
 
 def _table(before: list[Site], after: list[Site]) -> Table:
     """Return a table of both counts for each site, most syncs first."""
-    table = Table("where", "what", "plain", "attached", title="host syncs of one training step")
+    table = Table(title="host syncs of one training step")
+    # Folded, not cut: a place without its line number is of no use.
+    table.add_column("where", overflow="fold")
+    for heading in ("what", "plain", "attached"):
+        table.add_column(heading)
     counts: dict[tuple[str, str], list[int]] = {}
     for column, sites in enumerate((before, after)):
         for site in sites:
-            where = f"{site.file}:{site.line} {site.function}"
+            file = "/".join(Path(site.file).parts[-2:])
+            where = f"{file}:{site.line} {site.function}"
             counts.setdefault((where, site.op), [0, 0])[column] += site.count
     for (where, what), (plain, attached) in sorted(counts.items(), key=lambda item: -sum(item[1])):
         table.add_row(where, what, str(plain), str(attached))

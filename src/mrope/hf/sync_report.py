@@ -202,7 +202,10 @@ class SyncReport(TrainerCallback):  # type: ignore[misc]
         """Return a rich table: the parts of the loop, and the places of each with most syncs."""
         from rich.table import Table
 
-        table = Table("part", "where", "what", "per step", "removed by", title=self._title())
+        table = Table(title=self._title())
+        for heading in ("part", "where", "what", "per step", "removed by"):
+            # Folded, not cut: logs are 80 columns wide, and names of settings must stay whole.
+            table.add_column(heading, overflow="fold")
         for kind, total in self.by_kind().items():
             for row in self._rows(kind):
                 table.add_row(*row)

@@ -154,7 +154,7 @@ def _wrong_size(size_3G: IntArray, images: int, merge: int, limit: int, tokens: 
         if size[1] % merge or size[2] % merge:
             return MRopeError(
                 f"{where}: height and width in patches must be multiples of "
-                f"spatial_merge_size={merge}; usual cause: a grid of another processor"
+                f"spatial_merge_size={merge}. Likely cause: a grid of another processor."
             )
         if max(size) > limit:
             return MRopeError(f"{where}: needs more than the {tokens} tokens of the whole batch")
@@ -167,7 +167,7 @@ def _check_clips(frames_N: IntArray, video_N3: IntArray, frame_merge: int) -> No
         ordinal = int(frames_N.argmin())
         raise MRopeError(
             f"video_grid_thw[{ordinal}] = {video_N3[ordinal].tolist()}: needs at least "
-            f"{frame_merge} frames, temporal_merge_size; usual cause: a grid of another processor"
+            f"{frame_merge} frames, temporal_merge_size. Likely cause: a grid of another processor."
         )
 
 

@@ -191,8 +191,8 @@ def _as_grids(grid_thw: npt.ArrayLike | None, merge: int) -> Int64Array:
         ordinal = int(wrong_N.argmax())
         raise MRopeError(
             f"grid_thw[{ordinal}] = {grid_N3[ordinal].tolist()}: sizes must be at least 1, height "
-            f"and width multiples of spatial_merge_size={merge}; usual cause: a grid of another "
-            "processor"
+            f"and width multiples of spatial_merge_size={merge}. Likely cause: a grid of another "
+            "processor."
         )
     return grid_N3
 

@@ -132,6 +132,11 @@ def _read(file: Path, overrides: Sequence[str]) -> Mapping[str, Any]:
         table = OmegaConf.load(file)
         merged = OmegaConf.merge(table, OmegaConf.from_dotlist(list(overrides)))
         sections = OmegaConf.to_container(merged, resolve=True)
+    except IsADirectoryError as error:
+        raise ConfigError(
+            f"{file}: cannot be read: a folder; give a YAML file, whose model.config names the "
+            "folder of a model"
+        ) from error
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:

@@ -171,6 +171,6 @@ def _positions(batch: Mapping[str, Any], adapter: str) -> torch.Tensor:
         return positions
     found = tuple(positions.shape) if isinstance(positions, torch.Tensor) else "none"
     raise MRopeError(
-        f"{adapter} needs the position_ids {width} of MRopeCollator, found {found}; usual cause: "
-        "the batch is of another collator, or was adapted already"
+        f"{adapter} needs the position_ids {width} of MRopeCollator, found {found}. Likely cause: "
+        "the batch is of another collator, or was adapted already."
     )

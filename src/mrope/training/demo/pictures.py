@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import datasets
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mrope.errors import MRopeError
 
@@ -35,6 +35,11 @@ def read_picture(value: Any, folder: Path) -> Image.Image:
         picture = _open(value, folder)
         # Decoded here, where the error can be told apart: PIL only reads the header at first.
         picture.load()
+    except FileNotFoundError as error:
+        raise MRopeError(f"cannot read a picture: no file {error.filename}") from error
+    except UnidentifiedImageError as error:
+        name = value if isinstance(value, str) else "its bytes"
+        raise MRopeError(f"cannot read a picture: no image in {name[:80]}") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MRopeError(f"cannot read a picture: {error}") from error
     return picture

@@ -254,6 +254,7 @@ def _expand(text: str, placeholder: str, expanded: Sequence[str]) -> str:
     if len(parts) - 1 != len(expanded):
         kind = "images" if placeholder == IMAGE else "videos"
         raise MRopeError(
-            f"its messages show {len(parts) - 1} {kind}, but its column holds {len(expanded)}"
+            f"its messages show {len(parts) - 1} {kind}, but its column holds {len(expanded)} "
+            f"({placeholder} typed as text counts too)"
         )
     return parts[0] + "".join(map("".join, zip(expanded, parts[1:], strict=True)))
