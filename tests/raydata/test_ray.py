@@ -17,7 +17,7 @@ from sybil.parsers.markdown import CodeBlockParser
 from mrope import MRopeCollator, MRopeSpec, VisionSpec
 from mrope.collate.padding import PaddingCollator
 from mrope.prepare import Precheck
-from mrope.prepare.precheck import LENGTH, PATCHES
+from mrope.prepare.precheck import LENGTH, PATCH_PAIRS, PATCHES, SEGMENTS
 from mrope.prepare.ray import RayCollator
 from mrope.spec.spec import example_config
 from support.samples import columns_of_samples, plain_samples
@@ -28,6 +28,7 @@ VISION = VisionSpec(2, table_side=16)
 ROWS = 24
 BATCH = 5
 FORMATS = ("numpy", "pyarrow")
+ADDED = (LENGTH, PATCHES, SEGMENTS, PATCH_PAIRS)
 
 # What Ray warns of itself by.
 pytestmark = [
@@ -66,7 +67,7 @@ def test_map_batches_adds_what_precheck_returns(form: str) -> None:
     mapped = dataset(samples()).map_batches(Precheck(SPEC), batch_size=4, batch_format=form)
     rows = mapped.take_all()
     assert [row["id"] for row in rows] == expected["id"]
-    for name in (LENGTH, PATCHES):
+    for name in ADDED:
         assert [row[name] for row in rows] == expected[name].tolist()
     assert [np.asarray(row["input_ids"]).tolist() for row in rows] == expected["input_ids"]
 
@@ -76,7 +77,7 @@ def test_through_parquet(tmp_path: Path) -> None:
     mapped.write_parquet(str(tmp_path))
     again = ray.data.read_parquet(str(tmp_path)).sort("id").take_all()
     expected = sorted(mapped.take_all(), key=lambda row: row["id"])
-    assert again == expected and {LENGTH, PATCHES} <= set(again[0])
+    assert again == expected and {*ADDED} <= set(again[0])
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -84,7 +85,7 @@ def test_through_parquet(tmp_path: Path) -> None:
 def test_batches_are_those_of_a_list_of_examples(form: str, side: Any) -> None:
     collate = MRopeCollator(PaddingCollator(padding_side=side), SPEC, VISION)
     mapped = dataset(samples()).map_batches(Precheck(SPEC), batch_format=form)
-    mapped = mapped.drop_columns([LENGTH, PATCHES])
+    mapped = mapped.drop_columns([*ADDED])
     got = list(mapped.iter_torch_batches(batch_size=BATCH, collate_fn=RayCollator(collate)))
     expected = batches(samples(), collate)
     assert len(got) == len(expected) == 5
