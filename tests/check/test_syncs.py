@@ -32,7 +32,10 @@ def test_a_step_of_the_demo_waits_before_and_not_after() -> None:
     assert any(site.function.startswith("get_rope_index") for site in before)
 
 
-@pytest.mark.parametrize("family", MODEL_FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [*MODEL_FAMILIES, "glm4v", "ernie4_5_vl_moe", "paddleocr_vl", "cosmos3_edge", "lfm3_vl"],
+)
 def test_a_model_alone_is_enough(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

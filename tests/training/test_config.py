@@ -275,7 +275,7 @@ def test_vision_tensors_are_switched_on_by_one_key() -> None:
 def test_the_bench_configs_are_valid_and_their_rows_fit(file: Path) -> None:
     cfg = load_config(file)
     assert cfg.data.shape is not None
-    rows = SyntheticRows(cfg.spec(), cfg.data.shape, rows=1, patch_values=4, dtype=torch.float32)
+    rows = SyntheticRows(cfg.spec(), cfg.data.shape, rows=1, patch_shape=(4,), dtype=torch.float32)
     batch = build_collator(load_config(file, ["rope.vision=true"]))([rows[0]])
     assert batch["position_ids"].shape == (3, 1, cfg.data.shape.width)
     assert not batch["has_padding"]
@@ -290,7 +290,11 @@ def test_the_shape_of_synthetic_rows_is_checked(tmp_path: Path) -> None:
     cfg = load_config(file, ["data.source=synthetic", "data.shape={width: 8, images: 1}"])
     assert cfg.data.shape is not None
     with pytest.raises(MRopeError, match="take 65 tokens, more than width=8"):
-        SyntheticRows(cfg.spec(), cfg.data.shape, rows=1, patch_values=4, dtype=torch.float32)
+        SyntheticRows(cfg.spec(), cfg.data.shape, rows=1, patch_shape=(4,), dtype=torch.float32)
+    with pytest.raises(
+        ConfigError, match=r"image_sides: must be least and largest side, not \[4, 2"
+    ):
+        load_config(file, ["data.source=synthetic", "data.shape={width: 8, image_sides: [4, 2]}"])
 
 
 @pytest.mark.parametrize(

@@ -153,13 +153,16 @@ def _first_batch(cfg: Config, rows: RowDataset) -> dict[str, Any]:
 
 
 def _synthetic_config(model: str) -> Config:
-    """Return a config of two synthetic rows for a model, each with two images and a clip."""
-    shape = {"width": 160, "images": 2, "image": [8, 8], "videos": 1, "frames": 2, "frame": [8, 8]}
+    """Return a config of two synthetic rows for a model, each with two images and maybe a clip."""
+    shape = {"width": 160, "images": 2, "image": [8, 8], "frames": 2, "frame": [8, 8]}
     table = {
         "model": {"config": model},
         "data": {"source": "synthetic", "rows": 2, "shape": shape},
         "dataloader": {"batch_size": 2, "num_workers": 0},
     }
+    row = as_config(table, Path(), "--model").spec().family_row
+    # transformers' GLM-V counts the frames of clips as images of the same batch, and raises.
+    shape["videos"] = int(row.has_videos and not row.frames_as_images)
     return as_config(table, Path(), "--model")
 
 

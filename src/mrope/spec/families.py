@@ -123,6 +123,11 @@ class Family:
     extra: tuple[ConfigValue, ...] = ()
     tower: Tower | None = None
 
+    @property
+    def has_videos(self) -> bool:
+        """Whether rows can hold videos: there is a token for them, and the tower takes them."""
+        return bool(self.video_keys) and (self.tower is None or self.tower.videos)
+
 
 # transformers 4.57 has some of these families too, with other functions, which were not compared.
 _SINCE_5_6 = ("transformers-5.17", "transformers-5.23")

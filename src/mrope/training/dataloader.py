@@ -25,7 +25,7 @@ from mrope.prepare.sampler import TokenBudgetSampler
 from mrope.prepare.streams import TokenBudgetStream
 from mrope.prepare.work import WorkModel
 from mrope.training.open_source import open_source, split_source
-from mrope.training.synthetic import SyntheticRows, patch_values
+from mrope.training.synthetic import SyntheticRows, patch_shape
 
 if TYPE_CHECKING:
     import datasets
@@ -145,7 +145,7 @@ def prepare_rows(cfg: Config, spec: MRopeSpec, model_config: Any) -> RowDataset:
         vision = model_config.vision_config
         dtype = getattr(torch, cfg.train.dtype)
         rows = cfg.data.rows or _DEMO_ROWS
-        return SyntheticRows(spec, cfg.data.shape, rows, patch_values(vision), dtype)
+        return SyntheticRows(spec, cfg.data.shape, rows, patch_shape(spec, vision), dtype)
     table = open_table(cfg)
     if "input_ids" in table.column_names:
         return TensorRows(_tokenized(table, spec))

@@ -139,6 +139,14 @@ class ShapeSection(_Section):
     frames: Annotated[int, Field(ge=1)] = 1
     frame: Sides = [16, 16]
 
+    @model_validator(mode="after")
+    def _sides_ascend(self) -> Self:
+        if self.image_sides is not None and self.image_sides[0] > self.image_sides[1]:
+            raise ValueError(
+                f"data.shape.image_sides: must be least and largest side, not {self.image_sides}"
+            )
+        return self
+
 
 class DataSection(_Section):
     """The rows to train on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,14 +13,16 @@ from torch.utils.data import Dataset
 
 from mrope.errors import MRopeError
 from mrope.positions.spans import token_types
+from mrope.spec.families import NO_TOKEN
 
 if TYPE_CHECKING:
     from mrope.spec.spec import MRopeSpec
     from mrope.training.sections import ShapeSection
 
 _CHANNELS = 3
-# Ids of text are random from 10 to here, below every special token's of the bench configs.
-_VOCABULARY = 100
+# Ids of text are random, from this one on, without those of special tokens.
+_FIRST_TEXT_ID = 10
+_TEXT_IDS = 90
 
 
 class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
@@ -29,11 +32,13 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
         spec: of the model.
         shape: how many images and clips a row has, of what size, and its tokens.
         rows: length of the dataset.
-        patch_values: values of one patch: channels x frames x height x width.
+        patch_shape: shape of one patch, see `patch_shape`.
         dtype: of the pixels, which are random, and the same in every row.
 
     Raises:
-        MRopeError: the images and clips do not fit into the width.
+        MRopeError: the images and clips do not fit into the width, or their sides are no multiples
+            of `spatial_merge_size`; the family has no clips, or lays out its tokens by a rule of
+            its own.
     """
 
     def __init__(
@@ -41,20 +46,23 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
         spec: MRopeSpec,
         shape: ShapeSection,
         rows: int,
-        patch_values: int,
+        patch_shape: tuple[int, ...],
         dtype: torch.dtype,
     ) -> None:
         self.rows = rows
         self.spec = spec
         self.shape = shape
-        self.clips = [[shape.frames, *shape.frame]] * shape.videos
+        _check_shape(spec, shape)
+        self.text_ids = torch.tensor(_text_ids(spec))
+        merged = int(spec.extra.get("temporal_merge_size", 1))
+        self.clips = [[shape.frames * merged, *shape.frame]] * shape.videos
         if shape.image_sides is None:
             self._text_length([[1, *shape.image]] * shape.images)
         largest = shape.image if shape.image_sides is None else [shape.image_sides[1]] * 2
         # Made once: drawing millions of values for each row would be what is measured.
         self.pixels = {
-            "image": torch.randn(_patches([[1, *largest]] * shape.images), patch_values).to(dtype),
-            "video": torch.randn(_patches(self.clips), patch_values).to(dtype),
+            "image": torch.randn(_patches([[1, *largest]] * shape.images), *patch_shape).to(dtype),
+            "video": torch.randn(_patches(self.clips), *patch_shape).to(dtype),
         }
 
     def __len__(self) -> int:
@@ -82,7 +90,7 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
         images = self._images(generator)
         template = torch.tensor(_tokens(self.spec, images, self.clips), dtype=torch.int64)
         length = self._text_length(images)
-        text = torch.randint(10, _VOCABULARY, (length,), generator=generator)
+        text = self.text_ids[torch.randint(_TEXT_IDS, (length,), generator=generator)]
         input_ids = torch.cat([template, text])
         types = torch.from_numpy(token_types(self.spec, input_ids.numpy()))
         row = {
@@ -90,6 +98,11 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
             "labels": input_ids.masked_fill(types > 0, -100),
             "mm_token_type_ids": types,
         }
+        tower = self.spec.family_row.tower
+        if tower is not None and tower.pairs:
+            # ERNIE's experts for images and clips take the start markers too.
+            starts = input_ids == self.spec.vision_start_token_id
+            row["moe_mm_token_type_ids"] = types | starts
         for kind, pixels, grids in (
             ("image", "pixel_values", images),
             ("video", "pixel_values_videos", self.clips),
@@ -118,10 +131,46 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
         return self.shape.width - tokens
 
 
-def patch_values(vision_config: Any) -> int:
-    """Return the number of values of one patch, from a live vision config."""
-    size: int = _CHANNELS * vision_config.temporal_patch_size * vision_config.patch_size**2
-    return size
+def patch_shape(spec: MRopeSpec, vision_config: Any) -> tuple[int, ...]:
+    """Return the shape of one patch's pixels, from a live vision config: its values in a row.
+
+    PaddleOCR-VL's processor alone keeps (channels, height, width).
+    """
+    side = vision_config.patch_size
+    tower = spec.family_row.tower
+    if tower is not None and tower.raster:
+        return _CHANNELS, side, side
+    return (_CHANNELS * getattr(vision_config, "temporal_patch_size", 1) * side**2,)
+
+
+def _text_ids(spec: MRopeSpec) -> list[int]:
+    """Return ids that stand for nothing but text."""
+    special = {spec.image_token_id, spec.video_token_id, spec.vision_start_token_id}
+    special |= {int(value) for name, value in spec.extra.items() if name.endswith("_id")}
+    plain = (token for token in count(_FIRST_TEXT_ID) if token not in special)
+    return list(islice(plain, _TEXT_IDS))
+
+
+def _check_shape(spec: MRopeSpec, shape: ShapeSection) -> None:
+    row, merge = spec.family_row, spec.spatial_merge_size
+    if row.custom_index is not None:
+        raise MRopeError(
+            f"data.source: synthetic makes no rows of {spec.family}, whose tokens are laid out by "
+            "a rule of their own; give a dataset"
+        )
+    if shape.videos and not row.has_videos:
+        raise MRopeError(f"data.shape: videos={shape.videos}, but {spec.family} has no videos")
+    for name, used in (("image", shape.images), ("frame", shape.videos)):
+        sides = getattr(shape, name)
+        if used and any(side % merge for side in sides):
+            raise MRopeError(
+                f"data.shape: {name} must hold multiples of spatial_merge_size={merge}, not {sides}"
+            )
+    if shape.image_sides is not None and shape.image_sides[0] < merge:
+        raise MRopeError(
+            f"data.shape: image_sides must be at least spatial_merge_size={merge}, not "
+            f"{shape.image_sides}"
+        )
 
 
 def _patches(grids: list[list[int]]) -> int:
@@ -130,12 +179,27 @@ def _patches(grids: list[list[int]]) -> int:
 
 def _tokens(spec: MRopeSpec, images: list[list[int]], clips: list[list[int]]) -> list[int]:
     """Return the token ids of a row's images and clips, each span after a vision start token."""
-    spans = [(spec.image_token_id, image) for image in images]
-    for clip in clips:
-        frames = [[1, *clip[1:]]] * clip[0] if spec.family_row.frames_apart else [clip]
-        spans += [(spec.video_token_id, frame) for frame in frames]
     tokens: list[int] = []
-    for placeholder, (t, h, w) in spans:
-        tokens.append(spec.vision_start_token_id)
-        tokens += [placeholder] * (t * h * w // spec.spatial_merge_size**2)
+    for _, height, width in images:
+        tokens += _span(spec, spec.image_token_id, spec.frame_tokens(height, width))
+    for clip in clips:
+        tokens += _clip_tokens(spec, *clip)
     return tokens
+
+
+def _clip_tokens(spec: MRopeSpec, frames: int, height: int, width: int) -> list[int]:
+    row, area = spec.family_row, spec.frame_tokens(height, width)
+    frames //= int(spec.extra.get("temporal_merge_size", 1))
+    # Frames with newline tokens stand side by side.
+    spans = [area] * frames if row.frames_apart and not row.newlines else [frames * area]
+    if not row.frames_as_images:
+        return [token for span in spans for token in _span(spec, spec.video_token_id, span)]
+    tokens = [token for span in spans for token in _span(spec, spec.image_token_id, span)]
+    start, end = (int(spec.extra[f"video_{name}_token_id"]) for name in ("start", "end"))
+    return [start, *tokens, end]
+
+
+def _span(spec: MRopeSpec, placeholder: int, tokens: int) -> list[int]:
+    start = spec.vision_start_token_id
+    # Without a marker a token of text: transformers takes adjacent spans of one kind for one.
+    return [_text_ids(spec)[0] if start == NO_TOKEN else start, *[placeholder] * tokens]

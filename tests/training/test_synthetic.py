@@ -1,0 +1,64 @@
+"""Synthetic rows: what they hold in each family, and which shapes are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mrope import MRopeCollator, MRopeError
+from mrope.collate.padding import PaddingCollator
+from mrope.spec import FAMILIES, ONE_DIMENSIONAL
+from mrope.training.sections import ShapeSection
+from mrope.training.synthetic import SyntheticRows
+from support.specs import example_spec
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "words"),
+    [
+        ("paddleocr_vl", {"videos": 1}, "videos=1, but paddleocr_vl has no videos"),
+        ("isaac", {"videos": 2}, "videos=2, but isaac has no videos"),
+        (
+            "hunyuan_vl",
+            {"images": 1},
+            "synthetic makes no rows of hunyuan_vl, whose tokens are laid",
+        ),
+        (
+            "qwen3_vl",
+            {"images": 1, "image": [4, 3]},
+            r"image must hold multiples of .*=2, not \[4, 3\]",
+        ),
+        (
+            "qwen3_vl",
+            {"videos": 1, "frame": [5, 2]},
+            r"frame must hold multiples of .*=2, not \[5, 2\]",
+        ),
+        ("qwen3_vl", {"image_sides": [1, 8]}, r"image_sides must be at least .*=2, not \[1, 8\]"),
+    ],
+)
+def test_a_shape_that_the_family_cannot_have_is_named(
+    family: str, shape: dict[str, Any], words: str
+) -> None:
+    section = ShapeSection(width=900, **shape)
+    with pytest.raises(MRopeError, match=words):
+        SyntheticRows(example_spec(family), section, 1, (4,), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [name for name, row in (FAMILIES | ONE_DIMENSIONAL).items() if row.custom_index is None],
+)
+def test_synthetic_rows_are_collated_in_every_family(family: str) -> None:
+    spec = example_spec(family)
+    row = spec.family_row
+    shape = ShapeSection(
+        width=400, images=2, image=[8, 4], videos=int(row.has_videos), frames=3, frame=[4, 8]
+    )
+    rows = SyntheticRows(spec, shape, 2, (4,), torch.float32)
+    batch = MRopeCollator(PaddingCollator(), spec)([rows[0], rows[1]])
+    assert batch["input_ids"].shape == (2, 400)
+    assert batch["input_ids"].min() >= 0
+    pixels = sum(len(batch.get(name, ())) for name in ("pixel_values", "pixel_values_videos"))
+    assert pixels == rows.patches().sum() > 0
