@@ -144,6 +144,18 @@ def test_what_is_above_the_ladder_is_named(rows: list[dict[str, Any]], message: 
         collate(rows, "flatten")
 
 
+def test_a_rung_without_enough_borders_is_passed_over() -> None:
+    shapes = Shapes((32, 64), (16, 64), longest=16, patches_per_segment=8, tokens_per_example=16)
+    # 12 patches fit into 16, which has borders for 2 frames and the padding.
+    few, many = ([row([(2, 2)] * count)] for count in (2, 3))
+    sizes = [len(collate(rows, "flatten", shapes=shapes)["pixel_values"]) for rows in (few, many)]
+    assert sizes == [16, 64]
+    # 6 tokens fit into 32, which has borders for 2 examples and the padding.
+    few, many = ([row(text=1)] * count for count in (2, 3))
+    sizes = [collate(rows, "flatten", shapes=shapes)["input_ids"].numel() for rows in (few, many)]
+    assert sizes == [32, 64]
+
+
 @pytest.mark.filterwarnings("ignore::mrope.collate.skip_bad.RejectWarning")
 def test_a_row_above_the_ladder_is_skipped() -> None:
     big, small = row([(8, 8)] * 2), row([(2, 2)])

@@ -12,7 +12,7 @@ borders of segments, F frames.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -91,19 +91,27 @@ def check_positions(spec: MRopeSpec) -> None:
         raise MRopeError(f"shapes is not supported for {spec.family}, which has 1-D positions")
 
 
-def choose_rung(name: str, rungs: Sequence[int], needed: int, per_row: Sequence[int]) -> int:
-    """Return the first rung that holds `needed`.
+def choose_rung(
+    name: str,
+    rungs: Sequence[int],
+    needed: int,
+    per_row: Sequence[int],
+    has_borders: Callable[[int], bool] = bool,
+) -> int:
+    """Return the first rung that holds `needed` and has borders enough.
 
     Args:
         name: "tokens" or "patches", for the message.
         per_row: what each row of the batch needs, for the message.
+        has_borders: whether a rung has borders for the batch. If none has, the top rung is returned
+            all the same: whoever sets the borders says how many are too many.
 
     Raises:
         MRopeError: the batch is above the top rung.
     """
-    for rung in rungs:
-        if needed <= rung:
-            return rung
+    holding = [rung for rung in rungs if needed <= rung]
+    if holding:
+        return next((rung for rung in holding if has_borders(rung)), holding[-1])
     heaviest = sorted(range(len(per_row)), key=lambda row: -per_row[row])[:3]
     listed = ", ".join(f"row {row} with {per_row[row]}" for row in heaviest)
     raise MRopeError(
@@ -131,11 +139,17 @@ def flatten_to_rung(
         MRopeError: above the top rung, or more examples than the rung has borders for.
     """
     lengths_B = np.bincount(located.stream.row_D, located.stream.length_D).astype(int).tolist()
-    rung = choose_rung("tokens", shapes.tokens, sum(lengths_B), lengths_B)
+    examples = len(located.stream.row_D)
+    rung = choose_rung(
+        "tokens",
+        shapes.tokens,
+        sum(lengths_B),
+        lengths_B,
+        lambda rung: examples < shapes.examples(rung),
+    )
     row = flatten(batch, located, position_ids, options, rung)
     del row["segment_sizes"]
     most = shapes.examples(rung)
-    examples = len(located.stream.row_D)
     if examples >= most:  # one more is the padding
         raise MRopeError(
             f"the batch has {examples} examples, but its rung of shapes.tokens has borders for "
@@ -214,8 +228,15 @@ def fixed_vision_tensors(
             and frames than the rung has borders for.
     """
     grid_N3 = np.concatenate((located.inputs.image_grid_thw, located.inputs.video_grid_thw))
-    patches = int(grid_N3.prod(axis=1).sum())
-    rung = choose_rung("patches", shapes.patches, patches, _patches_of_rows(located))
+    patches, frames = int(grid_N3.prod(axis=1).sum()), int(grid_N3[:, 0].sum())
+    rung = choose_rung(
+        "patches",
+        shapes.patches,
+        patches,
+        _patches_of_rows(located),
+        # The padding is cut into segments of at most `longest`.
+        lambda rung: frames - (patches - rung) // shapes.longest <= shapes.borders(rung),
+    )
     parts = take_pixels(batch, patches)
     for name in (*GRIDS, *SECONDS):
         # Their sizes differ from batch to batch, and position ids have taken the seconds up.
