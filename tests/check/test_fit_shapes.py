@@ -76,7 +76,7 @@ def test_bad_rows_do_not_count(folder: Folder) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--max-tokens", "64"), "--max-tokens is for --shapes"),
+        (("--max-tokens", "64"), "--max-tokens requires --shapes"),
         (("--shapes",), "dataloader.batch_size is 4, but there are only 1 good rows"),
     ],
 )

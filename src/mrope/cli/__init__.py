@@ -116,7 +116,7 @@ def train(
         bool,
         typer.Option(
             "--compare",
-            help="Run with and without the stage; exit with 1 unless every loss is equal.",
+            help="Run with and without MRopeCollator; exit with 1 unless every loss is equal.",
         ),
     ] = False,
     device: Annotated[
@@ -142,10 +142,15 @@ def check(
     dataset: DatasetName = None,
     config: RunConfig = None,
     reference: ReferenceName = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Check only the first rows.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Number of rows to check, from the first.")
+    ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=0, help="Worker processes; default: as in the config."),
+        typer.Option(
+            min=0,
+            help="Worker processes; 0 is faster for few rows. Default: as in the config, else 2.",
+        ),
     ] = None,
     json_file: JsonFile = None,
     report_file: Annotated[
@@ -177,7 +182,7 @@ def check(
     from mrope.check.summary import INTERRUPTED
 
     if max_tokens is not None and not shapes:
-        raise typer.BadParameter("--max-tokens is for --shapes")
+        raise typer.BadParameter("--max-tokens requires --shapes")
     cfg = check_config(
         config, model, dataset, reference=reference, rows=limit, max_tokens=max_tokens
     )
@@ -232,7 +237,7 @@ def explain(
     numbered: SamplePositions | None
     if row is None:
         if not spans or family is None or model or dataset or config:
-            raise typer.BadParameter("give SPANs and --family, or --row and a dataset")
+            raise typer.BadParameter("give SPANs and --family, or --row with --model and --dataset")
         numbered = compute_positions(spans, family, reference or "auto", seconds)
     else:
         if spans or family is not None or seconds is not None:
@@ -273,8 +278,7 @@ def syncs(
 ) -> None:
     """List the lines of code where one training step syncs, plain and attached.
 
-    With --model the whole model is built in memory, with random weights unless the folder has its
-    own; a smaller one needs a CONFIG with fewer layers.
+    --model builds the whole model in memory. A CONFIG may have fewer layers.
     """
     configs, overrides = split_words(words or [])
     if len(configs) + (model is not None) != 1:

@@ -10,7 +10,8 @@ import typer
 from mrope.cli.options import Device, JsonFile, PlotFile, Quick, Repeats, split_words
 
 bench_app = typer.Typer(
-    help="Measure the stage against its rivals; save JSON or a plot.", no_args_is_help=True
+    help="Time mrope against transformers and other implementations; save JSON or a plot.",
+    no_args_is_help=True,
 )
 
 

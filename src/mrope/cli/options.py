@@ -66,7 +66,10 @@ Repeats = Annotated[
 ]
 ReferenceName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="transformers release to follow; auto: the installed one."),
+    typer.Option(
+        metavar="NAME",
+        help="transformers-4.57, -5.17 or -5.23: the release to follow; auto: the installed one.",
+    ),
 ]
 ModelName = Annotated[
     str | None,
