@@ -99,6 +99,18 @@ def test_wrong_tensors_would_be_seen() -> None:
             assert not torch.allclose(changed, right, rtol=0, atol=1e-4), name
 
 
+def test_a_batch_of_text_in_batch_layout() -> None:
+    """It has no tensors of the collator, so that the model's own forward runs."""
+    examples = [{"input_ids": [20, 21, 22]}, {"input_ids": [20, 21]}]
+    model = attach(tiny_model(FAMILY))
+    with torch.no_grad():
+        logits, expected = (
+            model(**MRopeCollator(None, tiny_spec(FAMILY), layout=layout)(examples)).logits
+            for layout in ("batch", "model")
+        )
+    assert torch.equal(logits, expected)
+
+
 def test_videos_are_encoded_as_images_are() -> None:
     """Frames have names of their own; with the same sizes and pixels they give the same features."""
     plain, batch = make_batches(padded=True, video=True)

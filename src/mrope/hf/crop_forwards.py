@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.utils import can_return_tuple
 
+from mrope.collate.layouts import to_model_layout
 from mrope.hf.attention import tower_borders
 from mrope.hf.forwards import (
     PIXELS,
@@ -33,6 +34,7 @@ _MERGED = 4
 @can_return_tuple  # type: ignore[untyped-decorator]
 def crops_forward(self: Any, **inputs: Any) -> Any:
     """Forward of MiniCPM-V 4.7."""
+    inputs = to_model_layout(inputs)
     if not is_precomputed(self, inputs):
         return type(self).forward(self, **inputs)
     mode = inputs.pop("downsample_mode", None) or self.config.downsample_mode
