@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from array import array
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from mrope.check.fit_shapes import propose_ladder
+from mrope.check.summary import Summary
 from mrope.spec import example_config
 from mrope.training.config import build_collator, load_config
 from mrope.training.dataloader import make_loader
@@ -60,6 +63,28 @@ def test_every_batch_of_the_demo_is_below_the_top_rungs(folder: Folder, words: A
     rungs = found["rope.shapes"]
     assert {width for width, _ in shapes} <= {*rungs["tokens"]}
     assert {patches for _, patches in shapes} <= {*rungs["patches"]}
+
+
+def test_batches_are_those_of_the_config(tmp_path: Path) -> None:
+    changes = ["rope.packing=flatten", "dataloader.max_tokens=512", "dataloader.max_patches=1024"]
+    cfg = load_config(Path(DEMO), [*changes, "dataloader.balance=work"])
+    summary = Summary(of=60)
+    summary.lengths, summary.patches = (
+        array("q", [40, 90, 200] * 20),
+        array("q", [0, 256, 512] * 20),
+    )
+    summary.segments, summary.largest = array("q", [0, 1, 2] * 20), 256
+    proposal = propose_ladder(cfg, summary)
+    assert proposal.batches == "flattened batches of up to 512 tokens and 1,024 patches"
+    assert proposal.ladder.shapes.patches[-1] <= 1024
+    without = cfg.model_copy(
+        update={
+            "dataloader": cfg.dataloader.model_copy(
+                update={"max_patches": None, "balance": "tokens"}
+            )
+        }
+    )
+    assert propose_ladder(without, summary).ladder.shapes.patches[-1] > 1024
 
 
 def test_bad_rows_do_not_count(folder: Folder) -> None:

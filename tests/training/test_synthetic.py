@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mrope import MRopeCollator, MRopeError
+from mrope import MRopeCollator, MRopeError, build_collator, load_config
 from mrope.collate.padding import PaddingCollator
 from mrope.spec import FAMILIES, ONE_DIMENSIONAL
+from mrope.training.dataloader import make_loader
 from mrope.training.sections import ShapeSection
 from mrope.training.synthetic import SyntheticRows
 from support.specs import example_spec
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.mark.parametrize(
@@ -62,3 +67,33 @@ def test_synthetic_rows_are_collated_in_every_family(family: str) -> None:
     assert batch["input_ids"].min() >= 0
     pixels = sum(len(batch.get(name, ())) for name in ("pixel_values", "pixel_values_videos"))
     assert pixels == rows.patches().sum() > 0
+
+
+@pytest.mark.parametrize("balance", ["tokens", "work"])
+@pytest.mark.parametrize("shapes", [None, {"tokens": [256, 1024], "patches": [128, 512]}])
+@pytest.mark.parametrize("max_patches", [None, 400])
+def test_batches_stay_within_every_budget_of_the_config(
+    balance: str, shapes: dict[str, Any] | None, max_patches: int | None
+) -> None:
+    """Rows of eight frames of four patches: the ladder's borders are scarcer than its patches."""
+    cfg = load_config(
+        CONFIGS / "qwen3_vl.yaml",
+        [
+            "data={source: synthetic, rows: 60, shape: {width: 64, videos: 1, frames: 8, frame: [2, 2]}}",
+            f"dataloader={{max_tokens: 1024, balance: {balance}, num_workers: 0}}",
+            *([f"dataloader.max_patches={max_patches}"] if max_patches else []),
+            *([f"rope.shapes={json.dumps(shapes)}"] if shapes else []),
+            "rope.packing=flatten",
+            "rope.vision=true",
+            "model.attach=true",
+        ],
+    )
+    assert cfg.data.shape is not None
+    rows = SyntheticRows(cfg.spec(), cfg.data.shape, 60, (96,), torch.float32)
+    batches = list(make_loader(cfg, rows, build_collator(cfg)))
+    seen = sum(int((batch["input_ids"] == cfg.spec().video_token_id).sum()) for batch, _ in batches)
+    assert seen == 60 * 8
+    for batch, _ in batches:
+        assert batch["input_ids"].numel() <= 1024
+        if max_patches and not shapes:
+            assert len(batch["pixel_values_videos"]) <= max_patches

@@ -18,6 +18,7 @@ from mrope.collate.ladder import Ladder, Shapes
 from mrope.collate.shapes import check_family
 from mrope.errors import MRopeError
 from mrope.prepare.sampler import TokenBudgetSampler
+from mrope.prepare.work import WorkModel
 from mrope.towers import VisionSpec
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def propose_ladder(cfg: Config, summary: Summary) -> Proposal:
     one of them, so that no batch is above the top rung.
 
     Raises:
-        MRopeError: no good row, fewer than a batch takes, or a row above `max_tokens`.
+        MRopeError: no good row, fewer than a batch takes, or a row above `max_tokens` or
+            `max_patches`.
     """
     if not summary.lengths:
         raise MRopeError("--shapes needs at least one good row")
@@ -68,7 +70,7 @@ def propose_ladder(cfg: Config, summary: Summary) -> Proposal:
     flattened = cfg.rope.packing is not None
     drawn = [
         _add_up(batch_B, borders_B, length_N, summary, flattened)
-        for batch_B, borders_B in _epochs(cfg, length_N)
+        for batch_B, borders_B in _epochs(cfg, length_N, summary)
     ]
     sizes = {name: np.concatenate([one[name] for one in drawn]) for name in drawn[0]}
     if cfg.dataloader.max_tokens is None:
@@ -111,19 +113,13 @@ def proposal_as_json(proposal: Proposal) -> dict[str, Any]:
     }
 
 
-def _epochs(cfg: Config, length_N: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
+def _epochs(
+    cfg: Config, length_N: IntArray, summary: Summary
+) -> Iterator[tuple[IntArray, IntArray]]:
     """Yield the rows of all batches of an epoch, and where each batch begins."""
     options = cfg.dataloader
     if options.max_tokens is not None:
-        multiple, seed = cfg.rope.pad_to_multiple_of, cfg.train.seed
-        sampler = TokenBudgetSampler(
-            length_N,
-            options.max_tokens,
-            pad_to_multiple_of=multiple,
-            seed=seed,
-            rank=0,
-            num_replicas=1,
-        )
+        sampler = _sampler(cfg, length_N, summary, options.max_tokens)
         for epoch in range(_repeats(len(sampler))):
             plan = sampler.plan(epoch)
             yield plan.examples_N, plan.borders[:-1]
@@ -138,6 +134,29 @@ def _epochs(cfg: Config, length_N: IntArray) -> Iterator[tuple[IntArray, IntArra
     border_B = np.arange(batches) * options.batch_size
     for _ in range(_repeats(batches)):
         yield rng.permutation(len(length_N))[: batches * options.batch_size], border_B
+
+
+def _sampler(
+    cfg: Config, length_N: IntArray, summary: Summary, max_tokens: int
+) -> TokenBudgetSampler:
+    """Return the sampler of a config without a ladder, for one rank."""
+    options = cfg.dataloader
+    given: dict[str, Any] = {}
+    if options.max_patches is not None or options.balance == "work":
+        given["patches"] = np.array(summary.patches, np.int64)
+    if options.balance == "work":
+        # Without pairs of patches, which the summary lacks: an estimate.
+        given["cost"] = WorkModel.from_config(cfg.model.config)
+    return TokenBudgetSampler(
+        length_N,
+        max_tokens,
+        **given,
+        max_patches=options.max_patches,
+        pad_to_multiple_of=cfg.rope.pad_to_multiple_of,
+        seed=cfg.train.seed,
+        rank=0,
+        num_replicas=1,
+    )
 
 
 def _repeats(batches: int) -> int:
@@ -181,7 +200,9 @@ def _with_heaviest(
 def _describe_batches(cfg: Config) -> str:
     options = cfg.dataloader
     if options.max_tokens is not None:
-        return f"flattened batches of up to {options.max_tokens:,} tokens"
+        patches = options.max_patches
+        also = "" if patches is None else f" and {patches:,} patches"
+        return f"flattened batches of up to {options.max_tokens:,} tokens{also}"
     kind = "padded" if cfg.rope.packing is None else "flattened"
     return f"{kind} batches of {options.batch_size} rows"
 

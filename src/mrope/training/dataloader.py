@@ -70,6 +70,10 @@ class TensorRows(Dataset[dict[str, torch.Tensor]]):
         pairs = (grids[:, 0] @ grids[:, 1:].prod(axis=1) ** 2 for grids in self._grids())
         return np.array([*pairs], np.int64)
 
+    def segments(self) -> npt.NDArray[np.int64]:
+        """Return the number of images and frames of each row, int64 (N,)."""
+        return np.array([grids[:, 0].sum() for grids in self._grids()], np.int64)
+
     def _grids(self) -> Iterator[npt.NDArray[np.int64]]:
         """Yield the grids of each row, images and clips together, int64 (grids, 3)."""
         names = [name for name in GRIDS if name in self.columns.column_names]
@@ -222,8 +226,10 @@ def make_sampler(cfg: Config, rows: RowDataset, max_tokens: int) -> TokenBudgetS
     ladder = shapes.ladder() if shapes is not None and cfg.rope.enabled else None
     given: dict[str, Any] = {}
     # Reading all grids takes time, and is needed by these alone.
-    if options.max_patches is not None or (ladder is not None and ladder.patches):
+    if options.max_patches is not None:
         given |= {"patches": rows.patches()}
+    if ladder is not None and ladder.patches:
+        given |= {"patches": rows.patches(), "segments": rows.segments()}
     if options.balance == "work":
         given |= {"patches": rows.patches(), "patch_pairs": rows.patch_pairs()}
         given |= {"cost": WorkModel.from_config(cfg.model.config)}

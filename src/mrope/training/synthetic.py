@@ -74,11 +74,16 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
 
     def patches(self) -> npt.NDArray[np.int64]:
         """Return the number of patches of each row, images and clips together, int64 (N,)."""
-        return np.array([_patches(grids) for grids in self._grids()])
+        return np.array([_patches(grids) for grids in self._grids()], np.int64)
 
     def patch_pairs(self) -> npt.NDArray[np.int64]:
         """Return the sum of squared patches over the images and frames of each row, int64 (N,)."""
-        return np.array([sum(t * (h * w) ** 2 for t, h, w in grids) for grids in self._grids()])
+        pairs = (sum(t * (h * w) ** 2 for t, h, w in grids) for grids in self._grids())
+        return np.array([*pairs], np.int64)
+
+    def segments(self) -> npt.NDArray[np.int64]:
+        """Return the number of images and frames of each row, int64 (N,)."""
+        return np.array([sum(t for t, _, _ in grids) for grids in self._grids()], np.int64)
 
     def _grids(self) -> Iterator[list[list[int]]]:
         for row in range(len(self)):
