@@ -278,6 +278,12 @@ def test_what_was_chosen_is_said() -> None:
     detach(model)
     attach(model, attention="segments")
     assert explain_attention(model).count("segments, as attach was told") == 2
+    detach(model)
+    model.config.text_config.attention_dropout = 0.1
+    attach(model, attention="varlen")
+    tower, text = explain_attention(model).splitlines()
+    assert "varlen, as attach was told" in tower
+    assert "segments, the variable-length kernel has no dropout" in text
 
 
 def test_another_attention_after_attach_is_refused_by_name() -> None:

@@ -96,9 +96,9 @@ def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> 
         attention: how towers, and text in flattened rows, attend. "varlen": one call of torch's
             variable-length kernel a layer, whatever the sizes of images, in half precision on
             CUDA; elsewhere as "segments": one call for each run of equal adjacent images. "auto":
-            "varlen" where torch has the kernel (2.10 and later), the model runs under sdpa and no
-            attention dropout is set. A model under flash_attention_2 keeps it. See
-            `explain_attention`.
+            "varlen" where torch has the kernel (2.10 and later) and the model runs under sdpa. A
+            model with attention dropout attends as "segments", one under flash_attention_2 keeps
+            it. See `explain_attention`.
 
     Returns:
         `model` itself.
@@ -293,14 +293,15 @@ def _choose_attention(part: Any, attention: Attention) -> tuple[str, str]:
         return "flash", f"the model was built with {implementation}"
     if has_layers(part.config, "indexed_attention"):
         return "segments", "its indexer selects tokens by a mask, which the kernel does not take"
+    if getattr(part.config, "attention_dropout", 0):
+        # Told or not: in training, examples of a row would be kept apart by neither mask nor kernel.
+        return "segments", "the variable-length kernel has no dropout"
     if attention != "auto":
         return attention, "as attach was told"
     if not HAS_KERNEL:
         return "segments", "torch has no variable-length kernel before 2.10"
     if implementation != "sdpa":
         return "segments", f"the model was built with {implementation}"
-    if getattr(part.config, "attention_dropout", 0):
-        return "segments", "the variable-length kernel has no dropout"
     return "varlen", "in half precision on CUDA; elsewhere as segments"
 
 
