@@ -36,10 +36,10 @@ def read_picture(value: Any, folder: Path) -> Image.Image:
         # Decoded here, where the error can be told apart: PIL only reads the header at first.
         picture.load()
     except FileNotFoundError as error:
-        raise MRopeError(f"cannot read a picture: no file {error.filename}") from error
+        raise MRopeError(f"cannot read a picture: no file {str(error.filename)!r}") from error
     except UnidentifiedImageError as error:
         name = value if isinstance(value, str) else "its bytes"
-        raise MRopeError(f"cannot read a picture: no image in {name[:80]}") from error
+        raise MRopeError(f"cannot read a picture: no image in {name[:80]!r}") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MRopeError(f"cannot read a picture: {error}") from error
     return picture
