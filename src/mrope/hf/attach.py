@@ -294,7 +294,7 @@ def _choose_attention(part: Any, attention: Attention) -> tuple[str, str]:
     if has_layers(part.config, "indexed_attention"):
         return "segments", "its indexer selects tokens by a mask, which the kernel does not take"
     if getattr(part.config, "attention_dropout", 0):
-        # Told or not: in training, examples of a row would be kept apart by neither mask nor kernel.
+        # Told or not: in training neither mask nor kernel would keep the examples of a row apart.
         return "segments", "the variable-length kernel has no dropout"
     if attention != "auto":
         return attention, "as attach was told"
