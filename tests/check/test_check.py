@@ -574,7 +574,7 @@ def test_a_worker_imports_nothing_that_only_the_command_needs() -> None:
 # The page of the docs.
 
 PAGE = (Path(__file__).parents[2] / "docs" / "check.md").read_text(encoding="utf-8")
-CALLS = re.findall(r"```console\n\$ mrope ([^\n]*)\n(.*?)```", PAGE, re.DOTALL)
+CALLS = re.findall(r"```shell-session\n\$ mrope ([^\n]*)\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.mark.parametrize(("call", "shown"), CALLS)
