@@ -11,10 +11,11 @@ accelerate = pytest.importorskip("accelerate")
 
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
-from hf.test_replaced_forwards import attention_layers, batches_of, doubled, logits_of
+from hf.test_replaced_forwards import attention_layers, doubled
 from mrope import MRopeError
 from mrope.hf import attach, detach, explain_attention
 from support.models import tiny_model
+from support.steps import logits_of, make_batches
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "paddleocr_vl"]
 
@@ -52,7 +53,7 @@ def add_hooks(model: Any) -> list[Counting]:
 @pytest.mark.parametrize("order", ["hooks first", "attach first"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hooks_run_in_either_order(family: str, order: str) -> None:
-    plain_batch, batch = batches_of(family)
+    plain_batch, batch = make_batches(family)
     expected = logits_of(attach(tiny_model(family)), batch)
     model = tiny_model(family)
     if order == "hooks first":
@@ -82,7 +83,7 @@ def test_hooks_run_in_either_order(family: str, order: str) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"])
 def test_hooks_that_are_chained_and_removed_on_an_attached_model(family: str) -> None:
-    plain_batch, batch = batches_of(family)
+    plain_batch, batch = make_batches(family)
     expected = logits_of(attach(tiny_model(family)), batch)
     model = attach(tiny_model(family))
     first, second = Counting(), Counting()
@@ -102,7 +103,7 @@ def test_hooks_that_are_chained_and_removed_on_an_attached_model(family: str) ->
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_dispatched_models(family: str, offload: bool, order: str) -> None:
     """As `device_map="auto"` leaves a model; offloaded weights are loaded as each layer runs."""
-    _, batch = batches_of(family)
+    _, batch = make_batches(family)
     expected = logits_of(attach(tiny_model(family)), batch)
     model = tiny_model(family)
     if order == "attach first":

@@ -10,13 +10,13 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hf.test_forwards import assert_same_step, step
 from mrope import MRopeCollator, MRopeError
 from mrope.collate.padding import PaddingCollator
-from mrope.hf import attach, detach
+from mrope.hf import attach
 from mrope.towers import VisionSpec, crop_tensors, vision_tensors
 from mrope.training.step import guarded_step
 from support.models import model_config, tiny_model, tiny_spec
+from support.steps import assert_attached_as_plain, assert_same_step, step
 
 FAMILY = "minicpmv4_7"
 INDICES = ("position_ids", "window_index", "block_index", "scatter_index")
@@ -75,15 +75,8 @@ def test_the_same_step_without_a_sync(attention: str, padded: bool, mode: str) -
     """The unmodified model takes the batch to the last bit; merged at once, crops round otherwise."""
     plain, batch = make_batches(padded, mode)
     model = tiny_model(FAMILY, attention).train()
-    theirs = step(model, plain)
-    assert_same_step(step(model, batch), theirs)
     assert guarded_step(model, plain).count > guarded_step(model, batch).count > 0
-    attach(model)
-    assert_same_step(step(model, batch), theirs, 2e-6)
-    guard = guarded_step(model, batch)
-    assert guard.count == 0, guard.report()
-    detach(model)
-    assert_same_step(step(model, plain), theirs)
+    assert_attached_as_plain(model, plain, batch, 2e-6)
 
 
 def test_wrong_tensors_would_be_seen() -> None:

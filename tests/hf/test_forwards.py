@@ -12,77 +12,31 @@ import torch
 
 pytest.importorskip("transformers")
 
-from mrope import MRopeCollator, MRopeError
+from mrope import MRopeError
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach, detach, explain_attention
-from mrope.towers import VisionSpec
-from support.models import MODEL_FAMILIES, model_config, tiny_examples, tiny_model, tiny_spec
-
-MEDIA = {
-    "images": {"images": True, "videos": False},
-    "videos": {"images": False, "videos": True},
-    "both": {"images": True, "videos": True},
-    "text": {"images": False, "videos": False},
-}
-
-
-def make_batches(
-    family: str, media: str = "both", padded: bool = True
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what an inner collate function makes, and the same from a collator with vision."""
-    examples = tiny_examples(family, **MEDIA[media])
-    if not padded:
-        examples = [examples[0]] * 2
-    inner = PaddingCollator(padding_side="left")
-    plain_batch, batch = inner(examples), tensor_collator(family, inner)(examples)
-    if media == "text":
-        # Left to itself, transformers 5 numbers such a batch without looking at the mask.
-        plain_batch["position_ids"] = batch["position_ids"]
-    return plain_batch, batch
-
-
-def tensor_collator(family: str, inner: Any = None) -> MRopeCollator:
-    vision = VisionSpec.from_config(model_config(family))
-    return MRopeCollator(inner, tiny_spec(family), vision)
-
-
-def step(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Return the output of a training step and the gradients of every parameter."""
-    model.zero_grad()
-    output = model(**batch)
-    output.loss.backward()
-    named = model.named_parameters()
-    return output, {name: p.grad.clone() for name, p in named if p.grad is not None}
-
-
-def assert_same_step(ours: Any, theirs: Any, atol: float = 0.0) -> None:
-    """Outputs and gradients are equal: to the last bit, where no tolerance is given."""
-    (output, gradients), (own_output, own_gradients) = ours, theirs
-    torch.testing.assert_close(output.logits, own_output.logits, rtol=0, atol=atol)
-    torch.testing.assert_close(output.loss, own_output.loss, rtol=0, atol=atol)
-    assert gradients.keys() == own_gradients.keys()
-    for name, gradient in gradients.items():
-        difference = (gradient - own_gradients[name]).abs().max().item()
-        assert difference <= atol, f"{name} differs by {difference}"
+from support.models import MODEL_FAMILIES, tiny_examples, tiny_model
+from support.steps import (
+    MEDIA,
+    assert_attached_as_plain,
+    assert_same_step,
+    make_batches,
+    step,
+    tensor_collator,
+)
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
 @pytest.mark.parametrize("media", MEDIA)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", MODEL_FAMILIES)
-def test_logits_and_gradients_are_equal(
+def test_the_same_step_without_a_sync(
     family: str, attention: str, media: str, padded: bool
 ) -> None:
     """To the last bit; but eager attention multiplies frames in batches, and rounds differently."""
     atol = 1e-6 if attention == "eager" else 0.0
-    plain_batch, batch = make_batches(family, media, padded)
-    model = tiny_model(family, attention).train()
-    theirs = step(model, plain_batch)
-    assert_same_step(step(model, batch), theirs)  # the unmodified model takes the batch too
-    attach(model)
-    assert_same_step(step(model, batch), theirs, atol)
-    detach(model)
-    assert_same_step(step(model, plain_batch), theirs)
+    plain_batch, batch = make_batches(family, MEDIA[media], padded)
+    assert_attached_as_plain(tiny_model(family, attention).train(), plain_batch, batch, atol)
 
 
 @pytest.mark.parametrize("family", MODEL_FAMILIES)

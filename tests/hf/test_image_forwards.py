@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-from hf.test_forwards import assert_same_step, step, tensor_collator
-from mrope.collate.padding import PaddingCollator
-from mrope.hf import attach, detach
+from mrope.hf import attach
 from mrope.hf.image_forwards import IMAGE_FORWARDS
-from mrope.training.step import guarded_step
 from support.models import EAGER_FAMILIES, SIZED_FAMILIES, tiny_examples, tiny_model
+from support.steps import MEDIA, assert_attached_as_plain, make_batches, tensor_collator
 
-MEDIA = {"images": True, "text": False}
 FAMILIES = [family for family in SIZED_FAMILIES if family in IMAGE_FORWARDS]
-CASES = [(family, media) for family in FAMILIES for media in MEDIA]
-
-
-def make_batches(family: str, media: str, padded: bool) -> tuple[Any, Any]:
-    examples = tiny_examples(family, images=MEDIA[media], videos=False)
-    examples = examples if padded else [examples[0]] * 2
-    inner = PaddingCollator(padding_side="left")
-    plain, batch = inner(examples), tensor_collator(family, inner)(examples)
-    if family == "glm_image":
-        for one in (plain, batch):
-            del one["mm_token_type_ids"]  # its processor makes none
-            one["images_per_sample"] = torch.tensor([len(e["image_grid_thw"]) for e in examples])
-    elif media == "text":
-        # Left to itself, transformers 5 numbers such a batch without looking at the mask.
-        plain["position_ids"] = batch["position_ids"]
-    return plain, batch
+CASES = [(family, media) for family in FAMILIES for media in ("images", "text")]
 
 
 def test_these_are_the_families() -> None:
@@ -48,24 +28,17 @@ def test_the_same_step_without_a_sync(
     family: str, media: str, attention: str, padded: bool
 ) -> None:
     """To the last bit, eager attention included."""
-    plain, batch = make_batches(family, media, padded)
+    plain, batch = make_batches(family, MEDIA[media], padded)
     model = tiny_model(family, attention).train()
-    theirs = step(model, plain)
-    assert_same_step(step(model, batch), theirs)  # the unmodified model takes the batch too
-    attach(model)
-    assert_same_step(step(model, batch), theirs)
+    assert_attached_as_plain(model, plain, batch)
     if media == "images":
-        outputs = (one[0].image_outputs.last_hidden_state for one in (step(model, batch), theirs))
-        assert torch.equal(*outputs)
-    guard = guarded_step(model, batch)
-    assert guard.count == 0, guard.report()
-    detach(model)
-    assert_same_step(step(model, plain), theirs)
+        own = model(**plain).image_outputs.last_hidden_state
+        assert torch.equal(attach(model)(**batch).image_outputs.last_hidden_state, own)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_wrong_tensors_would_be_seen(family: str) -> None:
-    _, batch = make_batches(family, "images", padded=True)
+    _, batch = make_batches(family, MEDIA["images"])
     model = attach(tiny_model(family))
     wrongs = {
         "image_scatter_index": batch["image_scatter_index"].roll(1),

@@ -18,6 +18,7 @@ from mrope.hf.attach import detach
 from mrope.towers import AudioSpec, audio_tokens
 from mrope.training.step import guarded_step
 from positions.custom.test_omni import BINS, thinker_class, tiny_thinker
+from support.steps import step
 
 FAMILIES = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
 START, IMAGE, VIDEO, AUDIO, AUDIO_START, END = 101, 102, 103, 104, 105, 98
@@ -98,16 +99,6 @@ class _Media:
             columns["input_features"] = torch.randn(len(lengths), BINS, MELS, generator=generator)
             columns["feature_attention_mask"] = (torch.arange(MELS) < lengths[:, None]).long()
         return columns
-
-
-def step(model: Any, batch: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    output = model(**batch)
-    output.loss.backward()
-    gradients = {
-        name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None
-    }
-    return output, gradients
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])

@@ -11,13 +11,10 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForImageTextToText
 
-from hf.test_forwards import assert_same_step, step, tensor_collator
 from mrope import MRopeCollator, MRopeError, Shapes, VisionSpec
-from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach
 from mrope.hf.attach import FORWARDS, detach
 from mrope.towers import block_index, pair_index
-from mrope.training.step import guarded_step
 from support.models import (
     TINY_FAMILIES,
     media_of,
@@ -26,21 +23,10 @@ from support.models import (
     tiny_model,
     tiny_spec,
 )
+from support.steps import MEDIA, assert_attached_as_plain, make_batches, tensor_collator
 
 FAMILIES = [family for family in TINY_FAMILIES if family in FORWARDS]
-TEXT = {"images": False, "videos": False}
-CASES = [(family, media) for family in FAMILIES for media in [*media_of(family), TEXT]]
-
-
-def make_batches(family: str, media: dict[str, bool], padded: bool) -> tuple[Any, Any]:
-    examples = tiny_examples(family, **media)
-    examples = examples if padded else [examples[0]] * 2
-    inner = PaddingCollator(padding_side="left")
-    plain, batch = inner(examples), tensor_collator(family, inner)(examples)
-    if not any(media.values()):
-        # Left to itself, transformers 5 numbers such a batch without looking at the mask.
-        plain["position_ids"] = batch["position_ids"]
-    return plain, batch
+CASES = [(family, media) for family in FAMILIES for media in [*media_of(family), MEDIA["text"]]]
 
 
 def test_these_are_the_families() -> None:
@@ -55,16 +41,9 @@ def test_the_same_step_without_a_sync(
 ) -> None:
     """Frames that are taken together, and all images merged at once, round differently."""
     plain, batch = make_batches(family, media, padded)
-    model = tiny_model(family, attention).train()
-    theirs = step(model, plain)
-    assert_same_step(step(model, batch), theirs)  # the unmodified model takes the batch too
-    attach(model)
     exact = attention == "sdpa" and family != "paddleocr_vl"
-    assert_same_step(step(model, batch), theirs, 0.0 if exact else 2e-6)
-    guard = guarded_step(model, batch)
-    assert guard.count == 0, guard.report()
-    detach(model)
-    assert_same_step(step(model, plain), theirs)
+    model = tiny_model(family, attention).train()
+    assert_attached_as_plain(model, plain, batch, 0.0 if exact else 2e-6)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.startswith("glm")])
@@ -111,13 +90,8 @@ def with_ngrams() -> Any:
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
 def test_ngrams_of_token_ids(padded: bool) -> None:
-    plain, batch = make_batches("qwen4_exp", {"images": True, "videos": True}, padded)
-    model = with_ngrams()
-    theirs = step(model, plain)
-    attach(model)
-    assert_same_step(step(model, batch), theirs)
-    guard = guarded_step(model, batch)
-    assert guard.count == 0, guard.report()
+    plain, batch = make_batches("qwen4_exp", MEDIA["both"], padded)
+    assert_attached_as_plain(with_ngrams(), plain, batch)
 
 
 def test_ngrams_would_cross_the_borders_of_a_flattened_row() -> None:
@@ -130,7 +104,7 @@ def test_ngrams_would_cross_the_borders_of_a_flattened_row() -> None:
 
 def test_experts_by_index_and_by_type_are_the_same() -> None:
     """Without the token types of ERNIE's processor, all tokens go to the text experts."""
-    plain, batch = make_batches("ernie4_5_vl_moe", {"images": True, "videos": True}, True)
+    plain, batch = make_batches("ernie4_5_vl_moe", MEDIA["both"])
     model = attach(tiny_model("ernie4_5_vl_moe"))
     with torch.no_grad():
         right = model(**batch).logits

@@ -10,10 +10,10 @@ import torch
 
 peft = pytest.importorskip("peft")
 
-from hf.test_other_forwards import make_batches
 from mrope.hf import attach, detach, explain_attention
 from mrope.hf.attach import base_model
 from support.models import media_of, tiny_model
+from support.steps import logits_of, make_batches
 
 # Projections of text and tower, and modules that PEFT copies whole.
 TARGETS = {
@@ -25,16 +25,6 @@ TARGETS = {
     "paddleocr_vl": (["q_proj", "out_proj", "o_proj"], "projector"),
 }
 FAMILIES = list(TARGETS)
-
-
-def batches_of(family: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    return make_batches(family, media_of(family)[0], padded=True)
-
-
-@torch.no_grad()
-def logits_of(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    logits: torch.Tensor = model(**batch).logits
-    return logits
 
 
 def adapted(model: Any, seed: int = 3, **options: Any) -> Any:
@@ -59,7 +49,7 @@ def in_order(order: str, family: str, **options: Any) -> Any:
 @pytest.mark.parametrize("order", ["attach first", "attach last"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_on_text_and_tower(family: str, order: str) -> None:
-    plain_batch, batch = batches_of(family)
+    plain_batch, batch = make_batches(family)
     targets, _ = TARGETS[family]
     plain = adapted(tiny_model(family), target_modules=targets)
     model = in_order(order, family, target_modules=targets)
@@ -85,7 +75,7 @@ def test_lora_on_text_and_tower(family: str, order: str) -> None:
 @pytest.mark.parametrize("order", ["attach first", "attach last"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_copies_of_a_tower_are_attached(family: str, order: str) -> None:
-    plain_batch, batch = batches_of(family)
+    plain_batch, batch = make_batches(family)
     options: dict[str, Any] = {
         "target_modules": ["q_proj"],
         "modules_to_save": [TARGETS[family][1]],
@@ -111,7 +101,7 @@ def test_both_copies_of_a_tower_are_attached(family: str, order: str) -> None:
 @pytest.mark.parametrize("copied", ["attn", "blocks.0", "merger", "language_model", "self_attn"])
 @pytest.mark.parametrize("order", ["attach first", "attach last"])
 def test_copies_of_parts_of_a_tower_or_of_the_text_model(order: str, copied: str) -> None:
-    plain_batch, batch = batches_of("qwen3_vl")
+    plain_batch, batch = make_batches("qwen3_vl")
     options: dict[str, Any] = {"target_modules": ["gate_proj"], "modules_to_save": [copied]}
     if copied == "language_model":
         options["target_modules"] = ["qkv"]
@@ -142,7 +132,7 @@ def test_copies_of_linear_text_layers_attend_within_segments() -> None:
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "glm4v"])
 def test_a_second_adapter_that_comes_after_attach(family: str) -> None:
-    plain_batch, batch = batches_of(family)
+    plain_batch, batch = make_batches(family)
     options: dict[str, Any] = {"target_modules": ["q_proj", "qkv"], "modules_to_save": ["merger"]}
     model, plain = (adapted(tiny_model(family), **options) for _ in range(2))
     attach(model)

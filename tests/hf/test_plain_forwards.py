@@ -11,24 +11,26 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hf.test_forwards import assert_same_step, step, tensor_collator
 from mrope import MRopeCollator, MRopeError, SpanMismatchError, rope_index
 from mrope.collate.padding import PaddingCollator
-from mrope.hf import attach, detach
+from mrope.hf import attach
 from mrope.hf.plain_forwards import PLAIN_FORWARDS
 from mrope.spec import ONE_DIMENSIONAL
 from mrope.training.step import guarded_step
 from support.models import CONFIGS, PLAIN_FAMILIES, media_of, tiny_examples, tiny_model, tiny_spec
+from support.steps import (
+    MEDIA,
+    assert_attached_as_plain,
+    assert_same_step,
+    logits_of,
+    make_batches,
+    step,
+    tensor_collator,
+)
 
-TEXT = {"images": False, "videos": False}
-CASES = [(family, media) for family in PLAIN_FAMILIES for media in [*media_of(family), TEXT]]
-
-
-def make_batches(family: str, media: dict[str, bool], padded: bool) -> tuple[Any, Any]:
-    examples = tiny_examples(family, **media)
-    examples = examples if padded else [examples[0]] * 2
-    inner = PaddingCollator(padding_side="left")
-    return inner(examples), tensor_collator(family, inner)(examples)
+CASES = [
+    (family, media) for family in PLAIN_FAMILIES for media in [*media_of(family), MEDIA["text"]]
+]
 
 
 def test_these_are_the_families() -> None:
@@ -43,15 +45,7 @@ def test_the_same_step_without_a_sync(
 ) -> None:
     """To the last bit. The plain batch has no position ids: the collator's are the model's own."""
     plain, batch = make_batches(family, media, padded)
-    model = tiny_model(family, attention).train()
-    theirs = step(model, plain)
-    assert_same_step(step(model, batch), theirs)  # the unmodified model takes the batch too
-    attach(model)
-    assert_same_step(step(model, batch), theirs)
-    guard = guarded_step(model, batch)
-    assert guard.count == 0, guard.report()
-    detach(model)
-    assert_same_step(step(model, plain), theirs)
+    assert_attached_as_plain(tiny_model(family, attention).train(), plain, batch)
 
 
 @pytest.mark.parametrize("family", PLAIN_FAMILIES)
@@ -69,7 +63,7 @@ def test_positions_are_those_of_a_text_and_only_the_collator_gives_them(family: 
 
 @pytest.mark.parametrize("family", PLAIN_FAMILIES)
 def test_wrong_tensors_would_be_seen(family: str) -> None:
-    _, batch = make_batches(family, {"images": True, "videos": False}, padded=True)
+    _, batch = make_batches(family, MEDIA["images"], padded=True)
     model = attach(tiny_model(family))
     with torch.no_grad():
         right = model(**batch).logits
@@ -81,7 +75,7 @@ def test_wrong_tensors_would_be_seen(family: str) -> None:
 
 @pytest.mark.parametrize("family", PLAIN_FAMILIES)
 def test_the_counts_in_the_docs_are_what_is_counted(family: str) -> None:
-    plain, batch = make_batches(family, {"images": True, "videos": False}, padded=False)
+    plain, batch = make_batches(family, MEDIA["images"], padded=False)
     model = tiny_model(family).train()
     counts = [guarded_step(model, one).count for one in (plain, batch)]
     counts.append(guarded_step(attach(model), batch).count)
@@ -93,7 +87,7 @@ def test_the_counts_in_the_docs_are_what_is_counted(family: str) -> None:
 @pytest.mark.parametrize("family", PLAIN_FAMILIES)
 def test_a_second_thread_runs_in_the_middle_of_a_forward(family: str) -> None:
     """As in a server: the text model's config is another one for as long as a forward runs."""
-    _, batch = make_batches(family, media_of(family)[0], padded=True)
+    _, batch = make_batches(family)
     model = attach(tiny_model(family))
     text = model.model.language_model
     config = text.config
@@ -109,14 +103,8 @@ def test_a_second_thread_runs_in_the_middle_of_a_forward(family: str) -> None:
     assert text.config is config
 
 
-@torch.no_grad()
-def logits_of(model: Any, batch: Any) -> torch.Tensor:
-    logits: torch.Tensor = model(**batch).logits
-    return logits
-
-
 def test_audio_is_left_to_the_models_own_forward() -> None:
-    _, batch = make_batches("dots3_note", TEXT, padded=False)
+    _, batch = make_batches("dots3_note", MEDIA["text"], padded=False)
     model = attach(tiny_model("dots3_note"))
     with pytest.raises(MRopeError, match="an attached dots3_note takes no audio"):
         model(**batch, input_features=torch.zeros(1, 16, 8))

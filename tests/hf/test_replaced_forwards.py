@@ -13,23 +13,13 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hf.test_other_forwards import make_batches
 from hf.test_packed_models import ATOL, collator, logits_alone, mixed_examples
 from mrope import MRopeError
 from mrope.hf import attach, detach, explain_attention
 from support.models import media_of, tiny_model
+from support.steps import logits_of, make_batches
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "paddleocr_vl"]
-
-
-def batches_of(family: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    return make_batches(family, media_of(family)[0], padded=True)
-
-
-@torch.no_grad()
-def logits_of(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    logits: torch.Tensor = model(**batch).logits
-    return logits
 
 
 def attention_layers(model: Any) -> list[Any]:
@@ -79,7 +69,7 @@ def test_a_forward_replaced_on_the_class_is_refused(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_subclasses(family: str) -> None:
     """One with a forward of its own is refused; one that inherits all is attached."""
-    _, batch = batches_of(family)
+    _, batch = make_batches(family)
     model = tiny_model(family)
     own = type(model.model)
     expected = logits_of(attach(tiny_model(family)), batch)
@@ -145,7 +135,7 @@ def test_a_forward_on_the_instance_is_refused(family: str) -> None:
 def test_a_patched_tower_keeps_its_attention(
     family: str, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _, batch = batches_of(family)
+    _, batch = make_batches(family)
     model, plain = tiny_model(family), tiny_model(family)
     untouched = logits_of(plain, batch)
     for one in (model, plain):
@@ -204,7 +194,7 @@ def test_patches_of_what_attach_does_not_replace(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Liger sets them: the loss on the outer class, norms on classes, MLPs on instances."""
-    plain_batch, batch = batches_of(family)
+    plain_batch, batch = make_batches(family)
     model, plain = tiny_model(family), tiny_model(family)
     layer = model.model.language_model.layers[0]
     for cls in {type(model), type(layer.input_layernorm)}:

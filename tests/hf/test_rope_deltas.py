@@ -12,10 +12,10 @@ pytest.importorskip("transformers")
 
 from transformers import PreTrainedModel
 
-from hf.test_forwards import tensor_collator
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach, drop_rope_deltas, keep_rope_deltas
 from support.models import media_of, tiny_examples, tiny_model
+from support.steps import tensor_collator
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "paddleocr_vl"]
 CONFIG = {"do_sample": False, "pad_token_id": 0}

@@ -18,10 +18,10 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForImageTextToText
 
-from hf.test_other_forwards import make_batches
 from mrope.hf import attach, detach, explain_attention
 from mrope.hf.attach import FORWARDS
-from support.models import LIVE_FAMILIES, media_of, tiny_model
+from support.models import LIVE_FAMILIES, tiny_model
+from support.steps import logits_of, make_batches
 
 FAMILIES = [family for family in LIVE_FAMILIES if family in FORWARDS]
 
@@ -44,16 +44,10 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@torch.no_grad()
-def logits_of(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    logits: torch.Tensor = model(**batch).logits
-    return logits
-
-
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_copy_is_attached_and_runs_on_its_own_weights(family: str, how: str) -> None:
-    plain_batch, batch = make_batches(family, media_of(family)[0], padded=True)
+    plain_batch, batch = make_batches(family)
     model = attach(tiny_model(family))
     expected = logits_of(model, batch)
     twin = COPIES[how](model)
@@ -72,7 +66,7 @@ def test_a_copy_is_attached_and_runs_on_its_own_weights(family: str, how: str) -
 
 def test_a_model_sent_by_multiprocessing_is_attached() -> None:
     """Its pickler has a rule of its own for methods, and shares the weights."""
-    _, batch = make_batches("qwen3_vl", media_of("qwen3_vl")[0], padded=True)
+    _, batch = make_batches("qwen3_vl")
     model = attach(tiny_model("qwen3_vl"))
     twin = pickle.loads(ForkingPickler.dumps(model))
     assert explain_attention(twin) == explain_attention(model)
@@ -87,7 +81,7 @@ def test_methods_of_others_pickle_as_before() -> None:
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"])
 def test_weights_are_saved_under_the_same_names(family: str, tmp_path: Path) -> None:
-    plain_batch, batch = make_batches(family, media_of(family)[0], padded=True)
+    plain_batch, batch = make_batches(family)
     plain, model = tiny_model(family), attach(tiny_model(family))
     expected = logits_of(plain, plain_batch)
     assert model.state_dict().keys() == plain.state_dict().keys()
@@ -114,7 +108,7 @@ def load_and_run(data: bytes, batch: dict[str, Any], answer: Any) -> None:
 
 def test_a_new_process_loads_an_attached_model() -> None:
     """Nothing that `attach` registered with transformers is there: importing must do it."""
-    _, batch = make_batches("qwen3_vl", {"images": True, "videos": True}, padded=True)
+    _, batch = make_batches("qwen3_vl")
     model = attach(tiny_model("qwen3_vl"))
     spawn = multiprocessing.get_context("spawn")
     answer = spawn.Queue()

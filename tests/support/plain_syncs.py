@@ -11,21 +11,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hf import (
-    test_crop_forwards,
-    test_eager_forwards,
-    test_image_forwards,
-    test_plain_forwards,
-)
+from hf import test_crop_forwards
 from mrope.bench.harness import conditions, write_json
 from mrope.bench.syncs import COLUMNS
 from mrope.hf import attach
 from mrope.hf.attach import FORWARDS
 from mrope.training.step import guarded_step
 from support.models import EAGER_FAMILIES, PLAIN_FAMILIES, SIZED_FAMILIES, tiny_model
+from support.steps import MEDIA, make_batches
 
 FILE = Path(__file__).parents[2] / "docs/benchmarks/syncs-plain.json"
-IMAGES = {"images": True, "videos": False}
 
 
 def count_all() -> list[dict[str, Any]]:
@@ -36,14 +31,10 @@ def count_all() -> list[dict[str, Any]]:
 
 def count_row(family: str, padded: bool) -> dict[str, Any]:
     """Return the case, and the syncs of its step in each of `COLUMNS`."""
-    if family in PLAIN_FAMILIES:
-        plain, batch = test_plain_forwards.make_batches(family, IMAGES, padded)
-    elif family in EAGER_FAMILIES:
-        plain, batch = test_eager_forwards.make_batches(family, "images", padded)
-    elif family == test_crop_forwards.FAMILY:
+    if family == test_crop_forwards.FAMILY:
         plain, batch = test_crop_forwards.make_batches(padded)
     else:
-        plain, batch = test_image_forwards.make_batches(family, "images", padded)
+        plain, batch = make_batches(family, MEDIA["images"], padded)
     positions = plain | {"position_ids": batch["position_ids"]}
     attention = "eager" if family in EAGER_FAMILIES else "sdpa"
     model = tiny_model(family, attention).train()
