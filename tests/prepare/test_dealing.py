@@ -50,6 +50,7 @@ sizes = st.integers(1, 12).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(sizes, st.integers(1, 7), st.booleans())
 def test_no_batch_is_above_a_budget(
     given_sizes: tuple[int, list[tuple[int, int]]], multiple: int, dealt: bool
@@ -67,6 +68,7 @@ def test_no_batch_is_above_a_budget(
         assert np.bincount(batch_N, size_N).max() <= most
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=80))
 def test_one_budget_is_first_fit(lengths: list[int]) -> None:
     expected = first_fit(np.array(lengths), 20)

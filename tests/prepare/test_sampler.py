@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -76,6 +76,7 @@ def test_budget_holds_after_rounding_up() -> None:
     assert list(sampler) == [[0, 1, 2]]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 20), min_size=1, max_size=60),
     st.integers(20, 60),
@@ -88,6 +89,7 @@ def test_tree_equals_the_slow_twin(
     assert fast.tolist() == slow_first_fit(lengths, capacity, max_examples)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 30), min_size=1, max_size=40),
     st.integers(32, 90),
@@ -160,6 +162,7 @@ def test_lengths_are_copied() -> None:
 # Ranks
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 20), min_size=1, max_size=60),
     st.integers(20, 60),
@@ -178,6 +181,7 @@ def test_ranks_share_every_example_once(
     assert seen.total() - len(lengths) == max(0, len(batches) - len(lengths))
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 20), min_size=1, max_size=60),
     st.integers(1, 9),

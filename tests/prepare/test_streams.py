@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -123,6 +123,7 @@ def test_both_budgets_hold_and_one_of_them_is_filled() -> None:
     assert fill.max(axis=1)[:-40].mean() > 0.99
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_stream_is_batched_whole_and_within_its_budgets(data: Any) -> None:
     sizes = st.tuples(st.integers(1, 20), st.integers(0, 30))
@@ -143,6 +144,7 @@ def test_any_stream_is_batched_whole_and_within_its_budgets(data: Any) -> None:
     assert list(stream) == batches
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(9, 20))
 def test_nothing_that_is_left_would_fit(lengths: list[int], budget: int) -> None:
     sizes = np.array([[length, 0] for length in lengths])

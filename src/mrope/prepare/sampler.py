@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-import torch.distributed as dist
 from torch.utils.data import Sampler
 
 from mrope.arrays import as_whole
@@ -26,6 +25,7 @@ from mrope.errors import MRopeError
 from mrope.prepare.binning import first_fit, first_fit_budgets, split_largest
 from mrope.prepare.budgets import Cost, Lengths, read_budgets, read_work
 from mrope.prepare.dealing import deal_evenly
+from mrope.prepare.ranks import find_rank
 
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
@@ -149,7 +149,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self.shuffle = bool(shuffle)
         self.seed = as_whole("seed", seed, 0)
         self.drop_last = bool(drop_last)
-        self.rank, self.num_replicas = _place(rank, num_replicas)
+        self.rank, self.num_replicas = find_rank(rank, num_replicas)
         self.shapes = None if shapes is None else str(shapes)
         if self.max_tokens < self.pad_to_multiple_of:
             raise ValueError(
@@ -349,19 +349,6 @@ def _saved(state_dict: Mapping[str, Any], name: str) -> Any:
     if name not in state_dict:
         raise MRopeError(f"not a state of TokenBudgetSampler: it has no {name}")
     return state_dict[name]
-
-
-def _place(rank: int | None, num_replicas: int | None) -> tuple[int, int]:
-    """Return rank and number of ranks, those of torch.distributed where none are given."""
-    distributed = dist.is_available() and dist.is_initialized()
-    if num_replicas is None:
-        num_replicas = dist.get_world_size() if distributed else 1
-    if rank is None:
-        rank = dist.get_rank() if distributed else 0
-    num_replicas, rank = as_whole("num_replicas", num_replicas, 1), as_whole("rank", rank, 0)
-    if rank >= num_replicas:
-        raise ValueError(f"rank must be below num_replicas ({num_replicas}), not {rank}")
-    return rank, num_replicas
 
 
 def _require(name: str, value: object, **without: object) -> None:

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mrope.arrays import as_whole
 from mrope.errors import MRopeError
 from mrope.prepare.buffer import IntArray, choose
 from mrope.prepare.precheck import ADDED, LENGTH, NAMES, PATCHES
+from mrope.prepare.ranks import find_rank
 from mrope.prepare.stream_reader import StreamReader, has_shuffle_buffer, is_datasets_stream
 
 Size = Callable[[Any], tuple[int, int]]
@@ -96,11 +96,6 @@ class TokenBudgetStream(IterableDataset[list[Any]]):
         rank: int | None = None,
         num_replicas: int | None = None,
     ) -> None:
-        distributed = dist.is_available() and dist.is_initialized()
-        if num_replicas is None:
-            num_replicas = dist.get_world_size() if distributed else 1
-        if rank is None:
-            rank = dist.get_rank() if distributed else 0
         multiple = as_whole("pad_to_multiple_of", pad_to_multiple_of, 1)
         self.max_tokens = as_whole("max_tokens", max_tokens, 1)
         self.capacity = self.max_tokens // multiple * multiple
@@ -115,10 +110,7 @@ class TokenBudgetStream(IterableDataset[list[Any]]):
         self.shuffle = bool(shuffle)
         self.seed = as_whole("seed", seed, 0)
         self.presharded = bool(presharded)
-        self.num_replicas = as_whole("num_replicas", num_replicas, 1)
-        self.rank = as_whole("rank", rank, 0)
-        if self.rank >= self.num_replicas:
-            raise ValueError(f"rank must be below num_replicas ({num_replicas}), not {rank}")
+        self.rank, self.num_replicas = find_rank(rank, num_replicas)
         self.source = _of_rank(source, self.rank, self.num_replicas, self.presharded)
         # In shared memory: persistent workers keep the copy that they were started with.
         self._epoch = torch.zeros((), dtype=torch.int64)
