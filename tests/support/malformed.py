@@ -87,7 +87,7 @@ MALFORMED = [
     ),
     case(
         "one grid missing",
-        "Two images stand in the tokens, one grid in the batch.",
+        "The tokens have two images, the batch one grid.",
         [[*image(4), *image(16)]],
         "row 0, image 1: found 16 placeholder tokens, but has no grid. Likely cause: a placeholder "
         "token that was typed or sampled as text, or a grid that was lost on the way.",
@@ -119,8 +119,8 @@ MALFORMED = [
     ),
     case(
         "one row lost an image, rows counted",
-        "Row 0 lost its second image to truncation and kept the grid; row 1 is well. The batch says "
-        "how many images each row has.",
+        "Row 0 lost its second image to truncation and kept the grid; row 1 is correct. The batch has "
+        "the number of images of each row.",
         [[7, *image(4), 8], [7, *image(4), 8]],
         "row 0, image 1: found 0 placeholder tokens, but its grid [1, 4, 4], merged by 2, needs 4. "
         "Likely cause: its tokens were truncated away and its grid was kept, or the grid is another "
@@ -133,8 +133,8 @@ MALFORMED = [
     ),
     case(
         "one row lost an image, rows not counted",
-        "The same, in a batch that does not say how many images each row has: the row cannot be told, "
-        "and the counts of all rows are shown.",
+        "The same, in a batch without these numbers: the row is unknown, and the message shows the counts "
+        "of all rows.",
         [[7, *image(4), 8], [7, *image(4), 8]],
         "image grid 2 of the batch, row unknown (rows [0, 1] have tokens for [1, 1] images; give "
         "images_per_sample to check each row on its own): found 0 placeholder tokens, but its grid "
@@ -160,7 +160,7 @@ MALFORMED = [
     ),
     case(
         "one token per patch",
-        "The placeholders were written by code that forgot the spatial merge.",
+        "The placeholders were written by code that does not merge patches.",
         [[7, *image(16), 8]],
         "row 0, image 0: found 16 placeholder tokens, but its grid [1, 4, 4], merged by 2, needs 4. "
         "Likely cause: placeholders were not merged: one token per patch instead of one per merged "
@@ -171,7 +171,7 @@ MALFORMED = [
     ),
     case(
         "video frames that do not match",
-        "The grid says three frames, the tokens hold two.",
+        "The grid has three frames, the tokens two.",
         [[7, *video(4), 8, *video(4), 9]],
         "row 0, video 2: found 0 placeholder tokens, but its grid [1, 4, 4], merged by 2, needs 4. "
         "Likely cause: its tokens were truncated away and its grid was kept, or the grid is another "
@@ -195,12 +195,37 @@ MALFORMED = [
     ),
     case(
         "no vision start in front, transformers 4.57",
-        "That release finds spans by the marker and numbers others as text, without a word.",
+        "That release finds spans by the marker, and gives others positions of text, without an error.",
         [[7, *[IMAGE] * 4, 8]],
         "row 0, image 0: no vision start token 101 stands before its placeholder tokens, without "
         "which transformers-4.57 numbers them as text. Likely cause: a stray placeholder in text, or "
         "a reference that does not fit: transformers-4.57.",
         image_grid_thw=[SMALL],
         reference="transformers-4.57",
+    ),
+    case(
+        "a clip whose frames stand in two rows",
+        "Row 0 lost the last frame of its clip, and row 1 has one too many: over the batch they add up.",
+        [[7, *video(4), *video(4)], [7, *video(4), *video(4), *video(4)]],
+        "row 0, video 0: found 8 placeholder tokens, but its grid has 3 frames of 4 tokens, and needs "
+        "12. Likely cause: a grid of another sample; grids were matched over the whole batch: give "
+        "videos_per_sample to check each row on its own.",
+        video_grid_thw=[[3, 4, 4], [2, 4, 4]],
+        modality="video",
+        found=8,
+        needed=12,
+    ),
+    case(
+        "a token between frames repeated, openPangu-VL",
+        "Its rule counts on an end and a start marker between two frames, and nothing else.",
+        [[7, *[VIDEO] * 4, STOP, STOP, START, *[VIDEO] * 4, 9]],
+        "row 0, video 0: 3 tokens stand between frames 0 and 1, but openpangu_vl has 2 there, an end "
+        "and a start marker. Likely cause: tokens were added, lost or repeated inside the clip, or "
+        "another processor's layout.",
+        video_grid_thw=[[2, 4, 4]],
+        modality="video",
+        found=3,
+        needed=2,
+        family="openpangu_vl",
     ),
 ]

@@ -196,6 +196,75 @@ def _span_error(
     )
 
 
+def torn_clip(
+    stream: Stream, document_V: IntArray, clip_V: IntArray, grids: Grids, clip: int
+) -> SpanMismatchError:
+    """Return the error for a clip whose frames stand in several rows or examples.
+
+    Args:
+        document_V: the document of each frame, in the order of the grids.
+        clip_V: the number of its clip.
+        clip: that is torn.
+    """
+    document = int(document_V[clip_V == clip][0])
+    row = int(stream.row_D[document])
+    ordinal = len({*clip_V[document_V == document].tolist()} & {*range(clip)})
+    column = grids.images + int(np.add.reduce(grids.frames_N[:clip]))
+    frames = int(grids.frames_N[clip])
+    tokens = int(grids.size_3G[:, column].prod())
+    inside = int(np.count_nonzero(document_V[clip_V == clip] == document))
+    cause = (
+        "a grid of another sample; grids were matched over the whole batch: give "
+        "videos_per_sample to check each row on its own"
+    )
+    size = f"its grid has {frames} frames of {tokens} tokens, and needs {frames * tokens}"
+    return _span_error(
+        f"row {row}, video {ordinal}",
+        row,
+        ordinal,
+        VIDEO,
+        inside * tokens,
+        frames * tokens,
+        size,
+        cause,
+    )
+
+
+def wrong_gap(
+    spec: MRopeSpec,
+    stream: Stream,
+    document_V: IntArray,
+    clip_V: IntArray,
+    grids: Grids,
+    frame: int,
+    found: int,
+) -> SpanMismatchError:
+    """Return the error for a frame that does not stand where the family's rule counts on it.
+
+    Args:
+        document_V, clip_V: as of `torn_clip`.
+        frame: the one in front of the gap.
+        found: tokens between it and the next.
+    """
+    document, clip = int(document_V[frame]), int(clip_V[frame])
+    ordinal = len({*clip_V[document_V == document].tolist()} & {*range(clip)})
+    gap, family = spec.family_row.frame_gap, spec.family
+    cause = "tokens were added, lost or repeated inside the clip, or another processor's layout"
+    number = frame - int(np.add.reduce(grids.frames_N[:clip]))
+    row = int(stream.row_D[document])
+    return SpanMismatchError(
+        f"row {row}, video {ordinal}: {found} tokens stand between frames {number} and "
+        f"{number + 1}, but {family} has {gap} there, an end and a start marker. Likely cause: "
+        f"{cause}.",
+        row=row,
+        span=ordinal,
+        modality="video",
+        found=found,
+        needed=gap,
+        cause=cause,
+    )
+
+
 def inverted_mask(
     error: SpanMismatchError, stream: Stream, kind_T: npt.NDArray[np.uint8]
 ) -> SpanMismatchError:
@@ -248,13 +317,12 @@ def type_mismatch(
 ) -> SpanMismatchError:
     """Return the error for the first token whose type and id disagree."""
     token = int((kind_T != types_T).argmax())
-    document = int(stream.start_D.searchsorted(token, side="right")) - 1
-    row = int(stream.row_D[document])
+    row, where = _place(stream, token)
     kind, given = int(kind_T[token]), int(types_T[token])
     cause = "a placeholder token that was typed or sampled as text, or types of another batch"
     return SpanMismatchError(
-        f"row {row}, valid token {token - int(stream.start_D[document])}: mm_token_type_ids says "
-        f"{given} ({_NAMES.get(given, 'unknown to this family')}), but token id "
+        f"{where}: mm_token_type_ids says {given} "
+        f"({_NAMES.get(given, 'unknown to this family')}), but token id "
         f"{int(stream.tokens_T[token])} is {_NAMES[kind]}. Likely cause: {cause}.",
         row=row,
         modality=_NAMES.get(given),
@@ -265,13 +333,18 @@ def type_mismatch(
 def stray_video(spec: MRopeSpec, stream: Stream) -> SpanMismatchError:
     """Return the error for a placeholder of videos where frames have those of images."""
     token = int((stream.tokens_T == spec.video_token_id).argmax())
-    document = int(stream.start_D.searchsorted(token, side="right")) - 1
-    row = int(stream.row_D[document])
+    row, where = _place(stream, token)
     return SpanMismatchError(
-        f"row {row}, valid token {token - int(stream.start_D[document])}: video placeholder "
-        f"{spec.video_token_id}, but in {spec.family} frames stand as image placeholders "
-        f"{spec.image_token_id}. Likely cause: {_NO_GRID}.",
+        f"{where}: video placeholder {spec.video_token_id}, but in {spec.family} frames stand as "
+        f"image placeholders {spec.image_token_id}. Likely cause: {_NO_GRID}.",
         row=row,
         modality="video",
         cause=_NO_GRID,
     )
+
+
+def _place(stream: Stream, token: int) -> tuple[int, str]:
+    """Return the row of a token of the stream, and how errors name its place there."""
+    document = int(documents_of(stream, np.array([token]))[0])
+    row = int(stream.row_D[document])
+    return row, f"row {row}, valid token {token - int(stream.start_D[document])}"

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mrope.arrays import BoolArray, IntArray
-from mrope.positions.diagnose import mismatch, missing_start, stray_video
+from mrope.positions.diagnose import mismatch, missing_start, stray_video, torn_clip, wrong_gap
 from mrope.positions.grids import Grids
 from mrope.positions.stream import IMAGE, TEXT, VIDEO, Stream, documents_of, to_stream
 from mrope.spec.families import NO_TOKEN
@@ -70,6 +70,8 @@ def find_runs(spec: MRopeSpec, stream: Stream, grids: Grids, kind_T: npt.NDArray
         row_G = stream.row_D[documents_of(stream, cut.start_R[vision_G])]
         if _crosses_rows(row_G, grids.row_G):
             raise mismatch(stream, whole.start_R, whole.length_R, kind_R, grids)
+    if grids.images + len(grids.frames_N) < grids.size_3G.shape[1]:
+        _require_whole_clips(spec, stream, cut, vision_G, grids)
     if spec.family_row.frames_as_images and spec.video_token_id in stream.tokens_T:
         raise stray_video(spec, stream)
     first_D1 = cut.border_R1.searchsorted(stream.border_D1)
@@ -203,6 +205,31 @@ def _require_starts(spec: MRopeSpec, stream: Stream, start_V: IntArray, kind_V: 
     marked_V &= start_V > stream.start_D[document_V]
     if not marked_V.all():
         raise missing_start(spec, stream, start_V, kind_V, int(marked_V.argmin()))
+
+
+def _require_whole_clips(
+    spec: MRopeSpec, stream: Stream, cut: _Cut, vision_G: IntArray, grids: Grids
+) -> None:
+    """Refuse a clip whose frames, each a span, stand in several rows or examples.
+
+    Without counts for each row, frames are matched over the whole batch, and a row can use up
+    frames of its neighbour's clip. The reference takes that.
+    """
+    start_V = cut.start_R[vision_G[grids.images :]]
+    clip_V = np.arange(len(grids.frames_N)).repeat(grids.frames_N)
+    document_V = documents_of(stream, start_V)
+    next_V: BoolArray = clip_V[1:] == clip_V[:-1]
+    torn_V: BoolArray = next_V & (document_V[1:] != document_V[:-1])
+    if torn_V.any():
+        raise torn_clip(stream, document_V, clip_V, grids, int(clip_V[torn_V.argmax()]))
+    gap = spec.family_row.frame_gap
+    if gap is not None:
+        between_V = start_V[1:] - (start_V + cut.length_R[vision_G[grids.images :]])[:-1]
+        wrong_V: BoolArray = next_V & (between_V != gap)
+        if wrong_V.any():
+            at = int(wrong_V.argmax())
+            found = int(between_V[at])
+            raise wrong_gap(spec, stream, document_V, clip_V, grids, at, found)
 
 
 def _crosses_rows(span_row_G: IntArray, grid_row_G: IntArray) -> bool:

@@ -78,6 +78,8 @@ class Family:
             and its kin, whose processors write a timestamp before each frame).
         frames_as_images: frames have the placeholder of images, between a video's start and end
             marker (GLM-V).
+        frame_gap: tokens between two frames of a clip, where the rule counts on so many
+            (openPangu-VL: an end and a start marker); None: any text.
         newlines: each line of a frame ends with one more placeholder, a newline token, which counts
             as a column; each frame, of an image too, is a span of its own (HunYuan V4 VL).
         planes_at_zero: rows and columns of an image count from 0, not from its position, and text
@@ -107,6 +109,7 @@ class Family:
     inputs: tuple[str, ...] = ()
     frames_apart: bool = False
     frames_as_images: bool = False
+    frame_gap: int | None = None
     newlines: bool = False
     planes_at_zero: bool = False
     still_images: bool = False
@@ -267,7 +270,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "KeyeVL": replace(_SERVED, source="vLLM, keye.py (cab63df)"),
     "KeyeVL1_5": replace(_SERVED, source="vLLM, keye_vl1_5.py (03c11e7)"),
-    "openpangu_vl": replace(_SERVED, source="vLLM, openpangu_vl.py (00d1d4c)"),
+    "openpangu_vl": replace(_SERVED, frame_gap=2, source="vLLM, openpangu_vl.py (00d1d4c)"),
     "bailing_moe_v3_vl": replace(_SERVED, source="vLLM, bailing_moe_v3_vl.py (54fc980)"),
     "intern_s2_preview": replace(_SERVED, source="vLLM, interns2_preview.py (fb73c46)"),
     "interns2_mobius": replace(_SERVED, source="SGLang, mrope_rope_index.py (0a8037d)"),

@@ -29,8 +29,10 @@ def slow_index(batch: dict[str, Any]) -> tuple[Any, Any]:
     ids, mask = batch["input_ids"], batch["attention_mask"]
     grids = [] if batch["image_grid_thw"] is None else batch["image_grid_thw"].tolist()
     positions = np.ones((3, *ids.shape), np.int64)
+    # Counts can be left out where no row has an image.
+    counts = batch["images_per_sample"] if grids else np.zeros(len(ids), np.int64)
     first = 0
-    for row, count in enumerate(batch["images_per_sample"].tolist()):
+    for row, count in enumerate(counts.tolist()):
         columns = [c for c in range(ids.shape[1]) if mask is None or mask[row, c]]
         tokens = ids[row, columns].tolist()
         points = _number_row(tokens, grids[first : first + count])
