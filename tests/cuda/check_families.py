@@ -23,7 +23,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,13 @@ import torch
 
 from mrope import MRopeCollator
 from mrope.bench.harness import conditions
-from mrope.guard import SyncGuard
 from mrope.hf import attach, detach
 from mrope.hf.attach import FORWARDS
 from mrope.hf.proof_models import _media, _plain_batch, _specs, default_model
 from mrope.hf.tiny_examples import tiny_examples
 from mrope.training.step import to_device
 from support.models import PLAIN_FAMILIES, tiny_model
+from support.no_syncs import no_syncs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Largest relative differences of loss and gradients: rounding, far below what a wrong frame,
@@ -148,21 +147,6 @@ def round_anew(random: torch.Generator, _: Any, __: Any, output: Any) -> Any:
     return (output.float() * (1 + HALF_ULP * noise)).to(output.dtype)
 
 
-@contextmanager
-def no_syncs() -> Iterator[None]:
-    """Raise at a sync: CUDA's own debug mode, or on a CPU the guard."""
-    if DEVICE.type != "cuda":
-        with SyncGuard(mode="error"):
-            yield
-        return
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def compare(subject: Subject, attention: Any, staged: Batch, wanted: Any) -> Case:
     """Return the differences of an attached step to the plain one, and the sync that it met."""
     attach(subject.model, attention=attention)
@@ -170,7 +154,7 @@ def compare(subject: Subject, attention: Any, staged: Batch, wanted: Any) -> Cas
         loss = subject.step(dict(staged))  # what is set up once may sync
         gradients = subject.gradients()
         try:
-            with no_syncs():
+            with no_syncs(DEVICE):
                 subject.step(dict(staged))
             sync = None
         except Exception as error:  # noqa: BLE001 - both modes raise their own

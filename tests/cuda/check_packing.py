@@ -1,4 +1,4 @@
-"""On a CUDA device: flattened batches leak nothing, and attached models do not wait.
+"""On a CUDA device: flattened batches leak nothing, and attached models do not sync.
 
     python tests/cuda/check_packing.py OUT.json
 
@@ -28,12 +28,13 @@ from mrope.hf import attach, detach
 from mrope.training.step import to_device
 from support.flash import flash_attention
 from support.models import media_of, tiny_model
+from support.no_syncs import no_syncs
 
 CUDA = torch.device("cuda")
 
 
 def check(family: str, attention: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the largest differences to each example alone, and whether an attached step waited."""
+    """Return the largest differences to each example alone, and the sync of an attached step, if any."""
     examples = mixed_examples(family, media_of(family)[0])
     model = tiny_model(family, attention).to(CUDA, dtype)
 
@@ -50,31 +51,28 @@ def check(family: str, attention: str, dtype: torch.dtype) -> dict[str, Any]:
         found["unmodified"] = float((logits("flatten", examples) - alone).abs().max())
     attach(model)
     found["attached"] = float((logits("flatten", examples) - alone).abs().max())
-    found["attached waits"] = waits(
+    found["attached waits"] = find_sync(
         model, to_device(collator(family, packing="flatten")(examples), CUDA)
     )
     detach(model)
     return found
 
 
-def waits(model: Any, batch: Any) -> str:
+def find_sync(model: Any, batch: Any) -> str:
     """Return what CUDA says of a step, forward and backward: "none", or the error."""
     model.train()
     model(**batch).loss.backward()  # whatever is set up once
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
-        model(**batch).loss.backward()
+        with no_syncs(CUDA):
+            model(**batch).loss.backward()
     except RuntimeError as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         return f"{Path(last.filename).name}:{last.lineno} {last.name}: {error}"
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     return "none"
 
 
 def main(file: Path) -> None:
-    """Check every family, print it and write it down; fail where something leaks or waits."""
+    """Check every family, print it and write it down; fail where something leaks or syncs."""
     torch.backends.cuda.matmul.allow_tf32 = False
     own = importlib.util.find_spec("flash_attn") is not None
     report: dict[str, Any] = {
@@ -102,9 +100,9 @@ def main(file: Path) -> None:
 
 
 def passed(one: dict[str, Any]) -> bool:
-    """Whether nothing leaked (float32: 1e-4; bfloat16: 0.05, a leak is 0.2 and more) or waited.
+    """Whether nothing leaked (float32: 1e-4; bfloat16: 0.05, a leak is 0.2 and more) or synced.
 
-    Waits count in bfloat16: in float32 torch's grouped matrix product, which mixtures of experts
+    Syncs count in bfloat16: in float32 torch's grouped matrix product, which mixtures of experts
     use, has no kernel of its own and reads its groups back.
     """
     if "error" in one:

@@ -21,8 +21,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mrope import MRopeCollator, MRopeSpec, Shapes, VisionSpec
-from mrope.guard import SyncGuard
 from mrope.hf import attach
 from mrope.training.step import to_device
 from mrope.transforms import shard_sequence
+from support.no_syncs import no_syncs
 
 STEPS, LEARNING_RATE = 4, 0.05
 TEXT = {
@@ -187,25 +186,10 @@ def check_training(how: str, name: str, device: torch.device) -> Batch:
         half(**batch).loss.backward()
     # CUDA's debug mode sees what the guard does not: compiled graphs. Gloo's collectives copy.
     unseen = device.type == "cpu" and (compiled or how == "FSDP2")
-    with nullcontext() if unseen else no_sync_allowed(device):
+    with nullcontext() if unseen else no_syncs(device):
         half(**step_batches[2]).loss.backward()
     torch._dynamo.reset()
     return {"largest loss difference": everywhere(worst, device), "limit": 1e-4}
-
-
-@contextmanager
-def no_sync_allowed(device: torch.device) -> Iterator[None]:
-    """Raise if the block makes the host wait."""
-    if device.type == "cpu":
-        with SyncGuard(mode="error"):
-            yield
-        return
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def everywhere(value: float, device: torch.device) -> float:

@@ -37,6 +37,7 @@ from mrope.training.loop import load_run_rows
 from mrope.training.model import build_model
 from mrope.training.step import to_device
 from support.flash import flash_attention
+from support.no_syncs import no_syncs
 
 CUDA = torch.device("cuda")
 BATCHES, STEPS, WARM_UP, PROFILED = 8, 12, 3, 3
@@ -139,9 +140,8 @@ def compile_alone(model: Any, batch: Batch) -> None:
 
 
 def without_sync(name: str, one_step: Callable[[], Any]) -> None:
-    torch.cuda.set_sync_debug_mode("error")
-    one_step()
-    torch.cuda.set_sync_debug_mode("default")
+    with no_syncs(torch.device("cuda")):
+        one_step()
     print(f"no sync by CUDA's own debug mode: {name}", flush=True)
 
 

@@ -1,6 +1,6 @@
 """A stand-in for the flash_attn package: transformers' own flash attention path, another kernel.
 
-On a CPU each segment is attended to for itself, from the very borders that transformers hands over;
+On a CPU each segment is attended to for itself, from the very borders that transformers passes;
 on CUDA torch's variable length kernel is called. So a test can tell which borders reach attention
 where the package cannot be installed.
 """

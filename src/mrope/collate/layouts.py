@@ -21,10 +21,11 @@ BATCH_FIRST = "batch_first"
 def to_batch_layout(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the batch with `position_ids` (B, 3|4, S), and `batch_first`, bool (B,), beside it.
 
-    `batch_first` says by being there which layout this is; it survives whatever cuts dim 0.
+    The key `batch_first` marks the layout. Its value has one entry for each row, so that code that
+    cuts or joins batches on dim 0 keeps it. 1-D `position_ids` (B, S) stay as they are.
     """
     if BATCH_FIRST in batch or batch["position_ids"].ndim == 2:
-        return dict(batch)  # 1-D position ids, (B, S), have the batch in front already
+        return dict(batch)
     position_ids = batch["position_ids"].transpose(0, 1).contiguous()
     mark = torch.ones(len(position_ids), dtype=torch.bool)
     return {**batch, "position_ids": position_ids, BATCH_FIRST: mark}
@@ -33,7 +34,7 @@ def to_batch_layout(batch: Mapping[str, Any]) -> dict[str, Any]:
 def to_model_layout(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the batch as models take it: `position_ids` (3|4, B, S), without `batch_first`.
 
-    A view, without a copy and without a wait; a batch in model layout already is returned as it is.
+    A view, without a copy or a sync; of a batch in model layout the dict alone is copied.
     Models that are not `attach`ed get it in front of their forward:
 
         model.register_forward_pre_hook(
