@@ -411,3 +411,12 @@ def test_the_wing_imports_neither_ray_nor_arrow_nor_transformers() -> None:
     heavy = {"ray", "pyarrow", "datasets", "transformers"}
     code = f"import sys, mrope.prepare; assert not {heavy!r} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("form", [None, "numpy", "torch"])
+def test_a_map_over_single_rows_is_named(form: str | None) -> None:
+    rows = datasets.Dataset.from_dict({"input_ids": [[7, 8], [9, 10]]}).with_format(form)
+    check = Precheck(SPEC)
+    with pytest.raises(MRopeError, match="call map with batched=True"):
+        rows.map(check)
+    assert rows.map(check, batched=True).with_format(None)["mrope_length"][:] == [2, 2]

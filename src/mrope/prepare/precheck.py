@@ -22,6 +22,7 @@ from mrope.collate.samples import (
     PIXELS,
     SECONDS,
     TOKENS,
+    axes_of,
     plain,
     read_column,
     read_sample,
@@ -114,14 +115,15 @@ class Precheck:
         Raises:
             SpanMismatchError: placeholder tokens and sizes of a row do not fit together; `row` is
                 its index in the dataset if that is known, else in the batch.
-            MRopeError: there is no `input_ids`, or a row holds something else that `rope_index`
-                refuses.
+            MRopeError: there is no `input_ids`, the columns are those of one row, or a row holds
+                something else that `rope_index` refuses.
         """
         # A lazy batch of `datasets` treats columns that were read as written, and casts them.
         source = columns_of(columns) if is_table(columns) else copy.copy(columns)
         read = {name: source[name] for name in _READ if name in source}
         if "input_ids" not in read:
             raise MRopeError(f"no input_ids among the columns {', '.join(map(str, source))}")
+        _refuse_one_row(read["input_ids"])
         read |= pixels_of(columns, PIXELS)
         rows = [self._check(read, row, source, indices) for row in range(len(read["input_ids"]))]
         counts_N4 = np.array(rows, np.int64).reshape(-1, len(ADDED))
@@ -141,6 +143,13 @@ class Precheck:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.spec!r}, {self.vision!r})"
+
+
+def _refuse_one_row(input_ids: Any) -> None:
+    """Raise if `map` was called without `batched=True`, and passes one row after another."""
+    first = plain(input_ids[0]) if len(input_ids) else None
+    if axes_of(first) == 0 and hasattr(first, "__index__"):
+        raise MRopeError("input_ids is a row, not a column of rows; call map with batched=True")
 
 
 def examples_of(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
