@@ -70,6 +70,28 @@ def test_explain_prints_every_token_of_a_short_sample(command: Command) -> None:
     assert "delta -7: the next token, number 22, has position 15" in command.out
 
 
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [
+        ("qwen3_vl", "text start video start video text"),
+        ("glm4v", "text text start video start video text text"),  # markers around the clip
+        ("ernie4_5_vl_moe", "text start video text"),  # two frames in one
+        ("hy_v4_vl", "text video video video video text"),  # newline tokens are placeholders
+        ("KeyeVL", "text video video text"),
+        ("openpangu_vl", "text video text text video text"),  # a marker behind and one in front
+    ],
+)
+def test_explain_lays_clips_out_as_the_family_does(family: str, kinds: str) -> None:
+    sample = compute_positions(["text:1", "video:2x2x2", "text:1"], family, "transformers-5.23")
+    assert sample.kinds == kinds.split()
+    assert sum(sample.lengths) == len(sample.kinds) == sample.position_ids.shape[1]
+
+
+def test_explain_makes_up_no_sample_of_a_rule_of_its_own() -> None:
+    with pytest.raises(MRopeError, match="no sample of glm_image can be made up"):
+        compute_positions(["image:4x4"], "glm_image", "transformers-5.23")
+
+
 def test_explain_gives_a_whole_clip_one_marker_where_frames_stand_together() -> None:
     numbered = compute_positions(["video:3x4x4"], "qwen2_vl", "transformers-5.23")
     assert numbered.kinds == ["start", *["video"] * 12]

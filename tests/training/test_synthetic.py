@@ -28,7 +28,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
         (
             "hunyuan_vl",
             {"images": 1},
-            "synthetic makes no rows of hunyuan_vl, whose tokens are laid",
+            "no sample of hunyuan_vl can be made up, whose tokens are laid",
         ),
         (
             "qwen3_vl",

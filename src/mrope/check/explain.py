@@ -17,11 +17,15 @@ from mrope.check.row_layout import Misfit, RowLayout, lay_out, valid_tokens
 from mrope.check.rows import RowCheck
 from mrope.errors import MRopeError
 from mrope.positions.rope_index import rope_index
+from mrope.positions.span_tokens import clip_tokens, image_tokens
+from mrope.positions.spans import token_types
 from mrope.spec.spec import MRopeSpec, example_config
 
 COLOURS = {"text": "white", "start": "yellow", "image": "cyan", "video": "magenta"}
 """Colour of each kind of token in the table."""
 
+# By type of token, as in `mm_token_type_ids`.
+_KINDS = ("text", "image", "video")
 _INK = {"text": "0.35", "start": "goldenrod", "image": "teal", "video": "darkmagenta"}
 # How many sizes a word of each kind has.
 _SIZES = {"text": 1, "image": 2, "video": 3}
@@ -36,7 +40,7 @@ class Sample:
     """Token ids and grids of one row, made from words.
 
     Attributes:
-        input_ids: token ids, with a vision start marker before each span.
+        input_ids: token ids.
         grids: frames, height and width in patches of each image and of each video.
         lengths: tokens of each word, markers included.
     """
@@ -79,7 +83,8 @@ def compute_positions(
 
     Raises:
         MRopeError: a word that cannot be read, a grid that the merge size does not divide, an
-            unknown family or reference, seconds for a family that ignores them.
+            unknown family or reference, seconds for a family that ignores them; a family whose
+            tokens are laid out by a rule of their own.
 
     Example:
         >>> sample = compute_positions(["text:2", "image:4x4"], "qwen3_vl", "transformers-5.23")
@@ -98,12 +103,10 @@ def compute_positions(
         video_grid_thw=videos or None,
         second_per_grid_ts=None if seconds is None else [seconds] * len(videos),
     )
-    names = {
-        spec.vision_start_token_id: "start",
-        spec.image_token_id: "image",
-        spec.video_token_id: "video",
-    }
-    kinds = [names.get(token, "text") for token in sample.input_ids]
+    ids = np.array(sample.input_ids)
+    kinds = [_KINDS[kind] for kind in token_types(spec, ids).tolist()]
+    for token in (ids == spec.vision_start_token_id).nonzero()[0]:
+        kinds[token] = "start"
     return SamplePositions(spec, kinds, sample.lengths, position_ids[:, 0], int(rope_deltas[0, 0]))
 
 
@@ -129,24 +132,31 @@ def compute_row_positions(spec: MRopeSpec, batch: Mapping[str, Any]) -> SamplePo
 def to_sample(words: Sequence[str], spec: MRopeSpec) -> Sample:
     """Make the tokens and grids of a sample from words.
 
-    In families with `frames_apart`, a vision start marker precedes each frame of a video.
+    Images and clips have the tokens of `mrope.positions.span_tokens`, start markers among them.
 
     Raises:
-        MRopeError: a word that cannot be read, or more than 2 ** 20 tokens.
+        MRopeError: a word that cannot be read, more than 2 ** 20 tokens, or a family whose tokens
+            are laid out by a rule of their own.
     """
     sample = Sample([], {"image": [], "video": []}, [])
-    placeholders = {"image": spec.image_token_id, "video": spec.video_token_id}
     for word in words:
         kind, size = _read(word)
+        frames = size[0] if kind == "video" else 1
+        count = size[0] if kind == "text" else frames * spec.frame_tokens(*size[-2:])
+        if len(sample.input_ids) + count > _MOST_TOKENS:
+            raise MRopeError(f"the sample has more than {_MOST_TOKENS:,} tokens, too many to show")
         if kind == "text":
-            _append(sample, [_TEXT_ID], size[0], repeats=1)
-            continue
-        frames, height, width = size if kind == "video" else (1, *size)
-        sample.grids[kind].append((frames, height, width))
-        area = spec.frame_tokens(height, width)
-        spans = frames if spec.family_row.frames_apart else 1
-        marker = [spec.vision_start_token_id]
-        _append(sample, [placeholders[kind]], frames // spans * area, spans, marker)
+            tokens = [_TEXT_ID] * count
+        else:
+            height, width = size[-2:]
+            sample.grids[kind].append((frames, height, width))
+            tokens = (
+                clip_tokens(spec, frames, height, width, _TEXT_ID)
+                if kind == "video"
+                else image_tokens(spec, height, width)
+            )
+        sample.input_ids.extend(tokens)
+        sample.lengths.append(len(tokens))
     return sample
 
 
@@ -160,16 +170,6 @@ def _read(word: str) -> tuple[str, tuple[int, ...]]:
             "patches, with sizes of at least 1"
         )
     return kind, tuple(map(int, numbers))
-
-
-def _append(
-    sample: Sample, token: list[int], count: int, repeats: int, marker: Sequence[int] = ()
-) -> None:
-    length = repeats * (count + len(marker))
-    if len(sample.input_ids) + length > _MOST_TOKENS:
-        raise MRopeError(f"the sample has more than {_MOST_TOKENS:,} tokens, too many to show")
-    sample.input_ids.extend([*marker, *token * count] * repeats)
-    sample.lengths.append(length)
 
 
 def print_positions(numbered: SamplePositions, console: Console, everything: bool = False) -> None:

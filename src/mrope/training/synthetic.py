@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mrope.errors import MRopeError
+from mrope.positions.span_tokens import clip_tokens, image_tokens
 from mrope.positions.spans import token_types
 from mrope.spec.families import NO_TOKEN
 
@@ -37,8 +38,8 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
 
     Raises:
         MRopeError: the images and clips do not fit into the width, or their sides are no multiples
-            of `spatial_merge_size`; the family has no clips, or lays out its tokens by a rule of
-            its own.
+            of `spatial_merge_size`; the family has no clips, or its tokens are laid out by a rule
+            of their own.
     """
 
     def __init__(
@@ -158,11 +159,6 @@ def _text_ids(spec: MRopeSpec) -> list[int]:
 
 def _check_shape(spec: MRopeSpec, shape: ShapeSection) -> None:
     row, merge = spec.family_row, spec.spatial_merge_size
-    if row.custom_index is not None:
-        raise MRopeError(
-            f"data.source: synthetic makes no rows of {spec.family}, whose tokens are laid out by "
-            "a rule of their own; give a dataset"
-        )
     if shape.videos and not row.has_videos:
         raise MRopeError(f"data.shape: videos={shape.videos}, but {spec.family} has no videos")
     for name, used in (("image", shape.images), ("frame", shape.videos)):
@@ -183,28 +179,10 @@ def _patches(grids: list[list[int]]) -> int:
 
 
 def _tokens(spec: MRopeSpec, images: list[list[int]], clips: list[list[int]]) -> list[int]:
-    """Return the token ids of a row's images and clips, each span after a vision start token."""
-    tokens: list[int] = []
-    for _, height, width in images:
-        tokens += _span(spec, spec.image_token_id, spec.frame_tokens(height, width))
-    for clip in clips:
-        tokens += _clip_tokens(spec, *clip)
-    return tokens
-
-
-def _clip_tokens(spec: MRopeSpec, frames: int, height: int, width: int) -> list[int]:
-    row, area = spec.family_row, spec.frame_tokens(height, width)
-    frames //= int(spec.extra.get("temporal_merge_size", 1))
-    # Frames with newline tokens stand side by side.
-    spans = [area] * frames if row.frames_apart and not row.newlines else [frames * area]
-    if not row.frames_as_images:
-        return [token for span in spans for token in _span(spec, spec.video_token_id, span)]
-    tokens = [token for span in spans for token in _span(spec, spec.image_token_id, span)]
-    start, end = (int(spec.extra[f"video_{name}_token_id"]) for name in ("start", "end"))
-    return [start, *tokens, end]
-
-
-def _span(spec: MRopeSpec, placeholder: int, tokens: int) -> list[int]:
-    start = spec.vision_start_token_id
-    # Without a marker a token of text: transformers takes adjacent spans of one kind for one.
-    return [_text_ids(spec)[0] if start == NO_TOKEN else start, *[placeholder] * tokens]
+    """Return the token ids of a row's images and clips."""
+    text_id = _text_ids(spec)[0]
+    # Without a start marker text: transformers takes adjacent spans of one kind for one.
+    apart = [text_id] if spec.vision_start_token_id == NO_TOKEN else []
+    spans = [image_tokens(spec, height, width) for _, height, width in images]
+    spans += [clip_tokens(spec, t, h, w, text_id) for t, h, w in clips]
+    return [token for span in spans for token in (*apart, *span)]
