@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -177,16 +175,6 @@ def test_a_peft_model() -> None:
     theirs = step(model, plain_batch)
     assert len(theirs[1]) == 4 * len(model.base_model.model.model.language_model.layers)
     assert_same_step(step(attach(model), batch), theirs)
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
 
 
 # The unmodified model's output holds views.

@@ -72,34 +72,3 @@ def test_a_rank_with_text_alone_trains_beside_one_with_images(tmp_path: Path) ->
 def test_without_fixed_shapes_the_ranks_do_not_meet(tmp_path: Path) -> None:
     with pytest.raises((ProcessExitedException, ProcessRaisedException)):
         run_two_ranks(tmp_path, fixed=False)
-
-
-def shard_projector(rank: int, folder: str) -> None:
-    """Run a model whose projector is a module of its own to FSDP2: it is gathered by its hooks."""
-    from torch.distributed.fsdp import fully_shard
-
-    from mrope.hf import attach
-
-    family = "paddleocr_vl"
-    limit = timedelta(seconds=60)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=limit
-    )
-    vision = VisionSpec.from_config(model_config(family))
-    batch = MRopeCollator(None, tiny_spec(family), vision)(tiny_examples(family, videos=False))
-    whole: Any = attach(tiny_model(family).train())
-    want = whole(**dict(batch)).loss.item()
-    model: Any = attach(tiny_model(family).train())
-    fully_shard(model.model.projector)
-    fully_shard(model)
-    loss = model(**batch).loss
-    loss.backward()
-    torch.save([want, loss.item()], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_a_projector_that_is_sharded_on_its_own_is_gathered(tmp_path: Path) -> None:
-    run: Any = spawn
-    run(shard_projector, (str(tmp_path),), nprocs=2)
-    want, loss = torch.load(tmp_path / "0.pt")
-    assert loss == pytest.approx(want, abs=1e-6)

@@ -10,7 +10,7 @@ import torch
 
 from mrope.errors import MRopeError
 from mrope.hf.attention import has_layers, mix_by_segment, undo_varlen, use_varlen
-from mrope.hf.crop_forwards import CROP_FORWARDS, crops_forward, merge_windows
+from mrope.hf.crop_forwards import CROP_FORWARDS, crops_forward, merge_crops, merge_windows
 from mrope.hf.forwards import (
     VISION_FORWARDS,
     VISION_TOWERS,
@@ -20,7 +20,7 @@ from mrope.hf.forwards import (
 )
 from mrope.hf.image_forwards import IMAGE_FORWARDS
 from mrope.hf.indexer import select_tokens
-from mrope.hf.merged_forwards import MERGED_FORWARDS, route
+from mrope.hf.merged_forwards import MERGED_FORWARDS, pair_frames, paired_forward, route
 from mrope.hf.methods import bind, copies, find_foreign, foreign_on_instance, is_wrapper, unbind
 from mrope.hf.omni_forwards import OMNI_FORWARDS
 from mrope.hf.plain_forwards import PLAIN_FORWARDS, pool_states
@@ -50,14 +50,21 @@ FORWARDS = (
     | CROP_FORWARDS
 )
 
+# The module behind the tower in a forward that gives it an index, and what replaces its forward.
+# Not inlined there: hooks on the module, as FSDP2's, run around its forward alone.
+_MERGERS: dict[Any, tuple[str, Any]] = {
+    raster_forward: ("projector", merge_patches),
+    paired_forward: ("resampler_model", pair_frames),
+    crops_forward: ("merger", merge_crops),
+}
 # What `attach` binds to instances; what `detach` may remove.
 _BOUND: set[Any] = {
     *FORWARDS.values(),
+    *(forward for _, forward in _MERGERS.values()),
     tower_forward,
     mix_by_segment,
     select_tokens,
     route,
-    merge_patches,
     add_deepstack,
     pool_states,
     merge_windows,
@@ -137,8 +144,6 @@ def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> 
         bind(text, "_deepstack_process", add_deepstack)
     for indexer in _pooling_indexers(base):
         bind(indexer, "get_pooled_states", pool_states)
-    for merger in _window_mergers(base):
-        bind(merger, "forward", merge_windows)
     return model
 
 
@@ -165,12 +170,6 @@ def _refuse_replaced(base: Any) -> None:
     found = [find_foreign(base)]
     found += [find_foreign(text, "_deepstack_process") for text in _deepstack_models(base)]
     found += [find_foreign(layer) for layer, _ in _replaced_layers(base)]
-    for resampler in copies(base.resampler_model) if hasattr(base, "resampler_model") else ():
-        found.append(find_foreign(resampler))
-    if FORWARDS[base.config.model_type] is crops_forward:
-        found += [find_foreign(one) for one in (*copies(base.merger), *_window_mergers(base))]
-    if FORWARDS[base.config.model_type] is raster_forward:  # all others call their projector
-        found += [find_foreign(projector) for projector in copies(base.projector)]
     found += [find_foreign(one, "get_pooled_states") for one in _pooling_indexers(base)]
     # One that was replaced on the class is called for each segment.
     found += [foreign_on_instance(layer) for layer in _linear_layers(base)]
@@ -254,15 +253,17 @@ def _linear_layers(base: Any) -> Iterator[Any]:
 
 def _replaced_layers(base: Any) -> Iterator[tuple[Any, Any]]:
     """Yield further modules whose forward is replaced, and what replaces it."""
-    if FORWARDS[base.config.model_type] is raster_forward:
-        # In a forward of its own: hooks on the projector, as FSDP2's, run around it.
-        yield from ((projector, merge_patches) for projector in copies(base.projector))
-    for module in base.language_model.modules():
-        children = module._modules.keys()  # noqa: SLF001 - no public name
+    name, merge = _MERGERS.get(FORWARDS[base.config.model_type], (None, None))
+    for merger in () if name is None else copies(getattr(base, name)):
+        yield merger, merge
+    for module in base.modules():
+        children = module._modules.keys()  # noqa: SLF001 - a wrapper has its copy's attributes
         if "index_qk_proj" in children:
             yield module, select_tokens
         elif children >= {"text_moe", "vision_moe"}:
             yield module, route
+        elif "vit_merger" in children:
+            yield from ((merger, merge_windows) for merger in copies(module.vit_merger))
 
 
 def _deepstack_models(base: Any) -> Iterator[Any]:
@@ -270,13 +271,6 @@ def _deepstack_models(base: Any) -> Iterator[Any]:
     for text in copies(base.language_model):
         if hasattr(type(text), "_deepstack_process"):
             yield text
-
-
-def _window_mergers(base: Any) -> Iterator[Any]:
-    """Yield the modules that merge windows between the layers of a tower (MiniCPM-V)."""
-    for module in base.modules():
-        if "vit_merger" in module._modules:  # noqa: SLF001 - a wrapper has its copy's attributes
-            yield from copies(module.vit_merger)
 
 
 def _pooling_indexers(base: Any) -> Iterator[Any]:

@@ -56,8 +56,7 @@ def _encode_crops(
         pixels, target_sizes=sizes, use_vit_merger=merges_windows, return_dict=True, **known
     )
     blocks = inputs.pop(f"{modality}_block_index")
-    patches = output.last_hidden_state[0].index_select(0, blocks)
-    output.pooler_output = self.merger.mlp[0](patches.view(-1, _MERGED * patches.shape[-1]))
+    output.pooler_output = self.merger(output.last_hidden_state, blocks=blocks)
     return inputs.pop(f"{modality}_scatter_index"), output
 
 
@@ -122,6 +121,28 @@ def merge_windows(
     merged = self.linear_2(self.act(self.linear_1(self.pre_norm(windows.flatten(1)))))
     result: torch.Tensor = (merged + windows.mean(dim=1)).unsqueeze(0)
     return result
+
+
+def merge_crops(
+    self: Any,
+    hidden_states: torch.Tensor,
+    target_sizes: torch.Tensor | None = None,
+    blocks: torch.Tensor | None = None,
+) -> Any:
+    """Merge patches of all crops into features by one index; replaces the forward of `merger`.
+
+    Args:
+        hidden_states: (1, P, hidden of the tower).
+        target_sizes: (crops, 2), for the module's own forward, which goes crop by crop.
+        blocks: int64 (P,), see `mrope.towers.crop_tensors`; None: the module's own forward.
+
+    Returns:
+        (P / 4, hidden of the text).
+    """
+    if blocks is None:
+        return type(self).forward(self, hidden_states, target_sizes)
+    patches = hidden_states[0].index_select(0, blocks)
+    return self.mlp[0](patches.view(-1, _MERGED * patches.shape[-1]))
 
 
 CROP_FORWARDS: dict[str, Callable[..., Any]] = {"minicpmv4_7": crops_forward}

@@ -61,12 +61,34 @@ def _encode_pairs(self: Any, modality: str, inputs: Tensors) -> tuple[Places, An
     pairs_2M = inputs.pop(f"{modality}_pair_index")
     places, pixels, grid_thw, known = tower_inputs(self, modality, inputs)
     output = self.vision_tower(pixels, grid_thw=grid_thw, return_dict=True, **known)
-    resampler = self.resampler_model
-    merged = output.last_hidden_state.reshape(-1, resampler.spatial_dim)
-    frames = resampler.spatial_linear(merged)
-    paired = torch.cat([frames.index_select(0, half) for half in pairs_2M.unbind()], dim=-1)
-    output.pooler_output = resampler.after_norm(resampler.mlp(resampler.temporal_linear(paired)))
+    output.pooler_output = self.resampler_model(output.last_hidden_state, pairs=pairs_2M)
     return places, output
+
+
+def pair_frames(
+    self: Any,
+    hidden_states: torch.Tensor,
+    grid_thw: torch.Tensor | None = None,
+    pairs: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Merge the frames of clips in pairs by index; replaces the forward of ERNIE's resampler.
+
+    Args:
+        hidden_states: (P, hidden of the tower).
+        grid_thw: (images, 3), for the resampler's own forward.
+        pairs: int64 (2, M), the merged patches that make up each feature, see
+            `mrope.towers.pair_index`; None: the resampler's own forward.
+
+    Returns:
+        (M, hidden of the text).
+    """
+    if pairs is None:
+        own: torch.Tensor = type(self).forward(self, hidden_states, grid_thw)
+        return own
+    frames = self.spatial_linear(hidden_states.reshape(-1, self.spatial_dim))
+    paired = torch.cat([frames.index_select(0, half) for half in pairs.unbind()], dim=-1)
+    result: torch.Tensor = self.after_norm(self.mlp(self.temporal_linear(paired)))
+    return result
 
 
 def _encode_resized(self: Any, modality: str, inputs: Tensors) -> tuple[Places, Any]:
