@@ -196,28 +196,20 @@ def _span_error(
     )
 
 
-def torn_clip(
-    stream: Stream, document_V: IntArray, clip_V: IntArray, grids: Grids, clip: int
-) -> SpanMismatchError:
-    """Return the error for a clip whose frames stand in several rows or examples.
+def torn_clip(stream: Stream, start_V: IntArray, grids: Grids) -> SpanMismatchError:
+    """Return the error for the first clip whose frames stand in several rows or examples.
 
     Args:
-        document_V: the document of each frame, in the order of the grids.
-        clip_V: the number of its clip.
-        clip: that is torn.
+        start_V: where each frame starts in the stream, in the order of the grids.
     """
-    document = int(document_V[clip_V == clip][0])
-    row = int(stream.row_D[document])
-    ordinal = len({*clip_V[document_V == document].tolist()} & {*range(clip)})
-    column = grids.images + int(np.add.reduce(grids.frames_N[:clip]))
+    clip_V, document_V = _frames(stream, start_V, grids)
+    torn_V = (clip_V[1:] == clip_V[:-1]) & (document_V[1:] != document_V[:-1])
+    clip, document = (int(one_V[torn_V.argmax()]) for one_V in (clip_V, document_V))
+    inside = int(np.count_nonzero((clip_V == clip) & (document_V == document)))
     frames = int(grids.frames_N[clip])
+    column = grids.images + int((clip_V < clip).sum())
     tokens = int(grids.size_3G[:, column].prod())
-    inside = int(np.count_nonzero(document_V[clip_V == clip] == document))
-    cause = (
-        "a grid of another sample; grids were matched over the whole batch: give "
-        "videos_per_sample to check each row on its own"
-    )
-    size = f"its grid has {frames} frames of {tokens} tokens, and needs {frames * tokens}"
+    row, ordinal = int(stream.row_D[document]), _ordinal(clip_V, document_V, clip, document)
     return _span_error(
         f"row {row}, video {ordinal}",
         row,
@@ -225,33 +217,28 @@ def torn_clip(
         VIDEO,
         inside * tokens,
         frames * tokens,
-        size,
-        cause,
+        f"its grid has {frames} frames of {tokens} tokens, and needs {frames * tokens}",
+        "a grid of another sample; grids were matched over the whole batch: give "
+        "videos_per_sample to check each row on its own",
     )
 
 
 def wrong_gap(
-    spec: MRopeSpec,
-    stream: Stream,
-    document_V: IntArray,
-    clip_V: IntArray,
-    grids: Grids,
-    frame: int,
-    found: int,
+    spec: MRopeSpec, stream: Stream, start_V: IntArray, grids: Grids, frame: int, found: int
 ) -> SpanMismatchError:
     """Return the error for a frame that does not stand where the family's rule counts on it.
 
     Args:
-        document_V, clip_V: as of `torn_clip`.
+        start_V: where each frame starts in the stream, in the order of the grids.
         frame: the one in front of the gap.
         found: tokens between it and the next.
     """
-    document, clip = int(document_V[frame]), int(clip_V[frame])
-    ordinal = len({*clip_V[document_V == document].tolist()} & {*range(clip)})
+    clip_V, document_V = _frames(stream, start_V, grids)
+    clip, document = int(clip_V[frame]), int(document_V[frame])
+    number = frame - int((clip_V < clip).sum())
+    row, ordinal = int(stream.row_D[document]), _ordinal(clip_V, document_V, clip, document)
     gap, family = spec.family_row.frame_gap, spec.family
     cause = "tokens were added, lost or repeated inside the clip, or another processor's layout"
-    number = frame - int(np.add.reduce(grids.frames_N[:clip]))
-    row = int(stream.row_D[document])
     return SpanMismatchError(
         f"row {row}, video {ordinal}: {found} tokens stand between frames {number} and "
         f"{number + 1}, but {family} has {gap} there, an end and a start marker. Likely cause: "
@@ -263,6 +250,17 @@ def wrong_gap(
         needed=gap,
         cause=cause,
     )
+
+
+def _frames(stream: Stream, start_V: IntArray, grids: Grids) -> tuple[IntArray, IntArray]:
+    """Return the clip and the document of each frame."""
+    clip_V = np.arange(len(grids.frames_N)).repeat(grids.frames_N)
+    return clip_V, documents_of(stream, start_V)
+
+
+def _ordinal(clip_V: IntArray, document_V: IntArray, clip: int, document: int) -> int:
+    """Return which clip of its document this is."""
+    return len({*clip_V[(document_V == document) & (clip_V < clip)].tolist()})
 
 
 def inverted_mask(

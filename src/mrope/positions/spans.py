@@ -70,7 +70,8 @@ def find_runs(spec: MRopeSpec, stream: Stream, grids: Grids, kind_T: npt.NDArray
         row_G = stream.row_D[documents_of(stream, cut.start_R[vision_G])]
         if _crosses_rows(row_G, grids.row_G):
             raise mismatch(stream, whole.start_R, whole.length_R, kind_R, grids)
-    if grids.images + len(grids.frames_N) < grids.size_3G.shape[1]:
+    several = len(stream.start_D) > 1 or spec.family_row.frame_gap is not None
+    if several and grids.images + len(grids.frames_N) < grids.size_3G.shape[1]:
         _require_whole_clips(spec, stream, cut, vision_G, grids)
     if spec.family_row.frames_as_images and spec.video_token_id in stream.tokens_T:
         raise stray_video(spec, stream)
@@ -216,20 +217,19 @@ def _require_whole_clips(
     frames of its neighbour's clip. The reference takes that.
     """
     start_V = cut.start_R[vision_G[grids.images :]]
-    clip_V = np.arange(len(grids.frames_N)).repeat(grids.frames_N)
-    document_V = documents_of(stream, start_V)
-    next_V: BoolArray = clip_V[1:] == clip_V[:-1]
-    torn_V: BoolArray = next_V & (document_V[1:] != document_V[:-1])
-    if torn_V.any():
-        raise torn_clip(stream, document_V, clip_V, grids, int(clip_V[torn_V.argmax()]))
+    # As few calls as can be: this is on the way of every batch with a clip.
+    first_of_document = start_V.searchsorted(stream.start_D).tolist()
+    first_of_clip = {0, *np.add.accumulate(grids.frames_N).tolist()}
+    if not first_of_clip.issuperset(first_of_document):
+        raise torn_clip(stream, start_V, grids)
     gap = spec.family_row.frame_gap
     if gap is not None:
         between_V = start_V[1:] - (start_V + cut.length_R[vision_G[grids.images :]])[:-1]
-        wrong_V: BoolArray = next_V & (between_V != gap)
+        clip_V = np.arange(len(grids.frames_N)).repeat(grids.frames_N)
+        wrong_V: BoolArray = (clip_V[1:] == clip_V[:-1]) & (between_V != gap)
         if wrong_V.any():
-            at = int(wrong_V.argmax())
-            found = int(between_V[at])
-            raise wrong_gap(spec, stream, document_V, clip_V, grids, at, found)
+            frame = int(wrong_V.argmax())
+            raise wrong_gap(spec, stream, start_V, grids, frame, int(between_V[frame]))
 
 
 def _crosses_rows(span_row_G: IntArray, grid_row_G: IntArray) -> bool:
