@@ -10,14 +10,16 @@ import torch
 
 pytest.importorskip("transformers")
 
-from mrope import MRopeError
+from mrope import MRopeCollator, MRopeError
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach, detach, explain_attention
-from support.models import MODEL_FAMILIES, tiny_examples, tiny_model
+from mrope.towers import VisionSpec
+from support.models import MODEL_FAMILIES, model_config, tiny_examples, tiny_model, tiny_spec
 from support.steps import (
     MEDIA,
     assert_attached_as_plain,
     assert_same_step,
+    logits_of,
     make_batches,
     step,
     tensor_collator,
@@ -209,6 +211,24 @@ def test_ddp_and_fsdp2_wrap_an_attached_model() -> None:
         torch.testing.assert_close(step(detach(module), plain_batch)[0].loss, expected)
         with pytest.raises(MRopeError, match="is not attached"):
             explain_attention(module)
+
+
+@pytest.mark.parametrize(
+    ("family", "packing"),
+    [("qwen3_vl", None), ("qwen3_vl", "flatten"), ("hyperclovax_vision_v2", None)],
+)
+def test_a_mask_of_the_users_own_is_kept(family: str, packing: Any) -> None:
+    """In four dimensions it says what each token attends to; here all of them to all."""
+    vision = VisionSpec.from_config(model_config(family))
+    collate = MRopeCollator(None, tiny_spec(family), vision, packing=packing)
+    batch = dict(collate([tiny_examples(family)[0]] * (1 if packing else 2)))
+    rows, width = batch["input_ids"].shape
+    model = tiny_model(family)
+    causal = logits_of(model, batch)
+    batch["attention_mask"] = torch.zeros(rows, 1, width, width)
+    expected = logits_of(model, batch)
+    assert not torch.allclose(expected, causal, atol=1e-3)
+    torch.testing.assert_close(logits_of(attach(model), batch), expected)
 
 
 def test_a_compiled_model_is_explained_and_detached() -> None:

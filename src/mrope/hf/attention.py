@@ -249,7 +249,7 @@ def mix_by_segment(
 def causal_mask(
     config: Any, embeds: torch.Tensor, padding_mask: torch.Tensor | None, cache: Any
 ) -> Any:
-    """Return the mask that the text model would build, without a sync.
+    """Return what an attached forward gives the text model as its mask, made without a sync.
 
     Args:
         config: the text model's config.
@@ -259,10 +259,10 @@ def causal_mask(
         cache: key-value cache, or None.
 
     Returns:
-        None without padding: the attention kernel's own causal mode; but layers with an indexer
-        (Qwen4-Exp) always take a mask. With padding a mask made on the device, (B, 1, S, S); where
-        layers differ, a dict by their kind. Flash attention takes the 2-D mask, and syncs to unpad
-        with it.
+        None without padding: the text model then makes what its layers and a cache need, which is
+        no sync. With padding a mask made on the device, (B, 1, S, keys); where layers
+        differ, a dict by their kind. Flash attention takes the 2-D mask, and syncs to unpad with
+        it.
     """
     if padding_mask is None or padding_mask.ndim != 2 or is_flash(config):
         return padding_mask
@@ -271,7 +271,7 @@ def causal_mask(
     full = create_causal_mask(config, embeds, padding_mask, cache, allow_is_causal_skip=False)
     # Linear layers multiply their input by the 2-D mask. Given a dict, the text model uses it as
     # it is; building it itself, it would ask first whether the mask is all ones: a sync.
-    return _by_layer(config, full, None if padding_mask is None else padding_mask.contiguous())
+    return _by_layer(config, full, padding_mask.contiguous())
 
 
 def packed_mask(text: Any, embeds: torch.Tensor, inputs: MutableMapping[str, Any]) -> Any:

@@ -342,15 +342,13 @@ def run_text_model(
     deltas = inputs.pop("rope_deltas", None)
     if deltas is not None:
         self.rope_deltas = deltas  # where transformers' generate looks for it
-    mask = inputs.pop("attention_mask", None)
+    mask = take_mask(inputs)
     config = self.language_model.config
     if inputs.get("seq_idx") is not None:
-        mask = packed_mask(self.language_model, embeds, inputs)
+        packed = packed_mask(self.language_model, embeds, inputs)
+        mask = packed if mask is None else mask
     elif not isinstance(mask, dict):
-        # Whether a mask on the device holds a 0 is known on the device alone; asking is a sync.
-        # The worker built the mask, so it sends the answer along.
-        padding_mask = mask if inputs["has_padding"] else None
-        mask = causal_mask(config, embeds, padding_mask, cache_of(inputs))
+        mask = causal_mask(config, embeds, mask, cache_of(inputs))
         if (
             mask is None
             and cache_of(inputs) is None
@@ -363,6 +361,19 @@ def run_text_model(
         input_ids=None, inputs_embeds=embeds, attention_mask=mask, **inputs
     )
     return own_output(self, outputs, encoded)
+
+
+def take_mask(inputs: Tensors) -> Any:
+    """Remove the attention mask from `inputs`; return it where it matters, else None.
+
+    A padding mask (B, S) matters if the worker found padding. Whatever else stands in its place, a
+    mask of four dimensions or a dict, is the user's own, and is what the model attends by.
+    """
+    mask = inputs.pop("attention_mask", None)
+    # Whether a mask on the device holds a 0 is known on the device alone; asking is a sync. The
+    # worker built the mask, so it sends the answer along.
+    is_padding = isinstance(mask, torch.Tensor) and mask.ndim == 2
+    return None if is_padding and not inputs["has_padding"] else mask
 
 
 # Those of the Omni thinkers are in `mrope.hf.omni_forwards`.

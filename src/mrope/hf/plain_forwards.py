@@ -24,6 +24,7 @@ from mrope.hf.forwards import (
     is_precomputed,
     modalities_of,
     scatter_features,
+    take_mask,
     token_embeddings,
     tower_inputs,
     vision_tower,
@@ -117,13 +118,12 @@ def _run_text_model(
     make_masks: Masks,
 ) -> Any:
     """Run the text model on embeddings (B, S, hidden), under masks decided by host facts."""
-    mask = inputs.pop("attention_mask", None)
-    padding_mask = mask if inputs["has_padding"] else None
+    mask = take_mask(inputs)
     for name in _UNUSED:
         inputs.pop(name, None)
     text = self.language_model
     if not isinstance(mask, dict):
-        mask = make_masks(_own_config(text), embeds, padding_mask, cache_of(inputs))
+        mask = make_masks(_own_config(text), embeds, mask, cache_of(inputs))
     with _masks_as_given(text, mask):
         outputs = text(inputs_embeds=embeds, attention_mask=mask, **inputs)
     return own_output(self, outputs, encoded)
