@@ -222,7 +222,8 @@ MISFITS = {
 
 def test_every_malformed_sample_is_expected_somewhere() -> None:
     known = {case.name for case in MALFORMED if case.family == "qwen3_vl"}
-    assert set(MISFITS) == known
+    # A row of a dataset has grids of its own, which are never matched with another row's frames.
+    assert set(MISFITS) == known - {"a clip whose frames stand in two rows"}
 
 
 @pytest.mark.parametrize("name", MISFITS)

@@ -109,7 +109,7 @@ class CheckedRows(Dataset[RowCheck]):
         """Check a row; return the result and the row as a batch, collated if the row is good."""
         batch: dict[str, Any] = {}
         try:
-            example = _as_tensors(self.examples[index])
+            example = _as_tensors(self.examples[index], self.spec.family_row.inputs)
             batch = _as_batch([example])
             batch = self.collate([example])
             check = _counted(index, batch)
@@ -121,9 +121,12 @@ class CheckedRows(Dataset[RowCheck]):
     def _compared(self, check: RowCheck, batch: Mapping[str, Any]) -> RowCheck:
         from mrope.hf.get_rope_index import reference_rope_index
 
-        arguments = {
-            theirs: batch[ours] for ours, theirs in _REFERENCE_TAKES.items() if ours in batch
-        }
+        inputs = self.spec.family_row.inputs
+        takes = _REFERENCE_TAKES | {name: name for name in inputs}
+        arguments = {theirs: batch[ours] for ours, theirs in takes.items() if ours in batch}
+        if "audio_seqlens" in inputs and "feature_attention_mask" in batch:
+            # As the thinkers' forward counts them.
+            arguments["audio_seqlens"] = batch["feature_attention_mask"].sum(dim=-1)
         types = batch.get("mm_token_type_ids")
         if types is None:
             types = torch.from_numpy(token_types(self.spec, batch["input_ids"].numpy()))
@@ -183,13 +186,17 @@ def describe_comparison(spec: MRopeSpec) -> tuple[bool, str]:
     return True, f"compared with the own function of transformers {installed}"
 
 
-def _as_tensors(example: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the columns that a model takes, each as a tensor; of pixels only the shape is read."""
+def _as_tensors(example: Mapping[str, Any], inputs: tuple[str, ...]) -> dict[str, Any]:
+    """Read the columns that a model takes, each as a tensor; of pixels only the shape is read.
+
+    Args:
+        inputs: `Family.inputs`, which its rule reads too.
+    """
     kept: dict[str, Any] = {}
     for name, value in read_sample(example).items():
         if name in FLAGS or (name in PIXELS and axes_of(value) > 1):
             kept[name] = value
-        elif name in KNOWN and name not in PIXELS:
+        elif value is not None and (name in KNOWN or name in inputs) and name not in PIXELS:
             kept[name] = _tensor(name, value)
     return kept
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mrope.check.rows import CheckedRows, Examples
+from mrope.collate.samples import PIXELS
 from mrope.errors import MRopeError
 from mrope.training.dataloader import model_columns, open_table, row_processing
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from mrope.training.demo.processing import Processing
     from mrope.training.sections import Config
 
+# Other columns that an input of a family's rule is read from.
+_ALSO = {
+    "audio_seqlens": "feature_attention_mask",
+    "second_per_grid_ts": "video_second_per_grid",
+}
 # A dataset that is generated: not a path.
 _DEMO = "demo"
 # The words by which the command line was called, for errors in the keys that they set.
@@ -126,8 +132,10 @@ def _examples(cfg: Config) -> Examples:
         from mrope.training.model import load_model_config
 
         return MessageRows(table, row_processing(cfg, spec, load_model_config(cfg)))
+    inputs = spec.family_row.inputs
+    wanted = {*model_columns(spec), *inputs, *(_ALSO[name] for name in inputs if name in _ALSO)}
     # Pixels are most of a row's bytes, and position ids do not depend on them.
-    wanted = [name for name in model_columns(spec) if not name.startswith("pixel_values")]
-    columns = table.select_columns([name for name in wanted if name in table.column_names])
+    wanted -= {*PIXELS}
+    columns = table.select_columns([name for name in table.column_names if name in wanted])
     rows: Examples = columns.with_format("numpy")
     return rows

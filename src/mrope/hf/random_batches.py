@@ -151,7 +151,7 @@ def _clip(draft: _Draft) -> None:
     if row.frames_as_images:
         draft.add(int(spec.extra["video_start_token_id"]))
     for tokens in spans:
-        draft.add(*draft.start, *[token] * tokens, draft.end)
+        draft.add(*draft.start, *[token] * tokens, *[draft.end] * (row.frame_gap or 1))
     if row.frames_as_images:
         draft.add(int(spec.extra["video_end_token_id"]))
 
