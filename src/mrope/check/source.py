@@ -132,8 +132,8 @@ def _examples(cfg: Config) -> Examples:
         from mrope.training.model import load_model_config
 
         return MessageRows(table, row_processing(cfg, spec, load_model_config(cfg)))
-    inputs = spec.family_row.inputs
-    wanted = {*model_columns(spec), *inputs, *(_ALSO[name] for name in inputs if name in _ALSO)}
+    wanted = {*model_columns(spec)}
+    wanted |= {also for name, also in _ALSO.items() if name in spec.family_row.inputs}
     # Pixels are most of a row's bytes, and position ids do not depend on them.
     wanted -= {*PIXELS}
     columns = table.select_columns([name for name in table.column_names if name in wanted])

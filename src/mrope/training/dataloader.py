@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from mrope.collate.collator import Collate, MRopeCollator
-from mrope.collate.samples import GRIDS
+from mrope.collate.samples import CROPS, GRIDS, PIXELS
 from mrope.collate.skip_bad import Indexed
 from mrope.errors import MRopeError
 from mrope.positions.spans import token_types
@@ -35,9 +35,8 @@ if TYPE_CHECKING:
     from mrope.training.sections import Config, DataSection
 
 _DEMO_ROWS = 80
-_GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
-_COLUMNS = ("input_ids", "attention_mask", "labels", "mm_token_type_ids", *_GRIDS, *_GRIDS.values())
-_SECONDS = "second_per_grid_ts"
+_COLUMNS = ("input_ids", "attention_mask", "labels", "mm_token_type_ids", *PIXELS, *GRIDS)
+_SECONDS, _EXPERT_TYPES = "second_per_grid_ts", "moe_mm_token_type_ids"
 
 
 class TensorRows(Dataset[dict[str, torch.Tensor]]):
@@ -330,21 +329,29 @@ def _tokenized(table: datasets.Dataset, spec: MRopeSpec) -> datasets.Dataset:
         raise MRopeError(
             "data.source: the dataset has input_ids but no labels, so there is no loss"
         )
+    crops = spec.family_row.tower is not None and spec.family_row.tower.crops
     # Checked here, once: the collator would raise the same for every row.
-    for pixels, grid in _GRIDS.items():
+    for pixels, grid in zip(PIXELS, CROPS if crops else GRIDS, strict=True):
         if (pixels in names) != (grid in names):
             have, lack = (pixels, grid) if pixels in names else (grid, pixels)
             raise MRopeError(f"data.source: the dataset has {have} but no {lack}")
     if "mm_token_type_ids" not in names:
         table = table.map(_add_types, fn_kwargs={"spec": spec}, desc="Marking placeholders")
     # A model's forward refuses keywords that it does not know.
-    wanted = model_columns(spec)
+    wanted = dict.fromkeys(model_columns(spec))
     return table.select_columns([name for name in wanted if name in table.column_names])
 
 
 def model_columns(spec: MRopeSpec) -> tuple[str, ...]:
     """Return the names of the columns that a model of the family reads."""
-    return (*_COLUMNS, _SECONDS) if spec.family_row.timed else _COLUMNS
+    row = spec.family_row
+    own = [name for name in row.inputs if not name.endswith("_per_sample")]
+    if row.timed:
+        own.append(_SECONDS)
+    if row.tower is not None and row.tower.pairs:
+        # Without it ERNIE's forward sends images to the experts of text, without an error.
+        own.append(_EXPERT_TYPES)
+    return (*_COLUMNS, *own)
 
 
 def _add_types(row: Mapping[str, Any], spec: MRopeSpec) -> dict[str, Any]:
