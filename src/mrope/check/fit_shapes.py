@@ -18,8 +18,8 @@ from mrope.collate.ladder import Ladder, Shapes
 from mrope.collate.shapes import check_family
 from mrope.errors import MRopeError
 from mrope.prepare.sampler import TokenBudgetSampler
-from mrope.prepare.work import WorkModel
 from mrope.towers import VisionSpec
+from mrope.training.dataloader import needs_patches, sampler_options
 
 if TYPE_CHECKING:
     from mrope.training.sections import Config
@@ -140,22 +140,10 @@ def _sampler(
     cfg: Config, length_N: IntArray, summary: Summary, max_tokens: int
 ) -> TokenBudgetSampler:
     """Return the sampler of a config without a ladder, for one rank."""
-    options = cfg.dataloader
-    given: dict[str, Any] = {}
-    if options.max_patches is not None or options.balance == "work":
-        given["patches"] = np.array(summary.patches, np.int64)
-    if options.balance == "work":
-        # Without pairs of patches, which the summary lacks: an estimate.
-        given["cost"] = WorkModel.from_config(cfg.model.config)
+    # Work is estimated without pairs of patches, which the summary lacks.
+    patches = np.array(summary.patches, np.int64) if needs_patches(cfg) else None
     return TokenBudgetSampler(
-        length_N,
-        max_tokens,
-        **given,
-        max_patches=options.max_patches,
-        pad_to_multiple_of=cfg.rope.pad_to_multiple_of,
-        seed=cfg.train.seed,
-        rank=0,
-        num_replicas=1,
+        length_N, max_tokens, patches=patches, **sampler_options(cfg), rank=0, num_replicas=1
     )
 
 

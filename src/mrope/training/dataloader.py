@@ -221,27 +221,41 @@ def make_sampler(cfg: Config, rows: RowDataset, max_tokens: int) -> TokenBudgetS
     Raises:
         MRopeError: a row is above a budget, or the work of the model's tower cannot be counted.
     """
-    options, shapes = cfg.dataloader, cfg.rope.shapes
+    shapes = cfg.rope.shapes
     ladder = shapes.ladder() if shapes is not None and cfg.rope.enabled else None
-    given: dict[str, Any] = {}
+    has_rungs = ladder is not None and bool(ladder.patches)
+    counts: dict[str, Any] = {}
     # Reading all grids takes time, and is needed by these alone.
-    if options.max_patches is not None:
-        given |= {"patches": rows.patches()}
-    if ladder is not None and ladder.patches:
-        given |= {"patches": rows.patches(), "segments": rows.segments()}
-    if options.balance == "work":
-        given |= {"patches": rows.patches(), "patch_pairs": rows.patch_pairs()}
-        given |= {"cost": WorkModel.from_config(cfg.model.config)}
+    if needs_patches(cfg) or has_rungs:
+        counts["patches"] = rows.patches()
+    if has_rungs:
+        counts["segments"] = rows.segments()
+    if cfg.dataloader.balance == "work":
+        counts["patch_pairs"] = rows.patch_pairs()
     return TokenBudgetSampler(
-        rows.lengths(),
-        max_tokens,
-        **given,
-        max_patches=options.max_patches,
-        shapes=ladder,
-        # The filled-up row must fit into the budget too.
-        pad_to_multiple_of=cfg.rope.pad_to_multiple_of,
-        seed=cfg.train.seed,
+        rows.lengths(), max_tokens, **counts, **sampler_options(cfg), shapes=ladder
     )
+
+
+def needs_patches(cfg: Config) -> bool:
+    """Return whether the sampler of a config counts patches, whatever its ladder."""
+    return cfg.dataloader.max_patches is not None or cfg.dataloader.balance == "work"
+
+
+def sampler_options(cfg: Config) -> dict[str, Any]:
+    """Return the arguments of a config's sampler that neither rows nor ladder decide.
+
+    Raises:
+        MRopeError: the work of the model's tower cannot be counted.
+    """
+    by_work = cfg.dataloader.balance == "work"
+    return {
+        "max_patches": cfg.dataloader.max_patches,
+        "cost": WorkModel.from_config(cfg.model.config) if by_work else None,
+        # The filled-up row must fit into the budget too.
+        "pad_to_multiple_of": cfg.rope.pad_to_multiple_of,
+        "seed": cfg.train.seed,
+    }
 
 
 def _make_stream(cfg: Config, rows: Any, max_tokens: int, buffer_size: int) -> TokenBudgetStream:

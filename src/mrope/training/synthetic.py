@@ -58,7 +58,7 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
         merged = int(spec.extra.get("temporal_merge_size", 1))
         self.clips = [[shape.frames * merged, *shape.frame]] * shape.videos
         if shape.image_sides is None:
-            self._text_length([[1, *shape.image]] * shape.images)
+            self._tokens([[1, *shape.image]] * shape.images)
         largest = shape.image if shape.image_sides is None else [shape.image_sides[1]] * 2
         # Made once: drawing millions of values for each row would be what is measured.
         self.pixels = {
@@ -94,8 +94,8 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
         # Seeded by the index, so that a row is the same in every worker and every epoch.
         generator = torch.Generator().manual_seed(index)
         images = self._images(generator)
-        template = torch.tensor(_tokens(self.spec, images, self.clips), dtype=torch.int64)
-        length = self._text_length(images)
+        template = torch.tensor(self._tokens(images), dtype=torch.int64)
+        length = self.shape.width - len(template)
         text = self.text_ids[torch.randint(_TEXT_IDS, (length,), generator=generator)]
         input_ids = torch.cat([template, text])
         types = torch.from_numpy(token_types(self.spec, input_ids.numpy()))
@@ -127,14 +127,20 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
         sides = torch.randint(low, high + 1, (self.shape.images, 2), generator=generator) * merge
         return [[1, height, width] for height, width in sides.tolist()]
 
-    def _text_length(self, images: list[list[int]]) -> int:
-        tokens = len(_tokens(self.spec, images, self.clips))
-        if tokens > self.shape.width:
+    def _tokens(self, images: list[list[int]]) -> list[int]:
+        """Return the token ids of a row's images and clips, which must fit into the width."""
+        spec, text_id = self.spec, int(self.text_ids[0])
+        # Without a start marker text: transformers takes adjacent spans of one kind for one.
+        apart = [text_id] if spec.vision_start_token_id == NO_TOKEN else []
+        spans = [image_tokens(spec, height, width) for _, height, width in images]
+        spans += [clip_tokens(spec, t, h, w, text_id) for t, h, w in self.clips]
+        tokens = [token for span in spans for token in (*apart, *span)]
+        if len(tokens) > self.shape.width:
             raise MRopeError(
-                f"data.shape: its images and clips take {tokens} tokens, more than "
+                f"data.shape: its images and clips take {len(tokens)} tokens, more than "
                 f"width={self.shape.width}"
             )
-        return self.shape.width - tokens
+        return tokens
 
 
 def patch_shape(spec: MRopeSpec, vision_config: Any) -> tuple[int, ...]:
@@ -176,13 +182,3 @@ def _check_shape(spec: MRopeSpec, shape: ShapeSection) -> None:
 
 def _patches(grids: list[list[int]]) -> int:
     return sum(t * h * w for t, h, w in grids)
-
-
-def _tokens(spec: MRopeSpec, images: list[list[int]], clips: list[list[int]]) -> list[int]:
-    """Return the token ids of a row's images and clips."""
-    text_id = _text_ids(spec)[0]
-    # Without a start marker text: transformers takes adjacent spans of one kind for one.
-    apart = [text_id] if spec.vision_start_token_id == NO_TOKEN else []
-    spans = [image_tokens(spec, height, width) for _, height, width in images]
-    spans += [clip_tokens(spec, t, h, w, text_id) for t, h, w in clips]
-    return [token for span in spans for token in (*apart, *span)]
