@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mrope.bench import timeline
-from mrope.bench.timeline import Mark, TraceEvent, read_timeline, record_timeline
+from mrope.bench.timeline import Mark, read_timeline, record_timeline
+from mrope.bench.trace import TraceEvent
 
 MS = 1_000_000
 HOST = [

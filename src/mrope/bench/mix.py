@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from mrope.positions.span_tokens import clip_tokens, image_tokens
 from mrope.positions.spans import token_types
 
 if TYPE_CHECKING:
@@ -174,10 +175,11 @@ class MixRows(Dataset[dict[str, torch.Tensor]]):
         # Seeded by the index, so that a row is the same in every process and epoch.
         rng = np.random.default_rng(index)
         spec, clip = self.spec, self.mix.clip_N[index]
-        placeholder = spec.video_token_id if clip else spec.image_token_id
         parts = []
         for frames, height, width in grids.tolist():
-            span = [spec.vision_start_token_id, *[placeholder] * (height * width // _MERGE**2)]
+            span = (
+                clip_tokens(spec, 1, height, width) if clip else image_tokens(spec, height, width)
+            )
             for _ in range(frames):
                 time = rng.integers(10, _VOCABULARY, _TIME if clip else 0)
                 parts += [time, np.array([*span, _END])]

@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+
+from mrope.bench.trace import TraceEvent, trace
 
 Interval: TypeAlias = tuple[float, float, str]
 Timeline: TypeAlias = dict[str, list[Interval]]
@@ -21,15 +22,6 @@ Mark: TypeAlias = Callable[[str], AbstractContextManager[None]]
 # Calls of CUDA's runtime and driver that return when the device is done; HIP's have the same ends.
 _SYNCS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize", "CtxSynchronize")
 MOST_INTERVALS = 1500
-
-
-class TraceEvent(NamedTuple):
-    """An event of a trace; start and end are in nanoseconds since 1970."""
-
-    name: str
-    on_device: bool
-    start: int
-    end: int
 
 
 def record_timeline(step: Callable[[Any, Mark], Any], batches: Iterable[Any]) -> Timeline:
@@ -57,18 +49,8 @@ def record_timeline(step: Callable[[Any, Mark], Any], batches: Iterable[Any]) ->
     if not torch.cuda.is_available():
         run()
         return read_timeline(host, [])
-    torch.cuda.synchronize()
-    # Without ProfilerActivity.CPU, whose records would slow the host down: ranges of the host are
-    # marked by hand, by the clock that the trace has its times from.
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        torch.cuda.synchronize()
-    result: Any = profiler.profiler
-    events = [
-        TraceEvent(one.name(), one.device_type().name == "CUDA", one.start_ns(), one.end_ns())
-        for one in result.kineto_results.events()
-    ]
-    return read_timeline(host, events)
+    # Ranges of the host are marked by hand, by the clock that the trace has its times from.
+    return read_timeline(host, trace(run))
 
 
 def read_timeline(host: Sequence[TraceEvent], events: Sequence[TraceEvent]) -> Timeline:

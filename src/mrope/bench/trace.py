@@ -8,6 +8,15 @@ from typing import Any, NamedTuple
 import torch
 
 
+class TraceEvent(NamedTuple):
+    """An event of a trace; start and end are in nanoseconds since 1970."""
+
+    name: str
+    on_device: bool
+    start: int
+    end: int
+
+
 class DeviceEvent(NamedTuple):
     """A kernel or a copy, and when it ran, in nanoseconds."""
 
@@ -34,19 +43,36 @@ def profile_steps(step: Callable[[Any], Any], batches: Iterable[Any]) -> dict[st
 
 def trace_steps(step: Callable[[Any], Any], batches: Sequence[Any]) -> list[DeviceEvent]:
     """Return what ran on the GPU in a step of each batch."""
+
+    def run() -> None:
+        for batch in batches:
+            step(batch)
+
+    return [
+        DeviceEvent(one.name, one.start, one.end)
+        for one in trace(run)
+        if one.on_device and one.end > one.start
+    ]
+
+
+def trace(run: Callable[[], Any]) -> list[TraceEvent]:
+    """Return the kernels, copies and calls of the CUDA runtime while `run` is called."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
     # Without ProfilerActivity.CPU, whose records would slow the host down.
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for batch in batches:
-            step(batch)
+        run()
         torch.cuda.synchronize()
     result: Any = profiler.profiler
     return [
-        DeviceEvent(one.name(), one.start_ns(), one.start_ns() + one.duration_ns())
+        TraceEvent(
+            one.name(),
+            one.device_type().name == "CUDA",
+            one.start_ns(),
+            one.start_ns() + one.duration_ns(),
+        )
         for one in result.kineto_results.events()
-        if one.duration_ns() and one.device_type().name == "CUDA"
     ]
 
 
