@@ -1,0 +1,158 @@
+"""Say what every column of a row, and every key of a batch, is: one table, `COLUMNS`.
+
+Whatever reads rows or batches goes by this table: padding, flattening, sharding, prechecks, the
+training rows and the attached forward. A new column is one more line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+Kind = Literal["token", "item", "patch", "row", "batch", "derived"]
+
+IGNORED_LABEL = -100
+"""Label of a token that is not counted in the loss, as transformers' losses and torch's have it."""
+
+
+class Column(NamedTuple):
+    """What one column is.
+
+    Attributes:
+        kind: what it has an entry for. "token": each token, (n,) of a sample and (B, S, ...) of a
+            batch. "item": each image, clip or audio, concatenated over the samples. "patch": each
+            patch or merged token, likewise. "row": each row, a list in a batch. "batch": the whole
+            batch, one value. "derived": added by the stage, from sizes or for the whole batch.
+        modality: "image", "video" or "audio", or "vision": images and clips in one call.
+        axes: of one sample's value; with one axis less it is that of the only item.
+        means: the field of `mrope.positions.inputs.Media` that it fills: "size", "seconds",
+            "merge", "kept" or "count".
+        fill: of a token column at padding.
+        integers: whether it holds integers, so that NaN alone stands for a null.
+        of_part: whether it holds for a part of the sequence too, or is dropped from one.
+    """
+
+    kind: Kind
+    modality: str | None = None
+    axes: int = 1
+    means: str | None = None
+    fill: int = 0
+    integers: bool = True
+    of_part: bool = True
+
+
+def tower_key(modality: str, name: str) -> str:
+    """Return the key of a tower's tensor in a batch, as transformers' models take it.
+
+    Example:
+        >>> tower_key("image", "cu_seqlens")
+        'image_cu_seqlens'
+    """
+    return f"{modality}_{name}"
+
+
+MODALITIES = ("image", "video", "audio")
+
+# What the stage adds for a tower under `tower_key`, and which of it is of no use for a part of the
+# sequence: attention would run over patches of the whole.
+_DERIVED = {
+    **dict.fromkeys(
+        (
+            "cu_seqlens",
+            "max_seqlen",
+            "position_ids",
+            "window_index",
+            "cu_window_seqlens",
+            "max_window_seqlen",
+            "interp_indices",
+            "interp_weights",
+            "block_index",
+            "pair_index",
+            "scatter_index",
+            "feature_index",
+            "merge_size",
+            "grid_sizes",
+            "grid_thw",
+            "source_grids",
+            "valid_indices",
+            "chunk_lengths",
+            "padded_feature",
+            "pool_indices",
+        ),
+        True,
+    ),
+    **dict.fromkeys(("split_sizes", "window_split_sizes"), False),
+}
+
+COLUMNS: dict[str, Column] = {
+    **{
+        tower_key(modality, name): Column("derived", modality, of_part=of_part)
+        for modality in (*MODALITIES, "vision")
+        for name, of_part in _DERIVED.items()
+    },
+    "input_ids": Column("token"),
+    "attention_mask": Column("token"),
+    "labels": Column("token", fill=IGNORED_LABEL),
+    "shift_labels": Column("token", fill=IGNORED_LABEL),
+    "mm_token_type_ids": Column("token"),
+    "moe_mm_token_type_ids": Column("token"),
+    "token_type_ids": Column("token"),
+    "pixel_values": Column("patch", "image", 2, integers=False),
+    "pixel_values_videos": Column("patch", "video", 2, integers=False),
+    "image_grid_thw": Column("item", "image", 2, "size"),
+    "video_grid_thw": Column("item", "video", 2, "size"),
+    # MiniCPM-V's: height and width of each crop, in place of grids.
+    "target_sizes": Column("item", "image", 2, "size"),
+    "target_sizes_videos": Column("item", "video", 2, "size"),
+    # Two names of one thing: processors write the second, models take the first.
+    "second_per_grid_ts": Column("item", "video", 1, "seconds", integers=False),
+    "video_second_per_grid": Column("item", "video", 1, "seconds", integers=False),
+    # VideoLLaMA 3's.
+    "image_merge_sizes": Column("item", "image", 1, "merge"),
+    "video_merge_sizes": Column("item", "video", 1, "merge"),
+    "video_compression_mask": Column("patch", "video", 1, "kept"),
+    # The thinkers compute lengths of audios from the mask, whatever else they are given.
+    "feature_attention_mask": Column("item", "audio", 2, "size"),
+    "audio_seqlens": Column("item", "audio", 1, "size"),
+    "input_features": Column("item", "audio", 3, integers=False),
+    "seq_lengths": Column("row"),
+    "images_per_sample": Column("row", "image", 0, "count"),
+    "videos_per_sample": Column("row", "video", 0, "count"),
+    "audios_per_sample": Column("row", "audio", 0, "count"),
+    "use_audio_in_video": Column("batch", axes=0),
+    "downsample_mode": Column("batch", axes=0, integers=False),
+    # With fixed shapes: which tokens take a feature of the one call for images and clips.
+    "vision_feature_mask": Column("token"),
+    "rope_deltas": Column("derived"),
+    "segment_sizes": Column("derived", of_part=False),
+    "has_padding": Column("derived", of_part=False),
+    "moe_text_index": Column("derived", of_part=False),
+    "moe_vision_index": Column("derived", of_part=False),
+}
+"""Every column by its name. A column of the user, which is not here, is a token column of a batch
+if its first two axes are those of the tokens, and stays as it is otherwise."""
+
+
+def columns(
+    *kinds: Kind, modality: str | None = None, means: str | None = None
+) -> Iterator[str]:
+    """Yield the names of columns of these kinds, modality and meaning, in the table's order.
+
+    Example:
+        >>> list(columns("item", modality="video", means="seconds"))
+        ['second_per_grid_ts', 'video_second_per_grid']
+    """
+    for name, column in COLUMNS.items():
+        if (
+            column.kind in kinds
+            and modality in (None, column.modality)
+            and means in (None, column.means)
+        ):
+            yield name
+
+
+def fill_of(name: str, pad_token_id: int) -> int:
+    """Return what a token column holds at padding."""
+    if name == "input_ids":
+        return pad_token_id
+    return COLUMNS[name].fill if name in COLUMNS else 0
