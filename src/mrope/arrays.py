@@ -1,4 +1,4 @@
-"""Array types, and conversion of array arguments with errors that name the argument."""
+"""Array types, borders of groups, and conversion of array arguments with errors that name them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,39 @@ from mrope.errors import MRopeError
 
 IntArray = npt.NDArray[np.integer[Any]]
 BoolArray = npt.NDArray[np.bool_]
+
+
+def starts(lengths: IntArray) -> IntArray:
+    """Return where each group starts: lengths 3 2 4 give 0 3 5."""
+    before: IntArray = lengths.cumsum() - lengths
+    return before
+
+
+def borders(lengths: IntArray, dtype: npt.DTypeLike = np.int64) -> npt.NDArray[Any]:
+    """Return 0 and the running sums: lengths 3 2 give 0 3 5."""
+    out: npt.NDArray[Any] = np.zeros(len(lengths) + 1, dtype)
+    np.cumsum(lengths, out=out[1:], dtype=dtype)
+    return out
+
+
+def within(lengths: IntArray) -> IntArray:
+    """Return the index within each group: lengths 3 0 2 give 0 1 2 0 1."""
+    place: IntArray = np.arange(lengths.sum()) - starts(lengths).repeat(lengths)
+    return place
+
+
+def run_borders(values_T: npt.NDArray[Any], cuts: IntArray | None = None) -> IntArray:
+    """Cut an array where its value changes, and at `cuts`; return the borders, 0 and T included.
+
+    values 0 0 1 1 1 0 with a cut at 4 give 0 2 4 5 6: runs of 2 2 1 1.
+    """
+    tokens = len(values_T)
+    border = np.empty(tokens + 1, np.bool_)
+    np.not_equal(values_T[1:], values_T[:-1], out=border[1:tokens])
+    border[0] = border[tokens] = True
+    if cuts is not None:
+        border[cuts] = True
+    return border.nonzero()[0]
 
 
 def as_array(name: str, values: npt.ArrayLike, hint: str) -> npt.NDArray[Any]:

@@ -26,7 +26,9 @@ class Column(NamedTuple):
         modality: "image", "video" or "audio", or "vision": images and clips in one call.
         axes: of one sample's value; with one axis less it is that of the only item.
         means: the field of `mrope.positions.inputs.Media` that it fills: "size", "seconds",
-            "merge", "kept" or "count".
+            "merge", "kept" or "count"; or "mask", whose sums are sizes.
+        sides: numbers that a size consists of: frames, height and width of a grid; height and width
+            of a crop; the length of an audio.
         fill: of a token column at padding.
         integers: whether it holds integers, so that NaN alone stands for a null.
         of_part: whether it holds for a part of the sequence too, or is dropped from one.
@@ -36,6 +38,7 @@ class Column(NamedTuple):
     modality: str | None = None
     axes: int = 1
     means: str | None = None
+    sides: int = 3
     fill: int = 0
     integers: bool = True
     of_part: bool = True
@@ -102,8 +105,8 @@ COLUMNS: dict[str, Column] = {
     "image_grid_thw": Column("item", "image", 2, "size"),
     "video_grid_thw": Column("item", "video", 2, "size"),
     # MiniCPM-V's: height and width of each crop, in place of grids.
-    "target_sizes": Column("item", "image", 2, "size"),
-    "target_sizes_videos": Column("item", "video", 2, "size"),
+    "target_sizes": Column("item", "image", 2, "size", sides=2),
+    "target_sizes_videos": Column("item", "video", 2, "size", sides=2),
     # Two names of one thing: processors write the second, models take the first.
     "second_per_grid_ts": Column("item", "video", 1, "seconds", integers=False),
     "video_second_per_grid": Column("item", "video", 1, "seconds", integers=False),
@@ -111,9 +114,10 @@ COLUMNS: dict[str, Column] = {
     "image_merge_sizes": Column("item", "image", 1, "merge"),
     "video_merge_sizes": Column("item", "video", 1, "merge"),
     "video_compression_mask": Column("patch", "video", 1, "kept"),
-    # The thinkers compute lengths of audios from the mask, whatever else they are given.
-    "feature_attention_mask": Column("item", "audio", 2, "size"),
-    "audio_seqlens": Column("item", "audio", 1, "size"),
+    "audio_seqlens": Column("item", "audio", 1, "size", sides=1),
+    # A mask over mel frames, whose sums are lengths. The thinkers take these from it, whatever else
+    # they are given.
+    "feature_attention_mask": Column("item", "audio", 2, "mask"),
     "input_features": Column("item", "audio", 3, integers=False),
     "seq_lengths": Column("row"),
     "images_per_sample": Column("row", "image", 0, "count"),
@@ -133,9 +137,7 @@ COLUMNS: dict[str, Column] = {
 if its first two axes are those of the tokens, and stays as it is otherwise."""
 
 
-def columns(
-    *kinds: Kind, modality: str | None = None, means: str | None = None
-) -> Iterator[str]:
+def columns(*kinds: Kind, modality: str | None = None, means: str | None = None) -> Iterator[str]:
     """Yield the names of columns of these kinds, modality and meaning, in the table's order.
 
     Example:
@@ -149,6 +151,11 @@ def columns(
             and means in (None, column.means)
         ):
             yield name
+
+
+def count_key(modality: str) -> str:
+    """Return the column that says how many images, clips or audios each row has."""
+    return f"{modality}s_per_sample"
 
 
 def fill_of(name: str, pad_token_id: int) -> int:

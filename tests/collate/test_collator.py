@@ -126,7 +126,7 @@ def test_seconds_under_both_names_must_agree() -> None:
         "video_second_per_grid": torch.tensor([0.5]),
     }
     collate(dict(batch), family="qwen2_5_vl")
-    with pytest.raises(MRopeError, match="both in the batch and differ"):
+    with pytest.raises(MRopeError, match="both present and differ"):
         collate(batch | {"second_per_grid_ts": [0.25]}, family="qwen2_5_vl")
 
 

@@ -131,7 +131,7 @@ def test_without_examples_the_sums_are_compared(family: str) -> None:
     MRopeCollator(lambda _: dict(batch), spec)(bare)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 6), (2, 8, 6), (1, 1, 3, 14, 14), (5,)])
+@pytest.mark.parametrize("shape", [(1, 3, 6), (2, 8, 6), (1, 1, 3, 14, 14), (5,)])
 def test_other_layouts_are_not_compared(shape: tuple[int, ...]) -> None:
     row = row_of("qwen3_vl", ((2, 4),)) | {"pixel_values": torch.zeros(shape)}
     batch = PaddingCollator()([row])

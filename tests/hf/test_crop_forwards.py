@@ -13,7 +13,8 @@ pytest.importorskip("transformers")
 from mrope import MRopeCollator, MRopeError
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach
-from mrope.towers import VisionSpec, crop_tensors, vision_tensors
+from mrope.spec.families import FAMILIES
+from mrope.towers import VisionSpec, vision_tensors
 from mrope.training.step import guarded_step
 from support.models import model_config, tiny_model, tiny_spec
 from support.steps import assert_attached_as_plain, assert_same_step, step
@@ -121,7 +122,10 @@ def test_crop_tensors_are_those_of_transformers(side: int) -> None:
 
     rng = np.random.default_rng(side)
     sizes = rng.integers(1, 20, (40, 2)) * 4
-    tensors = crop_tensors(side, sizes, True)
+    tower = FAMILIES[FAMILY].tower
+    assert tower is not None
+    spec = VisionSpec(4, table_side=side, tower=tower)
+    tensors = vision_tensors(spec, np.insert(sizes, 0, 1, axis=1))
     given = torch.from_numpy(sizes)
     assert torch.equal(
         torch.from_numpy(tensors["position_ids"]), get_vision_nearest_position_ids(given, side)
@@ -133,4 +137,4 @@ def test_crop_tensors_are_those_of_transformers(side: int) -> None:
 
 def test_a_tower_of_crops_takes_no_grids() -> None:
     with pytest.raises(MRopeError, match="crops, which have sizes and no grids"):
-        vision_tensors(VisionSpec.from_config(model_config(FAMILY)), [[1, 4, 4]])
+        vision_tensors(VisionSpec.from_config(model_config(FAMILY)), [[2, 4, 4]])

@@ -92,9 +92,9 @@ def vision_keys(row: Family) -> str:
         return "none"
     spec = VisionSpec(
         spatial_merge_size=2,
-        window_side=4 if tower.windows else None,
-        table_side=16 if tower.table else None,
-        positions=tower.positions,
+        window_side=4,
+        table_side=16,
+        tower=tower,
     )
     keys = [key for key in spec.keys if not key.startswith("max_")]
     return ", ".join(f"`{key}`" for key in keys) + ("" if tower.videos else " (images)")

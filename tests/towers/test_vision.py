@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from mrope import MRopeError
+from mrope.spec.families import FAMILIES
 from mrope.towers import VisionSpec, check_release, vision, vision_spec, vision_tensors
 from mrope.towers.frame_cache import FRAME_CACHE, FrameCache, clear_cache
 
@@ -134,7 +135,9 @@ def test_the_spec_is_read_from_the_model_or_from_its_tower() -> None:
         "num_position_embeddings": 2304,
         "window_size": 112,
     }
-    spec = VisionSpec(2, table_side=48, patch_shape=(1536,))
+    row = FAMILIES["qwen3_vl"].tower
+    assert row is not None
+    spec = VisionSpec(2, table_side=48, patch_shape=(1536,), tower=row)
     assert VisionSpec.from_config(tower) == spec
     assert VisionSpec.from_config({"model_type": "qwen3_vl", "vision_config": tower}) == spec
     # A table that is not square is used up to the largest square, as the towers do.

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mrope.arrays import run_borders
+from mrope.columns import COLUMNS, columns
 from mrope.errors import SpanMismatchError
 from mrope.positions.grids import to_grids
 from mrope.positions.inputs import check_inputs
@@ -22,6 +25,7 @@ from mrope.positions.stream import Stream, to_stream
 from mrope.spec.spec import MRopeSpec
 
 KINDS = ("text", "image", "video")
+_GRIDS = tuple(name for name in columns("item", means="size") if COLUMNS[name].sides == 3)
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,9 @@ def lay_out(spec: MRopeSpec, row: Mapping[str, Any], error: Exception | None = N
     """
     stream = _stream(row)
     kind_T = token_kinds(spec, stream)
-    border = (kind_T[1:] != kind_T[:-1]).nonzero()[0] + 1
-    start_R = np.concatenate(([0], border)) if len(kind_T) else border
-    length_R = np.diff(start_R, append=len(kind_T))
     runs = tuple(
-        TokenRun(KINDS[kind_T[start]], start, length)
-        for start, length in zip(start_R.tolist(), length_R.tolist(), strict=True)
+        TokenRun(KINDS[kind_T[start]], start, end - start)
+        for start, end in pairwise(run_borders(kind_T).tolist())
     )
     return RowLayout(runs, _misfit(spec, row, kind_T, error))
 
@@ -144,7 +145,8 @@ def _run_without_marker(of_kind_T: npt.NDArray[np.bool_], ordinal: int) -> Misfi
 
 def _needed_tokens(spec: MRopeSpec, row: Mapping[str, Any], kind: int) -> npt.NDArray[np.int64]:
     """Compute the tokens that each grid of one kind needs, int64 (G,)."""
-    sizes = {name: row.get(name) for name in ("image_grid_thw", "video_grid_thw")}
-    grids = to_grids(spec, check_inputs(spec, row["input_ids"], **sizes))
+    given = {"input_ids": row["input_ids"]}
+    given |= {name: row[name] for name in _GRIDS if row.get(name) is not None}
+    grids = to_grids(spec, check_inputs(spec, given))
     need_G: npt.NDArray[np.int64] = grids.size_3G.prod(axis=0)
     return need_G[: grids.images] if KINDS[kind] == "image" else need_G[grids.images :]

@@ -6,32 +6,26 @@ Workers unpickle this module, so it imports nothing heavier than torch at module
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from mrope.check.row_layout import Misfit, RowLayout, lay_out
 from mrope.collate.collator import MRopeCollator
-from mrope.collate.samples import FLAGS, GRIDS, KNOWN, PIXELS, TOKENS, axes_of, read_sample
+from mrope.collate.read import Rows, batch_of_row, measure, read_arguments, read_row
+from mrope.columns import COLUMNS, columns
 from mrope.errors import MRopeError, SpanMismatchError
+from mrope.positions.inputs import BatchInputs
 from mrope.positions.spans import token_types
 from mrope.spec.references import installed_transformers, resolve_reference
 from mrope.spec.spec import MRopeSpec
 from mrope.towers import VisionSpec
 
-# Key in a batch, and argument of `reference_rope_index`.
-_REFERENCE_TAKES = {
-    "input_ids": "input_ids",
-    "attention_mask": "attention_mask",
-    "image_grid_thw": "image_grid_thw",
-    "video_grid_thw": "video_grid_thw",
-    "video_second_per_grid": "second_per_grid_ts",
-    "second_per_grid_ts": "second_per_grid_ts",
-}
+# What transformers' functions do not take: they number rows of one example.
+_OURS_ALONE = frozenset(columns("row"))
 
 
 class Examples(Protocol):
@@ -109,10 +103,9 @@ class CheckedRows(Dataset[RowCheck]):
         """Check a row; return the result and the row as a batch, collated if the row is good."""
         batch: dict[str, Any] = {}
         try:
-            example = _as_tensors(self.examples[index], self.spec.family_row.inputs)
-            batch = _as_batch([example])
-            batch = self.collate([example])
-            check = _counted(index, batch)
+            batch = _as_batch([self.examples[index]])
+            batch = self.collate([self.examples[index]])
+            check = _counted(index, read_row(self.spec, self.examples[index]))
             return (self._compared(check, batch) if self.compare else check), batch
         # Rows and images come from users: no list of exception types would be complete.
         except Exception as error:  # noqa: BLE001
@@ -121,17 +114,14 @@ class CheckedRows(Dataset[RowCheck]):
     def _compared(self, check: RowCheck, batch: Mapping[str, Any]) -> RowCheck:
         from mrope.hf.get_rope_index import reference_rope_index
 
-        inputs = self.spec.family_row.inputs
-        takes = _REFERENCE_TAKES | {name: name for name in inputs}
-        arguments = {theirs: batch[ours] for ours, theirs in takes.items() if ours in batch}
-        if "audio_seqlens" in inputs and "feature_attention_mask" in batch:
-            # As the thinkers' forward counts them.
-            arguments["audio_seqlens"] = batch["feature_attention_mask"].sum(dim=-1)
-        types = batch.get("mm_token_type_ids")
-        if types is None:
-            types = torch.from_numpy(token_types(self.spec, batch["input_ids"].numpy()))
+        row = _as_batch([self.examples[check.row]])
+        rows = Rows([row], row["input_ids"])
+        arguments, _ = read_arguments(self.spec, row, rows, apart=False)
+        arguments.setdefault("mm_token_type_ids", token_types(self.spec, arguments["input_ids"]))
+        own = _OURS_ALONE.difference(self.spec.family_row.inputs)
+        arguments = {name: value for name, value in arguments.items() if name not in own}
         try:
-            theirs = reference_rope_index(self.spec, arguments | {"mm_token_type_ids": types})
+            theirs = reference_rope_index(self.spec, arguments)
         # transformers raises whatever its loops run into: StopIteration, IndexError, ...
         except Exception as error:  # noqa: BLE001
             return replace(check, unanswered=type(error).__name__)
@@ -186,66 +176,30 @@ def describe_comparison(spec: MRopeSpec) -> tuple[bool, str]:
     return True, f"compared with the own function of transformers {installed}"
 
 
-def _as_tensors(example: Mapping[str, Any], inputs: tuple[str, ...]) -> dict[str, Any]:
-    """Read the columns that a model takes, each as a tensor; of pixels only the shape is read.
-
-    Args:
-        inputs: `Family.inputs`, which its rule reads too.
-    """
-    kept: dict[str, Any] = {}
-    for name, value in read_sample(example).items():
-        if name in FLAGS or (name in PIXELS and axes_of(value) > 1):
-            kept[name] = value
-        elif value is not None and (name in KNOWN or name in inputs) and name not in PIXELS:
-            kept[name] = _tensor(name, value)
-    return kept
+def _as_batch(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one row as a batch of what the table of columns names, without casting or padding."""
+    (row,) = examples
+    return batch_of_row({name: value for name, value in row.items() if name in COLUMNS})
 
 
-def _tensor(name: str, value: Any) -> torch.Tensor:
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise MRopeError(f"{name} is ragged, or holds something other than numbers") from error
-
-
-def _as_batch(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return one example as a batch without casting or padding.
-
-    Raises:
-        MRopeError: the example has no tokens, or a token column of several rows.
-    """
-    (example,) = examples
-    if "input_ids" not in example:
-        raise MRopeError("no input_ids: the column is missing or null")
-    batch = dict(example)
-    for name in TOKENS:
-        if name in batch:
-            if batch[name].ndim != 1:
-                raise MRopeError(f"{name} must be (n,) or (1, n), not {(*batch[name].shape,)}")
-            batch[name] = batch[name][None]
-    return batch
-
-
-def _counted(index: int, batch: Mapping[str, Any]) -> RowCheck:
-    mask, clips = batch.get("attention_mask"), batch.get("video_grid_thw")
-    grids = [batch[name] for name in GRIDS if batch.get(name) is not None]
-    sides = [grid[:, 1:].prod(dim=1) for grid in grids if len(grid)]
+def _counted(index: int, inputs: BatchInputs) -> RowCheck:
+    size, clips = measure(inputs), inputs.of("video").size_N3
     return RowCheck(
         row=index,
-        tokens=batch["input_ids"].numel() if mask is None else int(mask.count_nonzero()),
-        images=len(batch.get("image_grid_thw", ())),
-        videos=0 if clips is None else len(clips),
-        frames=0 if clips is None else int(clips[:, 0].sum()),
-        patches=sum(int(grid.prod(dim=1).sum()) for grid in grids),
-        largest=max((int(side.max()) for side in sides), default=0),
+        tokens=size.tokens,
+        images=len(inputs.of("image").size_N3),
+        videos=len(clips),
+        frames=int(clips[:, 0].sum()),
+        patches=size.patches,
+        largest=size.longest,
     )
 
 
 def _require_equal(spec: MRopeSpec, batch: Mapping[str, Any], theirs: tuple[Any, Any]) -> None:
     """Raise `DifferenceError` if position ids or deltas differ from the reference's."""
-    valid = np.ones(batch["input_ids"].shape, np.bool_)
+    valid = np.ones(np.shape(batch["input_ids"]), np.bool_)
     if "attention_mask" in batch:
-        valid = batch["attention_mask"].numpy().astype(np.bool_)
+        valid = np.asarray(batch["attention_mask"]).astype(np.bool_)
     ours = batch["position_ids"].numpy()[:, valid]
     other = theirs[0][:, valid]
     differs_T = (ours != other).any(axis=0)

@@ -6,32 +6,25 @@ from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from mrope.collate.batch_inputs import as_batch, read_inputs
 from mrope.collate.decoding import remind_of_rope_deltas
 from mrope.collate.ladder import Shapes
 from mrope.collate.layouts import CheckedBatch, Layout, to_batch_layout
-from mrope.collate.model_tensors import (
-    expert_tensors,
-    image_and_video_tensors,
-    sound_tensors,
-)
 from mrope.collate.options import resolve_option
-from mrope.collate.packing import Flatten, check_packing, flatten
+from mrope.collate.packing import Flatten, OneRow, check_packing
+from mrope.collate.padded import Padded
 from mrope.collate.padding import PaddingCollator
 from mrope.collate.pixels import check_pixels
-from mrope.collate.shapes import (
-    check_shapes,
-    fixed_vision_tensors,
-    flatten_to_rung,
-    move_scatter_indices,
-    pad_to_rung,
-)
+from mrope.collate.placement import Placement
+from mrope.collate.read import Rows, as_batch, read_inputs
+from mrope.collate.shapes import check_shapes, one_tower_call
 from mrope.collate.skip_bad import BadExampleFilter, SkipBad
+from mrope.collate.tower_columns import audio_columns, expert_columns, vision_columns
 from mrope.errors import MRopeError
 from mrope.positions.located import Located
-from mrope.positions.rope_index import locate, position_tensors
+from mrope.positions.rope_index import locate, number, padding_of, rope_deltas
 from mrope.spec.spec import MRopeSpec
 from mrope.towers import AudioSpec, VisionSpec, check_release
 
@@ -123,6 +116,7 @@ class MRopeCollator:
         self.on_error = resolve_option("on_error", SkipBad, on_error, "skip", "raise", short_forms)
         if short_forms:
             raise TypeError(f"MRopeCollator takes no {', '.join(short_forms)}")
+        self._arrangement = Padded(shapes) if self.packing is None else OneRow(self.packing, shapes)
         self._filter = None if self.on_error is None else BadExampleFilter(self.on_error)
 
     def __call__(self, examples: Any) -> Any:
@@ -163,59 +157,62 @@ class MRopeCollator:
 
     def _collate(self, examples: Any) -> Any:
         batch = as_batch(self.inner_collate(examples))
-        flattened = self.packing is not None
-        inputs = read_inputs(self.spec, batch, examples, flattened)
+        rows = Rows(examples, batch["input_ids"])
+        inputs = read_inputs(self.spec, batch, rows, self._arrangement.apart)
         located = locate(self.spec, inputs)
-        position_ids, rope_deltas = position_tensors(self.spec, located)
-        check_pixels(self.spec, batch, examples, inputs)
-        remind_of_rope_deltas(batch, rope_deltas)
-        _refuse_second_source(batch, "position_ids")
-        added: dict[str, Any] = {"position_ids": position_ids, "rope_deltas": rope_deltas}
+        positions_AT, end_D = number(self.spec, located)
+        check_pixels(self.spec, batch, rows, inputs)
+        placement = self._arrangement.place(located)
+        added = self._arrangement.lay_out(batch, located, placement)
+        added |= self._positions(batch, located, placement, positions_AT, end_D)
+        added |= self._tower_columns(batch, located, placement)
+        return self._finished(batch, added)
+
+    def _positions(
+        self,
+        batch: Mapping[str, Any],
+        located: Located,
+        placement: Placement,
+        positions_AT: npt.NDArray[Any],
+        end_D: npt.NDArray[Any],
+    ) -> dict[str, Any]:
         if self.spec.family_row.one_dimensional:
-            del added["rope_deltas"]  # such a model has no use for them
-        if self.shapes is not None:
-            added = self._fix_shapes(batch, located, added)
-        elif self.packing is not None:
-            added |= flatten(batch, located, position_ids, self.packing)
-        if self.vision is not None and (self.shapes is None or not self.shapes.patches):
-            added |= image_and_video_tensors(self.vision, located, flattened)
-            added |= expert_tensors(batch)
-            if self.shapes is not None and not flattened:
-                move_scatter_indices(added, inputs.shape[1], added["position_ids"].shape[-1])
+            # Such a model numbers tokens over the padding too, and has no use for deltas.
+            rows = (placement.rows, 1)
+            return {"position_ids": np.tile(np.arange(placement.width), rows)}
+        fill = padding_of(self.spec, located.inputs).fill
+        positions = self._arrangement.position_ids(positions_AT, fill, located, placement)
+        deltas = rope_deltas(self.spec, located, end_D)
+        remind_of_rope_deltas(batch, deltas)
+        added = {"position_ids": positions}
+        return added | {"rope_deltas": deltas} if self._arrangement.has_deltas else added
+
+    def _tower_columns(
+        self, batch: MutableMapping[str, Any], located: Located, placement: Placement
+    ) -> dict[str, Any]:
+        added: dict[str, Any] = {}
         if self.audio is not None:
-            added |= sound_tensors(self.spec, self.audio, located, batch, flattened)
+            added |= audio_columns(self.spec, self.audio, batch, located, placement)
+        if self.vision is None:
+            return added
+        if self.shapes is not None and self.shapes.patches:
+            return added | one_tower_call(self.vision, located, batch, self.shapes, placement)
+        added["has_padding"] = placement.gaps
+        for modality in ("image", "video"):
+            added |= vision_columns(self.vision, modality, located, placement)
+        return added | expert_columns(batch)
+
+    def _finished(self, batch: MutableMapping[str, Any], added: Mapping[str, Any]) -> Any:
         for name, value in added.items():
-            _refuse_second_source(batch, name)
+            if batch.get(name) is not None:
+                raise MRopeError(
+                    f"the inner collate function already gave {name}; two sources of one tensor in "
+                    "one batch are a mistake: remove one"
+                )
             batch[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         if self.layout == "batch":
             batch.update(to_batch_layout(batch))
         return CheckedBatch(batch) if type(batch) is dict else batch
 
-    def _fix_shapes(
-        self, batch: MutableMapping[str, Any], located: Located, added: dict[str, Any]
-    ) -> dict[str, Any]:
-        assert self.shapes is not None
-        position_ids = added["position_ids"]
-        if self.packing is None:
-            added |= pad_to_rung(batch, located, position_ids, self.shapes)
-        else:
-            # One delta for each example: their number differs from batch to batch, and decoding,
-            # which would need them, takes no flattened rows.
-            added = flatten_to_rung(batch, located, position_ids, self.packing, self.shapes)
-        if not self.shapes.patches:
-            return added
-        assert self.vision is not None  # `check_shapes` looked at it
-        width = added["position_ids"].shape[-1]
-        fixed = fixed_vision_tensors(self.vision, located, batch, self.shapes, width)
-        return added | fixed | {"has_padding": False}
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner_collate!r}, {self.spec!r})"
-
-
-def _refuse_second_source(batch: Mapping[str, Any], name: str) -> None:
-    if batch.get(name) is not None:
-        raise MRopeError(
-            f"the inner collate function already gave {name}; two sources of one tensor in one "
-            "batch are a mistake: remove one"
-        )

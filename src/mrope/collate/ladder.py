@@ -5,7 +5,7 @@ Shape suffixes: N batches or examples, C candidates for rungs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -167,6 +167,37 @@ class Ladder(NamedTuple):
     token_padding: float
     patch_padding: float
     graphs: int
+
+
+def choose_rung(
+    name: str,
+    rungs: Sequence[int],
+    needed: int,
+    per_row: Sequence[int],
+    has_borders: Callable[[int], bool] = bool,
+) -> int:
+    """Return the first rung that holds `needed` and has borders enough.
+
+    Args:
+        name: "tokens" or "patches", for the message.
+        per_row: what each row of the batch needs, for the message.
+        has_borders: whether a rung has borders for the batch. If none has, the top rung is returned
+            all the same: whoever sets the borders says how many are too many.
+
+    Raises:
+        MRopeError: the batch is above the top rung.
+    """
+    holding = [rung for rung in rungs if needed <= rung]
+    if holding:
+        return next((rung for rung in holding if has_borders(rung)), holding[-1])
+    heaviest = sorted(range(len(per_row)), key=lambda row: -per_row[row])[:3]
+    listed = ", ".join(f"row {row} with {per_row[row]}" for row in heaviest)
+    raise MRopeError(
+        f"the batch has {needed} {name}, above the top rung {rungs[-1]} of shapes.{name}; the "
+        f"largest: {listed}. Give a higher rung, or let the sampler make smaller batches: "
+        f"TokenBudgetSampler(shapes.sampler_lengths(tokens, patches), max_tokens=...) keeps them "
+        f"below both top rungs"
+    )
 
 
 def _sizes(given: dict[str, npt.ArrayLike]) -> list[IntArray]:

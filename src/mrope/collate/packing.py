@@ -5,21 +5,22 @@ transformers' masks are cut where the text row of `position_ids` restarts (if th
 and no cache), flash attention and linear attention read `cu_seq_lens_q`, the convolution in front
 of linear attention reads `seq_idx`. A flattened batch carries all of them.
 
-Shape suffixes: B rows and S width of the padded batch, T tokens of the one row, D examples.
+Shape suffixes: B rows and S width of the padded batch, T tokens of the one row, D examples, A axes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mrope.arrays import IntArray
-from mrope.collate.padding import PaddingCollator
+from mrope.collate.ladder import Shapes, choose_rung
+from mrope.collate.placement import Placement, token_columns
+from mrope.columns import IGNORED_LABEL, fill_of
 from mrope.errors import MRopeError
 from mrope.positions.located import Located
 from mrope.spec.references import (
@@ -29,18 +30,6 @@ from mrope.spec.references import (
     prove_if_unknown,
 )
 from mrope.spec.spec import MRopeSpec
-
-_IGNORED = -100
-# Their first two dimensions are (B, S) by accident, if they are.
-_NEVER_TOKENS = (
-    "pixel_values",
-    "image_",
-    "video_",
-    "second_per_grid",
-    "input_features",
-    "feature_attention_mask",
-    "audio_",
-)
 
 
 @dataclass(frozen=True)
@@ -101,167 +90,139 @@ def refuse_placeholder(spec: MRopeSpec, pad_token_id: int) -> None:
         raise ValueError(f"pad_token_id {pad_token_id} is a placeholder of images or videos")
 
 
-def seq_lengths(
-    batch: Mapping[str, Any], examples: Any, shape: tuple[int, int], mask: Any
-) -> list[list[int]]:
-    """Return for each row of a padded batch the lengths of the examples that it holds.
+@dataclass(frozen=True)
+class OneRow:
+    """All examples in one row without padding, or with padding up to a rung behind them.
 
-    A row is one example, unless it was packed before: then `seq_lengths`, in the batch or in the
-    examples, holds the tokens of each (as TRL's packing writes it), or the attention mask numbers
-    them 1, 2, 3 ...
-
-    Raises:
-        MRopeError: some of the rows have `seq_lengths`, and others not.
+    Attributes:
+        options: see `Flatten`.
+        shapes: the ladder; None: the row is as long as its tokens, and up to a multiple.
     """
-    rows, width = shape
-    own = _own_lengths(batch, examples, rows)
-    if own is not None:
-        return own
-    if mask is None:
-        return [[width]] * rows if width else [[]] * rows
-    return [_run_lengths(row) for row in np.asarray(mask)]
 
+    options: Flatten
+    shapes: Shapes | None = None
 
-def refuse_packed(batch: Mapping[str, Any], examples: Any, shape: tuple[int, int]) -> None:
-    """Refuse rows that say that they hold several examples, where they are not kept apart."""
-    own = _own_lengths(batch, examples, shape[0])
-    for row, lengths in enumerate(own or ()):
-        if len(lengths) > 1:
-            raise MRopeError(
-                f"row {row} holds {len(lengths)} examples (seq_lengths), which would be numbered "
-                "and attended to as one; packing='flatten' keeps them apart"
+    # Rows may hold several examples, which are kept apart.
+    apart: ClassVar[bool] = True
+
+    @property
+    def has_deltas(self) -> bool:
+        """Whether `rope_deltas` are added: one for each example, whose number has no fixed shape.
+
+        Decoding, which would need them, takes no flattened rows.
+        """
+        return self.shapes is None
+
+    def place(self, located: Located) -> Placement:
+        """Return where tokens stand: one after another.
+
+        Raises:
+            MRopeError: no valid token at all; above the top rung.
+        """
+        stream = located.stream
+        tokens, examples = len(stream.tokens_T), len(stream.row_D)
+        if not tokens:
+            raise MRopeError("cannot flatten a batch without a valid token")
+        if self.shapes is None:
+            tail = -tokens % self.options.pad_to_multiple_of
+        else:
+            per_row = np.bincount(stream.row_D, stream.length_D).astype(int).tolist()
+            most = self.shapes.examples
+            rung = choose_rung(
+                "tokens", self.shapes.tokens, tokens, per_row, lambda rung: examples < most(rung)
             )
+            tail = rung - tokens
+        return Placement(1, tokens + tail, tail=tail)
 
+    def lay_out(
+        self, batch: MutableMapping[str, Any], located: Located, placement: Placement
+    ) -> dict[str, Any]:
+        """Bring the token columns of a padded batch into one row, in place.
 
-def flatten(
-    batch: MutableMapping[str, Any],
-    located: Located,
-    position_ids: npt.NDArray[Any],
-    options: Flatten,
-    width: int | None = None,
-) -> dict[str, Any]:
-    """Bring the token columns of a padded batch into one row, in place, and return the borders.
+        Columns are `input_ids` and whatever else has the first two dimensions (B, S); pixels, sizes
+        and vision tensors stay as they are, since rows keep their order. The attention mask goes.
 
-    Columns are `input_ids` and whatever else has the first two dimensions (B, S); pixels, grids and
-    vision tensors stay as they are, since rows keep their order. The attention mask goes.
+        Returns:
+            - `cu_seq_lens_q`, `cu_seq_lens_k` int32 (D + 1,), `max_length_q`, `max_length_k` ints,
+              `seq_idx` int32 (1, T): the borders, from lengths. Two arrays, since a model may write
+              to one.
+            - `segment_sizes`: the same as a list of ints, for attached models (`mrope.hf.attach`).
+            - `use_cache` False: with a cache transformers masks as if there were no borders.
 
-    Args:
-        located: the batch, with `seq_lengths` in its inputs.
-        position_ids: (3, B, S) int64, or float32.
-        width: tokens of the row, tail included; None: the next multiple that `options` asks for.
+            With a ladder the borders have empty segments at the end, `max_length_q` and
+            `max_length_k` are the rung, and there is no list of lengths.
 
-    Returns:
-        - `position_ids` (4, 1, T), of the dtype given: the text row, which restarts at every
-          example, then time, height and width.
-        - `cu_seq_lens_q`, `cu_seq_lens_k` int32 (D + 1,), `max_length_q`, `max_length_k` ints,
-          `seq_idx` int32 (1, T): the borders, from lengths. Two arrays, since a model may write to
-          one.
-        - `segment_sizes`: the same as a list of ints, for attached models (`mrope.hf.attach`).
-        - `use_cache` False: with a cache transformers masks as if there were no borders.
+        Example: rows of 3 and 2 tokens, a multiple of 4
 
-    Example: rows of 3 and 2 tokens, a multiple of 4
+            cu_seq_lens [0, 3, 5, 8]    text row [0 1 2 0 1 0 1 2]    seq_idx [0 0 0 1 1 2 2 2]
 
-        cu_seq_lens [0, 3, 5, 8]    text row [0 1 2 0 1 0 1 2]    seq_idx [0 0 0 1 1 2 2 2]
+            The tail of 3 is a segment of its own, so that no example sees it; it has no border
+            inside.
 
-        The tail of 3 is a segment of its own, so that no example sees it; it has no border inside.
+        Raises:
+            MRopeError: a token column of another shape; more examples than the rung has borders
+                for.
+        """
+        batch.pop("attention_mask", None)
+        batch.pop("seq_lengths", None)
+        valid_BS = located.stream.valid_BS
+        cells = None if valid_BS is None else torch.from_numpy(np.flatnonzero(valid_BS))
+        for name, column in token_columns(batch, located.inputs.shape).items():
+            tokens = column.flatten(0, 1)
+            tokens = tokens if cells is None else tokens.index_select(0, cells)
+            batch[name] = placement.put(tokens, fill_of(name, self.options.pad_token_id))
+        if batch.get("labels") is not None:
+            # The model shifts labels by one: this is the target of the example before.
+            batch["labels"] = batch["labels"].clone()
+            batch["labels"][:, located.stream.start_D] = IGNORED_LABEL
+        return self._borders(located, placement)
 
-    Raises:
-        MRopeError: no valid token at all.
-    """
-    shape = located.inputs.shape
-    length_D, borders_D = located.stream.length_D, located.stream.border_D1
-    if not length_D.size:
-        raise MRopeError("cannot flatten a batch without a valid token")
-    valid_BS = located.stream.valid_BS
-    index_T = None if valid_BS is None else np.flatnonzero(valid_BS)
-    tokens = int(length_D.sum())
-    tail = -tokens % options.pad_to_multiple_of if width is None else width - tokens
-    batch.pop("attention_mask", None)
-    batch.pop("seq_lengths", None)
-    for name in [name for name, value in batch.items() if is_column(name, value, shape)]:
-        fill = fill_of(name, options.pad_token_id)
-        batch[name] = _one_row(torch.as_tensor(batch[name]), index_T, tail, fill)
-    if batch.get("labels") is not None:
-        # The model shifts labels by one: this is the target of the last token of the one before.
-        batch["labels"][:, borders_D[:-1]] = _IGNORED
+    def _borders(self, located: Located, placement: Placement) -> dict[str, Any]:
+        length_D, border_D1 = located.stream.length_D, located.stream.border_D1
+        if placement.tail:
+            length_D = np.append(length_D, placement.tail)
+            border_D1 = np.append(border_D1, placement.width)
+        borders = border_D1.astype(np.int32)
+        added: dict[str, Any] = {
+            "seq_idx": np.arange(len(length_D), dtype=np.int32).repeat(length_D)[None],
+            "use_cache": False,
+        }
+        if self.shapes is None:
+            longest = int(length_D.max())
+            added["segment_sizes"] = length_D.tolist()
+        else:
+            longest = placement.width
+            borders = self._fixed(borders, len(located.stream.row_D), longest)
+        return added | {
+            "cu_seq_lens_q": borders,
+            "cu_seq_lens_k": borders.copy(),
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
 
-    if tail:
-        length_D = np.append(length_D, tail)
-        borders_D = np.append(borders_D, borders_D[-1] + tail)
-    longest = int(length_D.max())
-    return {
-        "position_ids": _positions(position_ids, index_T, borders_D, length_D, tail),
-        "cu_seq_lens_q": borders_D.astype(np.int32),
-        "cu_seq_lens_k": borders_D.astype(np.int32),
-        "max_length_q": longest,
-        "max_length_k": longest,
-        "seq_idx": np.arange(len(length_D), dtype=np.int32).repeat(length_D)[None],
-        "segment_sizes": length_D.tolist(),
-        "use_cache": False,
-    }
+    def _fixed(
+        self, borders: npt.NDArray[np.int32], examples: int, rung: int
+    ) -> npt.NDArray[np.int32]:
+        """Return as many borders as the rung has, the last ones of empty segments."""
+        assert self.shapes is not None  # the caller asked
+        most = self.shapes.examples(rung)
+        if examples >= most:  # one more is the padding
+            raise MRopeError(
+                f"the batch has {examples} examples, but its rung of shapes.tokens has borders for "
+                f"{most - 1}; give Shapes a smaller tokens_per_example"
+            )
+        return np.append(borders, np.full(most + 1 - len(borders), rung, np.int32))
 
-
-def _own_lengths(batch: Mapping[str, Any], examples: Any, rows: int) -> list[list[int]] | None:
-    """Return `seq_lengths` as the batch or its examples have it; None where none has."""
-    given: Any = batch.get("seq_lengths")
-    if given is None and isinstance(examples, Sequence) and len(examples) == rows:
-        given = [one.get("seq_lengths") if isinstance(one, Mapping) else None for one in examples]
-    if given is None or all(lengths is None for lengths in given):
-        return None
-    lacking = [row for row, lengths in enumerate(given) if lengths is None]
-    if lacking:
-        raise MRopeError(f"row {lacking[0]}: no seq_lengths, which other rows of the batch have")
-    return [np.asarray(lengths).ravel().tolist() for lengths in given]
-
-
-def _run_lengths(mask_S: npt.NDArray[Any]) -> list[int]:
-    """Return the lengths of the runs of equal values among a row's valid tokens."""
-    numbers = mask_S[mask_S != 0]
-    borders = (numbers[1:] != numbers[:-1]).nonzero()[0] + 1
-    return np.diff(borders, prepend=0, append=len(numbers)).tolist() if len(numbers) else []
-
-
-def is_column(name: str, value: Any, shape: tuple[int, ...]) -> bool:
-    """Whether a value of the batch has an entry for each token."""
-    if name.startswith(_NEVER_TOKENS) or value is None:
-        return False
-    if name not in PaddingCollator.token_columns:
-        return isinstance(value, (torch.Tensor, np.ndarray)) and value.shape[:2] == shape
-    found = tuple(np.shape(value))
-    if found[:2] != shape:
-        raise MRopeError(f"{name} has shape {found}, but input_ids {shape}")
-    return True
-
-
-def fill_of(name: str, pad_token_id: int) -> int:
-    """Return what a token column holds at padding."""
-    return {"input_ids": pad_token_id, "labels": _IGNORED}.get(name, 0)
-
-
-def _one_row(
-    column: torch.Tensor, index_T: npt.NDArray[np.int64] | None, tail: int, fill: int
-) -> torch.Tensor:
-    """Return the valid tokens of (B, S, ...) and `tail` of `fill`: (1, T, ...), always a copy."""
-    tokens = column.flatten(0, 1)
-    if index_T is not None:
-        tokens = tokens.index_select(0, torch.from_numpy(index_T))
-    return torch.cat((tokens, tokens.new_full((tail, *tokens.shape[1:]), fill)))[None]
-
-
-def _positions(
-    position_ids: npt.NDArray[Any],
-    index_T: npt.NDArray[np.int64] | None,
-    borders_D: IntArray,
-    length_D: IntArray,
-    tail: int,
-) -> npt.NDArray[Any]:
-    """Return (4, 1, T): how far each token is from its border, then (3, B, S) in one row."""
-    # Qwen3-Omni's are float32, which holds the text row exactly up to 2 ** 24 tokens.
-    rows_4T = np.empty((4, borders_D[-1]), position_ids.dtype)
-    rows_4T[0] = np.arange(borders_D[-1])
-    rows_4T[0] -= borders_D[:-1].repeat(length_D)
-    tokens = borders_D[-1] - tail
-    flat_3N = position_ids.reshape(3, -1)
-    rows_4T[1:, :tokens] = flat_3N if index_T is None else flat_3N.take(index_T, axis=1)
-    rows_4T[1:, tokens:] = np.arange(tail)
-    return rows_4T[:, None]
+    def position_ids(
+        self, positions_AT: npt.NDArray[Any], _fill: int, located: Located, placement: Placement
+    ) -> npt.NDArray[Any]:
+        """Return (A + 1, 1, T): the text row, which restarts at every example, then the axes."""
+        tokens = positions_AT.shape[1]
+        # Qwen3-Omni's are float32, which holds the text row exactly up to 2 ** 24 tokens.
+        rows = np.empty((len(positions_AT) + 1, placement.width), positions_AT.dtype)
+        rows[0, :tokens] = np.arange(tokens)
+        rows[0, :tokens] -= located.stream.start_D.repeat(located.stream.length_D)
+        rows[1:, :tokens] = positions_AT
+        # The tail is a segment of its own.
+        rows[:, tokens:] = np.arange(placement.tail)
+        return rows[:, None]

@@ -9,22 +9,15 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from mrope.collate.samples import (
-    CROPS,
-    FLAGS,
-    GRIDS,
-    PIXELS,
-    SECONDS,
-    TOKENS,
-    read_sample,
-)
+from mrope.collate.samples import PIXELS, as_tensor, read_sample
+from mrope.columns import COLUMNS, columns, fill_of
 from mrope.errors import MRopeError
 
 Example = Mapping[str, Any]
 
-_AUDIO = ("feature_attention_mask", "input_features")
-# Of VideoLLaMA 3.
-_MERGES = ("image_merge_sizes", "video_merge_sizes", "video_compression_mask")
+_TOKENS = tuple(columns("token"))
+_JOINED = tuple(columns("item", "patch"))
+_WHOLE = tuple(columns("batch"))
 
 
 class PaddingCollator:
@@ -40,23 +33,19 @@ class PaddingCollator:
     Examples are mappings. Columns that hold nothing (None, NaN, `[]`, `[[]]`, tensors and arrays of
     size 0) are as if absent, see `mrope.collate.samples.read_sample`.
 
-    - `input_ids`, `attention_mask`, `labels`, `mm_token_type_ids`, `moe_mm_token_type_ids` and
-      `token_type_ids`, (n,) or (1, n), are padded. Where only some examples have an
-      `attention_mask`, the others get ones; where only some have `mm_token_type_ids`, the others
-      get zeros, in whose place `MRopeCollator` writes the types of their placeholders.
-    - `pixel_values`, `pixel_values_videos`, the grids, the crops' sizes, the seconds and the
-      lengths of audios are concatenated on dim 0; an example without them adds nothing. A single
-      grid (3,), and seconds or a length without an axis, count as one.
-    - `input_features` and `feature_attention_mask` are padded in their last dimension, and
-      concatenated on dim 0.
+    What a column is stands in `mrope.columns.COLUMNS`:
+
+    - token columns, (n,) or (1, n), are padded. Where only some examples have an `attention_mask`,
+      the others get ones; where only some have `mm_token_type_ids`, the others get zeros, in whose
+      place `MRopeCollator` writes the types of their placeholders;
+    - pixels, and what has an entry for each image, clip or audio, are concatenated on dim 0; an
+      example without them adds nothing. Features of audios, and their masks, are padded in their
+      last dimension first;
     - `use_audio_in_video` and `downsample_mode` must be equal in all examples that have them, and
       become one value.
 
     Every other column stays a list with one entry per row.
     """
-
-    token_columns = TOKENS
-    flat_columns = (*PIXELS, *GRIDS, *CROPS, *SECONDS, "audio_seqlens", *_AUDIO, *_MERGES)
 
     def __init__(
         self,
@@ -86,10 +75,10 @@ class PaddingCollator:
         if not rows:
             raise MRopeError("cannot collate a batch without examples")
         batch: dict[str, Any] = {}
-        for name in self.token_columns:
+        for name in _TOKENS:
             if any(name in row for row in rows):
                 batch[name] = self._pad(name, rows)
-        for name in self.flat_columns:
+        for name in _JOINED:
             parts = {
                 row: _tensor(row, name, sample[name])
                 for row, sample in enumerate(rows)
@@ -99,10 +88,10 @@ class PaddingCollator:
                 batch[name] = list(parts.values())
             elif parts:
                 batch[name] = _concatenated(name, parts)
-        for name in FLAGS:
+        for name in _WHOLE:
             if any(name in row for row in rows):
                 batch[name] = _one_value(name, rows)
-        known = {*self.token_columns, *self.flat_columns, *FLAGS}
+        known = {*_TOKENS, *_JOINED, *_WHOLE}
         for name in dict.fromkeys(key for example in examples for key in example):
             if name not in known:
                 batch[name] = [row.get(name) for row in rows]
@@ -118,7 +107,7 @@ class PaddingCollator:
             raise MRopeError(f"row {row}: {error}") from None
         if "input_ids" not in sample:
             raise MRopeError(f"row {row}: the example has no input_ids")
-        for name in self.token_columns:
+        for name in _TOKENS:
             if name in sample:
                 column = _integers(row, name, sample[name])
                 if column.ndim != 1:
@@ -138,7 +127,7 @@ class PaddingCollator:
         # Made-up labels would change the loss; types follow from the tokens.
         if missing and name != "mm_token_type_ids":
             raise MRopeError(f"row {missing[0]}: no {name}, which other rows of the batch have")
-        fill = {"input_ids": self.pad_token_id, "labels": -100}.get(name, 0)
+        fill = fill_of(name, self.pad_token_id)
         longest = max(len(row["input_ids"]) for row in rows)
         width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         out = torch.full((len(rows), width), fill, dtype=torch.int64)
@@ -150,12 +139,10 @@ class PaddingCollator:
 
 
 def _tensor(row: int, name: str, value: Any) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        return value
     try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise MRopeError(f"row {row}: {name} cannot become a tensor: {error}") from error
+        return as_tensor(name, value)
+    except MRopeError as error:
+        raise MRopeError(f"row {row}: {error}") from error
 
 
 def _integers(row: int, name: str, value: Any) -> torch.Tensor:
@@ -169,7 +156,7 @@ def _integers(row: int, name: str, value: Any) -> torch.Tensor:
 def _concatenated(name: str, parts: Mapping[int, torch.Tensor]) -> torch.Tensor:
     tensors = list(parts.values())
     try:
-        if name in _AUDIO:
+        if COLUMNS[name].modality == "audio" and tensors[0].ndim > 1:
             longest = max(part.shape[-1] for part in tensors)
             tensors = [pad(part, (0, longest - part.shape[-1])) for part in tensors]
         return torch.cat(tensors)

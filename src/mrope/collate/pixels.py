@@ -9,19 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mrope.collate.complete import are_rows
-from mrope.collate.samples import axes_of, read_column
+from mrope.collate.read import Rows
+from mrope.collate.samples import PIXELS, axes_of, read_column
+from mrope.columns import COLUMNS
 from mrope.errors import MRopeError, SpanMismatchError
-from mrope.positions.inputs import BatchInputs
+from mrope.positions.inputs import BatchInputs, Media
 from mrope.spec.spec import MRopeSpec
 
-_KINDS = {
-    "image": ("pixel_values", "image_grid_thw"),
-    "video": ("pixel_values_videos", "video_grid_thw"),
-}
-# MiniCPM-V joins patches along its last dimension. GLM-Image has grids of images that it is to
-# draw, which have no pixels.
-_NOT_COMPARED = ("minicpm", "glm_image")
+# Sizes of towers whose pixels are not compared: MiniCPM-V joins patches along its last dimension,
+# GLM-Image has grids of images that it is to draw, which have no pixels.
+_NOT_COMPARED = ("crops", "without_last")
 # Grids that a message lists, at most.
 _SHOWN = 8
 
@@ -29,7 +26,7 @@ _FEW = "an image or video was dropped, or its pixels cut, after the processor ra
 _MANY = "a grid was lost on the way, or the pixels are another sample's or another processor's"
 
 
-class _Row(NamedTuple):
+class _Part(NamedTuple):
     """One row, or the whole batch where rows cannot be told apart.
 
     Attributes:
@@ -44,7 +41,7 @@ class _Row(NamedTuple):
 
 
 def check_pixels(
-    spec: MRopeSpec, batch: Mapping[str, Any], examples: Any, inputs: BatchInputs
+    spec: MRopeSpec, batch: Mapping[str, Any], rows: Rows, inputs: BatchInputs
 ) -> None:
     """Refuse pixels with another number of patches than their grids have.
 
@@ -54,26 +51,28 @@ def check_pixels(
     Rows that swapped pixels of equal counts cannot be told apart by their shapes.
 
     Args:
+        rows: of the batch.
         inputs: of the batch, whose grids were matched with the tokens.
 
     Raises:
         SpanMismatchError: `found` and `needed` are patches; `row` is None if it is unknown.
     """
-    if spec.family_row.custom_index in _NOT_COMPARED:
+    tower = spec.family_row.tower
+    if tower is not None and tower.sizes in _NOT_COMPARED:
         return
-    for modality, (pixels, grids) in _KINDS.items():
-        found = _patches(pixels, batch.get(pixels))
+    for name in PIXELS:
+        found = _patches(name, batch.get(name))
         if found is None:
             continue
-        whole = _row(found, getattr(inputs, grids))
-        rows = _rows_of_examples(batch, examples, pixels, grids, whole)
-        if rows is None and not whole.grids and len(batch["input_ids"]) > 1:
+        media = inputs.of(str(COLUMNS[name].modality))
+        parts = _of_rows(name, rows, media, found)
+        if parts is None and not len(media.size_N3) and inputs.shape[0] > 1:
             continue  # a custom inner function may know their sizes by another name
-        rows = rows or [whole]
-        for row, counts in enumerate(rows):
+        known = parts is not None or inputs.shape[0] == 1
+        parts = parts or [_part(found, media.size_N3)]
+        for row, counts in enumerate(parts):
             if counts.found != counts.needed:
-                known = len(rows) == len(batch["input_ids"])
-                raise _mismatch(modality, row if known else None, rows)
+                raise _mismatch(name, row if known else None, parts)
 
 
 def take_pixels(batch: MutableMapping[str, Any], needed: int) -> list[torch.Tensor]:
@@ -90,7 +89,7 @@ def take_pixels(batch: MutableMapping[str, Any], needed: int) -> list[torch.Tens
             sizes may have another name than the grids'.
     """
     parts: list[torch.Tensor] = []
-    for name, _ in _KINDS.values():
+    for name in PIXELS:
         pixels = batch.pop(name, None)
         if _are_parts(pixels):
             parts += map(torch.as_tensor, pixels)
@@ -107,8 +106,8 @@ def _are_parts(pixels: Any) -> bool:
     return isinstance(pixels, (list, tuple)) and bool(pixels) and hasattr(pixels[0], "ndim")
 
 
-def _row(found: int, grid_N3: npt.NDArray[np.int64]) -> _Row:
-    return _Row(found, int(grid_N3.prod(axis=1).sum()), grid_N3.tolist())
+def _part(found: int, size_N3: npt.NDArray[np.int64]) -> _Part:
+    return _Part(found, int(size_N3.prod(axis=1).sum()), size_N3.tolist())
 
 
 def _patches(name: str, pixels: Any) -> int | None:
@@ -121,33 +120,26 @@ def _patches(name: str, pixels: Any) -> int | None:
     return len(pixels) if pixels is not None and axes_of(pixels) in (2, 4) else None
 
 
-def _rows_of_examples(
-    batch: Mapping[str, Any], examples: Any, pixels: str, grids: str, whole: _Row
-) -> list[_Row] | None:
+def _of_rows(name: str, rows: Rows, media: Media, found: int) -> list[_Part] | None:
     """Return the counts of each row; None where pixels or grids are not those of the examples."""
-    if not are_rows(examples, batch["input_ids"]):
+    if rows.examples is None:
         return None
-    rows = []
-    for example in examples:
-        own = read_column(grids, example.get(grids))
-        grid_N3 = np.asarray([] if own is None else own)
-        if grid_N3.size and (grid_N3.ndim != 2 or grid_N3.shape[1] != 3):
-            return None
-        found = _patches(pixels, example.get(pixels)) or 0
-        rows.append(_row(found, grid_N3.reshape(-1, 3).astype(np.int64)))
-    together = [grid for row in rows for grid in row.grids]
-    same = together == whole.grids and sum(row.found for row in rows) == whole.found
-    return rows if same else None
+    patches = [_patches(name, example.get(name)) or 0 for example in rows.examples]
+    if sum(patches) != found or (media.count_B is None and len(media.size_N3)):
+        return None
+    counts = np.zeros(len(patches), np.int64) if media.count_B is None else media.count_B
+    sizes = np.split(media.size_N3, counts.cumsum()[:-1])
+    return [_part(*of_row) for of_row in zip(patches, sizes, strict=True)]
 
 
-def _mismatch(modality: str, row: int | None, rows: list[_Row]) -> SpanMismatchError:
+def _mismatch(pixels: str, row: int | None, parts: list[_Part]) -> SpanMismatchError:
     """Return the error for a row, or for the whole batch if it is None."""
-    pixels, grids = _KINDS[modality]
-    counts = rows[row or 0]
+    grids, modality = PIXELS[pixels][0], COLUMNS[pixels].modality
+    counts = parts[row or 0]
     where = "the batch, row unknown" if row is None else f"row {row}"
     swapped = [
         other
-        for other, its in enumerate(rows)
+        for other, its in enumerate(parts)
         if (its.found, its.needed) == (counts.needed, counts.found)
     ]
     cause = _FEW if counts.found < counts.needed else _MANY

@@ -1,43 +1,34 @@
 """Normalise one sample: leave out absent columns, and give single sizes their missing axis.
 
-`PaddingCollator`, `mrope.prepare.Precheck` and `mrope check` all read samples here, so that a
-sample that is good in one of them is good in all.
+Whatever reads a row reads it here, so that a row that is good for one reader is good for all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from mrope.columns import COLUMNS, Column, columns
+from mrope.errors import MRopeError
 from mrope.positions.inputs import length_error, refuse_stacked_grids
 
-TOKENS = (
-    "input_ids",
-    "attention_mask",
-    "labels",
-    "mm_token_type_ids",
-    "moe_mm_token_type_ids",
-    "token_type_ids",
-)
-GRIDS = ("image_grid_thw", "video_grid_thw")
-CROPS = ("target_sizes", "target_sizes_videos")
-SECONDS = ("second_per_grid_ts", "video_second_per_grid")
-PIXELS = ("pixel_values", "pixel_values_videos")
-FLAGS = ("use_audio_in_video", "downsample_mode")
-
-# Axes of a sample's column; a value with one axis less is the only image, clip or audio.
-_AXES = {
-    **dict.fromkeys((*GRIDS, *CROPS, "feature_attention_mask"), 2),
-    **dict.fromkeys((*SECONDS, "audio_seqlens", "seq_lengths"), 1),
-    "input_features": 3,
+_TOKENS = tuple(columns("token"))
+PIXELS = {
+    name: tuple(columns("item", modality=COLUMNS[name].modality, means="size"))
+    for name in columns("patch")
+    if COLUMNS[name].means is None
 }
-KNOWN = frozenset((*TOKENS, *PIXELS, *FLAGS, *_AXES))
-"""Columns that are read here; others belong to the user and stay as they are."""
+"""Columns of pixels, each with those of its sizes."""
+_READ = {
+    name: column
+    for name, column in COLUMNS.items()
+    if column.kind != "derived" and column.means != "count"
+}
 
 
 def read_sample(example: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,46 +38,78 @@ def read_sample(example: Mapping[str, Any]) -> dict[str, Any]:
     that are empty or hold nothing but nulls. Only `input_ids` may be empty: a row without a token.
 
     Returns:
-        Token columns (n,); grids (N, 3), crops (N, 2), seconds and audio lengths (N,), each also
-        where the sample has a single one without its axis; pixels as one tensor or array. Tensors
-        stay tensors and numeric lists stay lists, so that dtypes are chosen where they are used.
-        Columns outside of `KNOWN` are returned as they are.
+        Token columns (n,); items with all their axes, also where the sample has a single one
+        without its axis: grids (N, 3), crops (N, 2), seconds and audio lengths (N,); pixels as one
+        tensor or array, also where each image has its own. Tensors stay tensors and numeric lists
+        stay lists, so that dtypes are chosen where they are used. Columns of the user are returned
+        as they are.
 
     Raises:
-        MRopeError: grids with a batch axis, or a token column of another length than `input_ids`.
+        MRopeError: grids with a batch axis, seconds at half precision, or a token column of another
+            length than `input_ids`.
 
     Example:
         >>> read_sample({"input_ids": [[7, 8]], "image_grid_thw": [1, 4, 4], "labels": []})
         {'input_ids': [7, 8], 'image_grid_thw': [[1, 4, 4]]}
     """
-    columns = {
-        name: read_column(name, value) if name in KNOWN else value
+    read = {
+        name: read_column(name, value) if name in _READ else value
         for name, value in example.items()
     }
-    sample = {
-        name: value for name, value in columns.items() if value is not None or name not in KNOWN
-    }
+    sample = {name: value for name, value in read.items() if value is not None or name not in _READ}
     _check_lengths(sample)
+    _join_images(sample)
     return sample
 
 
 def read_column(name: str, value: Any) -> Any:
     """Return one column as `read_sample` does, or None where it is absent.
 
-    Of a column outside of `KNOWN` only nulls are.
+    Of a column of the user only nulls are.
     """
-    value = plain(value)
-    if name in FLAGS or name not in KNOWN or value is None:
+    column, value = _READ.get(name), plain(value)
+    if column is None or column.kind == "batch" or value is None:
         return value
     if _is_empty(value):
         # A row without a token is a row; one whose ids are null is a fault.
         has_no_tokens = name == "input_ids" and not _holds_null(value)
-        return _with_axes(name, value) if has_no_tokens else None
-    if isinstance(value, np.ndarray) and _is_null_integers(name, value):
+        return _with_axes(name, column, value) if has_no_tokens else None
+    if column.integers and _is_nan_alone(value):
         return None
     if isinstance(value, (list, tuple)) and isinstance(value[0], (torch.Tensor, np.ndarray)):
-        value = _joined(value, _axes_of_whole(name, value[0]))
-    return _with_axes(name, value)
+        value = _joined(value, _axes_of_whole(column, value[0]))
+    if column.means == "seconds":
+        refuse_half_precision(name, value)
+    return _with_axes(name, column, value)
+
+
+def as_tensor(name: str, value: Any) -> torch.Tensor:
+    """Return a column as a tensor; Python floats become float32, as torch's default is.
+
+    Raises:
+        MRopeError: it is ragged, or holds something other than numbers.
+    """
+    if isinstance(value, torch.Tensor):
+        return value
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MRopeError(
+            f"{name} is ragged, or holds something other than numbers, and cannot become a "
+            f"tensor: {error}"
+        ) from error
+
+
+def refuse_half_precision(name: str, value: Any) -> None:
+    """Refuse numbers that were rounded to half precision: frames would share positions.
+
+    Raises:
+        MRopeError: a tensor or array of float16 or bfloat16.
+    """
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and dtype.itemsize == 2 and "float" in str(dtype):
+        kind = str(dtype).removeprefix("torch.")
+        raise MRopeError(f"{name} is {kind}, too coarse to number tokens by; keep it float32")
 
 
 def plain(value: Any) -> Any:
@@ -96,7 +119,8 @@ def plain(value: Any) -> Any:
     a read-only view; a table gives every entry as a `pyarrow.Scalar`, pandas a null as `NA`.
     """
     if isinstance(value, torch.Tensor):
-        return value
+        # A null of an array column is tensor(nan) under the torch format of `datasets`.
+        return None if value.ndim == 0 and value.is_floating_point() and value.isnan() else value
     if hasattr(value, "as_py"):
         value = _of_scalar(value)
     if isinstance(value, np.ndarray):
@@ -147,21 +171,24 @@ def _holds_null(value: Any) -> bool:
     return value is None
 
 
-def _is_null_integers(name: str, array: npt.NDArray[Any]) -> bool:
-    """Whether an integer column holds NaN alone, as numpy shows a list of Arrow nulls."""
-    integers = name in (*TOKENS, *GRIDS, *CROPS, "audio_seqlens")
-    return integers and array.dtype.kind == "f" and bool(np.isnan(array).all())
+def _is_nan_alone(value: Any) -> bool:
+    """Whether an integer column holds NaN alone, as numpy and torch show a list of Arrow nulls."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind == "f" and bool(np.isnan(value).all())
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point() and bool(value.isnan().all())
+    return False
 
 
-def _axes_of_whole(name: str, part: Any) -> int:
+def _axes_of_whole(column: Column, part: Any) -> int:
     """Return the axes of a column that came as a list of parts."""
-    if name in PIXELS:
+    if column.kind == "patch" and column.axes > 1:
         # (patches, dim) or (patches, channels, height, width): other parts are single patches.
         return int(part.ndim + part.ndim % 2)
-    return 1 if name in TOKENS else _AXES[name]
+    return column.axes
 
 
-def _joined(parts: Any, axes: int) -> Any:
+def _joined(parts: Sequence[Any], axes: int) -> Any:
     """Join tensors or arrays: one after another if they have all axes, else side by side."""
     whole = parts[0].ndim >= axes
     try:
@@ -173,13 +200,29 @@ def _joined(parts: Any, axes: int) -> Any:
         return parts  # refused by whoever makes a tensor of it, with the row and the column
 
 
-def _with_axes(name: str, value: Any) -> Any:
+def _join_images(sample: dict[str, Any]) -> None:
+    """Join pixels that came apart for each image or clip, as tables store them: (N, patches, dim).
+
+    Their number and patches are those of the grids; other values of as many axes stay.
+    """
+    for name, sizes in PIXELS.items():
+        value = sample.get(name)
+        if value is None or axes_of(value) not in (3, 5):
+            continue
+        size_N = next((sample[size] for size in sizes if size in sample), ())
+        patches = [int(np.prod(np.asarray(size))) for size in size_N]
+        if patches == list(map(len, value)):
+            parts = [one if isinstance(one, torch.Tensor) else np.asarray(one) for one in value]
+            sample[name] = _joined(parts, parts[0].ndim)
+
+
+def _with_axes(name: str, column: Column, value: Any) -> Any:
     axes = axes_of(value)
-    if name in TOKENS:
+    if column.kind == "token":
         return value[0] if axes == 2 and len(value) == 1 else value
-    if name in GRIDS:
+    if column.means == "size" and column.sides == 3:
         refuse_stacked_grids(name, axes, value)
-    if axes != _AXES.get(name, 0) - 1:
+    if column.kind == "patch" or axes != column.axes - 1:
         return value
     if isinstance(value, torch.Tensor):
         return value[None]
@@ -202,7 +245,7 @@ def _check_lengths(sample: Mapping[str, Any]) -> None:
     ids = sample.get("input_ids")
     if ids is None or axes_of(ids) != 1:
         return
-    for name in TOKENS:
+    for name in _TOKENS:
         column = sample.get(name)
         if column is not None and axes_of(column) == 1 and len(column) != len(ids):
             # As of a batch of one, so that the text is that of `rope_index`.

@@ -33,7 +33,7 @@ def tiny_examples(
     plans = [["image", "video", "image"], [], ["video", "image"]]
     wanted = {"image": images, "video": videos}
     tower = spec.family_row.tower
-    make = _crops_example if tower is not None and tower.crops else _example
+    make = _crops_example if tower is not None and tower.sizes == "crops" else _example
     return [
         make(config, spec, [kind for kind in plans[row % 3] if wanted[kind]], rng)
         for row in range(rows)
@@ -45,7 +45,7 @@ def _example(
 ) -> dict[str, Any]:
     tokens: list[int] = _text(rng, 4)
     tower = spec.family_row.tower
-    in_batch = tower is not None and tower.merges_in_batch
+    in_batch = tower is not None and tower.sizes == "merged_in_batch"
     # The processors of VideoLLaMA 3 merge patches of videos alone.
     merges = {"image": spec.spatial_merge_size, "video": 2 if in_batch else spec.spatial_merge_size}
     grids: dict[str, list[list[int]]] = {"image": [], "video": []}
@@ -70,7 +70,7 @@ def _example(
         "labels": np.where(types, -100, ids),
         "mm_token_type_ids": types,
     }
-    if spec.family_row.tower is not None and spec.family_row.tower.pairs:
+    if spec.family_row.tower is not None and "pairs" in spec.family_row.tower.tensors:
         # ERNIE's experts for images and clips take the markers too.
         example["moe_mm_token_type_ids"] = types | (ids == spec.vision_start_token_id)
     for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
@@ -162,7 +162,7 @@ def _pixels(
     side = vision.get("patch_size", 14)
     patches = sum(t * h * w for t, h, w in grids)
     tower = spec.family_row.tower
-    if tower is not None and tower.raster:
+    if tower is not None and tower.patch == "image":
         # PaddleOCR-VL's processor does not flatten patches.
         return rng.standard_normal((patches, 3, side, side)).astype(np.float32)
     size = 3 * vision.get("temporal_patch_size", 1) * side**2

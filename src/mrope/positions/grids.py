@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from mrope.arrays import IntArray, as_integers
+from mrope.arrays import IntArray, starts
+from mrope.columns import count_key
 from mrope.errors import MRopeError
-from mrope.positions.inputs import BatchInputs
+from mrope.positions.inputs import BatchInputs, Media
 from mrope.spec.spec import MRopeSpec
+
+_MODALITIES = ("image", "video")
 
 
 class Grids(NamedTuple):
@@ -49,10 +51,10 @@ def to_grids(spec: MRopeSpec, inputs: BatchInputs) -> Grids:
             frames, where the family has none; counts that do not add up.
     """
     row, (rows, _) = spec.family_row, inputs.shape
-    image_N3, video_N3 = inputs.image_grid_thw, inputs.video_grid_thw
+    image_N3, video_N3 = (inputs.of(modality).size_N3 for modality in _MODALITIES)
     tokens, images = inputs.input_ids.size, len(image_N3)
     size_3G = _merged(spec, image_N3, video_N3, tokens)
-    _refuse_unknown_media(spec, inputs)
+    _refuse_unknown_media(spec, image_N3, video_N3)
     frame_merge = int(spec.extra.get("temporal_merge_size", 1))
     if frame_merge != 1:
         size_3G[0, images:] //= frame_merge
@@ -61,16 +63,13 @@ def to_grids(spec: MRopeSpec, inputs: BatchInputs) -> Grids:
     if row.frames_apart and (len(video_N3) or row.newlines):
         first = 0 if row.newlines else images
         size_3G = _apart(size_3G, spans_N, first, tokens)
-    row_G = None
-    if inputs.images_per_sample is not None or inputs.videos_per_sample is not None:
-        image_rows = rows_of("images_per_sample", inputs.images_per_sample, images, rows)
-        video_rows = rows_of("videos_per_sample", inputs.videos_per_sample, len(video_N3), rows)
-        row_G = np.concatenate((image_rows, video_rows)).repeat(spans_N)
+    known = any(inputs.of(modality).count_B is not None for modality in _MODALITIES)
+    rows_N = [rows_of(inputs.of(modality), modality, rows) for modality in _MODALITIES if known]
     return Grids(
         size_3G,
         int(np.add.reduce(spans_N[:images])),
         spans_N[images:],
-        row_G,
+        np.concatenate(rows_N).repeat(spans_N) if known else None,
         bool(size_3G[0].max(initial=1) > 1),
         spec.spatial_merge_size,
         frame_merge,
@@ -94,11 +93,11 @@ def _apart(size_3N: IntArray, spans_N: IntArray, first: int, tokens: int) -> Int
     return size_3G
 
 
-def _refuse_unknown_media(spec: MRopeSpec, inputs: BatchInputs) -> None:
+def _refuse_unknown_media(spec: MRopeSpec, image_N3: IntArray, video_N3: IntArray) -> None:
     """Refuse videos, or images of several frames, for which the family has no rule."""
-    if len(inputs.video_grid_thw) and not spec.family_row.video_keys:
+    if len(video_N3) and not spec.family_row.video_keys:
         raise MRopeError(f"{spec.family} has no videos, but video_grid_thw is given")
-    frames_N = inputs.image_grid_thw[:, 0]
+    frames_N = image_N3[:, 0]
     if spec.family_row.still_images and (frames_N > 1).any():
         image = int((frames_N > 1).argmax())
         raise MRopeError(
@@ -107,20 +106,21 @@ def _refuse_unknown_media(spec: MRopeSpec, inputs: BatchInputs) -> None:
         )
 
 
-def rows_of(name: str, per_sample: npt.ArrayLike | None, sizes: int, rows: int) -> IntArray:
-    """Return the row of each grid: counts [2, 0, 1] give rows [0, 0, 2]; no counts give -1.
+def rows_of(media: Media, modality: str, rows: int) -> IntArray:
+    """Return the row of each item: counts [2, 0, 1] give rows [0, 0, 2]; no counts give -1.
 
     Raises:
-        MRopeError: not one count for each row, or counts that do not add up to `sizes`.
+        MRopeError: not one count for each row, or counts that do not add up to the sizes.
     """
-    if per_sample is None:
+    counts, sizes = media.count_B, len(media.size_N3)
+    if counts is None:
         return np.full(sizes, -1)
-    counts = as_integers(name, per_sample, "how many grids each row has")
     # Each within bounds first: the sum of two beyond them may wrap around to the right one.
     inside = counts.shape == (rows,) and bool(((counts >= 0) & (counts <= sizes)).all())
     if not inside or counts.sum() != sizes:
         raise MRopeError(
-            f"{name} = {counts.tolist()} does not fit a batch of {rows} rows and {sizes} grids"
+            f"{count_key(modality)} = {counts.tolist()} does not fit a batch of {rows} rows and "
+            f"{sizes} grids"
         )
     return np.arange(rows).repeat(counts)
 
@@ -176,6 +176,6 @@ def _clipped(frames_N: IntArray, tokens: int) -> IntArray:
 
     The clip is refused either way, and a size of 2**16 frames would become as many columns.
     """
-    before_N = np.minimum(frames_N.cumsum() - frames_N, tokens + 1)
+    before_N = np.minimum(starts(frames_N), tokens + 1)
     clipped_N: IntArray = np.minimum(frames_N, tokens + 1 - before_N)
     return clipped_N

@@ -1,7 +1,7 @@
 """Compute M-RoPE position ids and rope deltas of a batch.
 
-`rope_index` is the entry point for arrays. The collator takes the same three steps one by one, to
-keep what they find: `check_inputs`, `locate`, `position_tensors`.
+`rope_index` is the entry point for arrays. The collator takes the same steps one by one, to keep
+what they find: `check_inputs`, `locate`, `number`, `rope_deltas`.
 
 Shape suffixes: B rows, S padded length, T tokens of the stream, D documents, G grids.
 """
@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mrope.columns import count_key
 from mrope.errors import MRopeError, SpanMismatchError
-from mrope.positions.custom import CUSTOM_INDICES
+from mrope.positions.custom import RULES, Padding, Rule
 from mrope.positions.diagnose import inverted_mask, type_mismatch
 from mrope.positions.grids import to_grids
-from mrope.positions.inputs import BatchInputs, check_inputs
-from mrope.positions.kernel import PositionIds, number_stream
+from mrope.positions.inputs import SECONDS, BatchInputs, check_inputs
+from mrope.positions.kernel import number_stream
 from mrope.positions.located import Located, Spans
 from mrope.positions.seconds import span_steps
 from mrope.positions.spans import find_runs, token_kinds
@@ -95,21 +96,24 @@ def rope_index(
             f"{spec.family} numbers its tokens in 1-D, as those of a text: rope_index has nothing "
             "to compute; MRopeCollator adds its position ids, for the sake of its towers' tensors"
         )
-    checked = check_inputs(
-        spec,
-        input_ids,
-        attention_mask,
-        image_grid_thw,
-        video_grid_thw,
-        mm_token_type_ids,
-        second_per_grid_ts=second_per_grid_ts,
-        images_per_sample=images_per_sample,
-        videos_per_sample=videos_per_sample,
-        seq_lengths=seq_lengths,
-        seconds_dtype=seconds_dtype,
+    given = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "image_grid_thw": image_grid_thw,
+        "video_grid_thw": video_grid_thw,
+        SECONDS: second_per_grid_ts,
+        "mm_token_type_ids": mm_token_type_ids,
+        count_key("image"): images_per_sample,
+        count_key("video"): videos_per_sample,
+        "seq_lengths": seq_lengths,
         **inputs,
-    )
-    return position_tensors(spec, locate(spec, checked))
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    located = locate(spec, check_inputs(spec, given, seconds_dtype))
+    positions_AT, end_D = number(spec, located)
+    fill = padding_of(spec, located.inputs).fill
+    position_ids = to_batch(positions_AT, located.stream, located.inputs.shape, fill)
+    return position_ids, rope_deltas(spec, located, end_D)
 
 
 def locate(spec: MRopeSpec, inputs: BatchInputs) -> Located:
@@ -134,8 +138,8 @@ def _locate(spec: MRopeSpec, inputs: BatchInputs) -> Located:
     custom = spec.family_row.custom_index is not None
     grids = None if custom else to_grids(spec, inputs)
     kind_T = token_kinds(spec, stream)
-    if inputs.mm_token_type_ids is not None:
-        types_T = _of_stream(inputs.mm_token_type_ids, stream)
+    if inputs.types is not None:
+        types_T = _of_stream(inputs.types, stream)
         if not np.array_equal(kind_T, types_T):
             raise type_mismatch(stream, kind_T, types_T)
     if grids is None:
@@ -144,24 +148,25 @@ def _locate(spec: MRopeSpec, inputs: BatchInputs) -> Located:
     return Located(inputs, stream, kind_T, Spans(grids, runs, span_steps(spec, inputs, grids)))
 
 
-def position_tensors(
-    spec: MRopeSpec, located: Located
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Compute `position_ids` and `rope_deltas` of a located batch; shapes as of `rope_index`.
+def number(spec: MRopeSpec, located: Located) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Number the tokens of a located batch, by the kernel or by the family's own rule.
 
-    For `one_dimensional` families `position_ids` are int64 (B, S): 0, 1, 2 ... over the padding
-    too, as these models number their tokens themselves; their deltas are 0.
+    Returns:
+        Positions of the stream (A, T): time, height and width, or the axes of the family's rule;
+        and for each document its largest position + 1, (D,), of the same dtype.
+
+    Raises:
+        SpanMismatchError: tokens and sizes do not fit together, of families with a rule of their
+            own.
+        MRopeError: as the family's rule.
     """
-    if spec.family_row.one_dimensional and located.spans is not None:
-        rows, width = located.inputs.shape
-        return np.tile(np.arange(width), (rows, 1)), np.zeros((rows, 1), np.int64)
     if located.spans is None:
         try:
-            return _custom_tensors(spec, located)
+            return RULES[str(spec.family_row.custom_index)].number(spec, located)
         except SpanMismatchError as error:
             raise _with_mask_cause(spec, located.inputs, error) from None
-    stream, (grids, runs, step_G) = located.stream, located.spans
-    positions_3T, end_D = number_stream(
+    grids, runs, step_G = located.spans
+    return number_stream(
         runs,
         grids.size_3G,
         step_G,
@@ -169,17 +174,53 @@ def position_tensors(
         grids.moves,
         spec.family_row.planes_at_zero,
     )
-    shape = located.inputs.shape
-    position_ids = to_batch(positions_3T, stream, shape, spec.conventions.fill)
-    if located.inputs.seq_lengths is not None:
-        return position_ids, (end_D - stream.length_D)[:, None]
-    return position_ids, _deltas(spec, located.inputs, stream, end_D)
 
 
-def _custom_tensors(spec: MRopeSpec, located: Located) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def padding_of(spec: MRopeSpec, inputs: BatchInputs) -> Padding:
+    """Return what stands at padding, and what of it counts in rope deltas."""
+    if spec.family_row.custom_index is not None:
+        rule = _rule(spec)
+        return rule.padding if inputs.has_grids or rule.text is None else rule.text
+    conventions = spec.conventions
+    text = conventions.text_batch_fill_in_delta and not inputs.has_grids
+    return Padding(conventions.fill, text, over_padded=conventions.delta_over_padded)
+
+
+def rope_deltas(spec: MRopeSpec, located: Located, end_D: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return `rope_deltas`: the largest position + 1, minus the length it is taken over.
+
+    Returns:
+        (B, 1), of the dtype of `end_D`; one for each example, (D, 1), where rows hold several.
+    """
+    inputs, stream = located.inputs, located.stream
+    if inputs.seq_lengths is not None:
+        return _less(end_D, stream.length_D)
+    rows, width = inputs.shape
+    if stream.valid_BS is None:
+        return _less(end_D, width)
+    padding = padding_of(spec, inputs)
+    end_B: npt.NDArray[Any] = np.full(rows, padding.empty_end, end_D.dtype)
+    tokens_B = np.zeros_like(end_B)
+    end_B[stream.row_D], tokens_B[stream.row_D] = end_D, stream.length_D
+    if padding.fill_counts:
+        # The release takes the maximum over padding too, where it wrote the fill.
+        padded_B = ~stream.valid_BS.all(axis=1)
+        np.maximum(end_B, padding.fill + 1, out=end_B, where=padded_B)
+    if padding.over_padded:
+        tokens_B[:] = width
+    return _less(end_B, tokens_B)
+
+
+def _less(end_D: npt.NDArray[Any], length_D: npt.ArrayLike) -> npt.NDArray[Any]:
+    """Return deltas (D, 1) in the dtype of the positions: float32 in Qwen3-Omni."""
+    deltas: npt.NDArray[Any] = end_D - np.asarray(length_D, end_D.dtype)
+    return deltas[:, None]
+
+
+def _rule(spec: MRopeSpec) -> Rule:
     custom_index = spec.family_row.custom_index
     assert custom_index is not None  # `locate` leaves spans to these families alone
-    return CUSTOM_INDICES[custom_index](spec, located)
+    return RULES[custom_index]
 
 
 def _with_mask_cause(
@@ -192,7 +233,7 @@ def _with_mask_cause(
     try:
         located = _locate(spec, inverted)
         if located.spans is None:
-            _custom_tensors(spec, located)
+            _rule(spec).number(spec, located)
     except MRopeError:
         return error
     return inverted_mask(error, located.stream, located.kind_T)
@@ -200,23 +241,3 @@ def _with_mask_cause(
 
 def _of_stream(values_BS: npt.NDArray[Any], stream: Stream) -> npt.NDArray[Any]:
     return values_BS.ravel() if stream.valid_BS is None else values_BS[stream.valid_BS]
-
-
-def _deltas(
-    spec: MRopeSpec, inputs: BatchInputs, stream: Stream, end_D: PositionIds
-) -> PositionIds:
-    """Return `rope_deltas` (B, 1): the largest position + 1, minus the length it is taken over."""
-    rows, width = inputs.shape
-    conventions = spec.conventions
-    if stream.valid_BS is None:
-        return (end_D - width)[:, None]
-    delta_B = np.zeros(rows, np.int64)
-    if not conventions.delta_over_padded:
-        delta_B[stream.row_D] = end_D - stream.length_D
-        return delta_B[:, None]
-    delta_B[stream.row_D] = end_D
-    if conventions.text_batch_fill_in_delta and not inputs.has_grids:
-        # The release takes the maximum over padding too, where it wrote the fill.
-        padded_B = ~stream.valid_BS.all(axis=1)
-        np.maximum(delta_B, conventions.fill + 1, out=delta_B, where=padded_B)
-    return (delta_B - width)[:, None]

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import as_array
 from mrope.errors import MRopeError
 from mrope.positions.grids import Grids
-from mrope.positions.inputs import BatchInputs
+from mrope.positions.inputs import SECONDS, BatchInputs, Media
 from mrope.spec.spec import MRopeSpec
 
 Steps = npt.NDArray[Any]  # int64, float32 or float64: the dtype decides how products round
@@ -33,49 +32,46 @@ def span_steps(spec: MRopeSpec, inputs: BatchInputs, grids: Grids) -> Steps | No
     """
     if spec.tokens_per_second is None:
         return None
-    video_step = _video_steps(spec, inputs, grids)
+    video_step = _video_steps(spec, inputs.of("video"), grids)
     step_G = np.full(grids.size_3G.shape[1], spec.conventions.timed_image_step, video_step.dtype)
     step_G[grids.images :] = video_step
     return step_G
 
 
-def _video_steps(spec: MRopeSpec, inputs: BatchInputs, grids: Grids) -> Steps:
+def _video_steps(spec: MRopeSpec, clips: Media, grids: Grids) -> Steps:
     """Return the step of each video, rounded where the reference rounds."""
     videos = len(grids.frames_N)
     rate = spec.tokens_per_second
     assert rate is not None  # the caller asked
-    if inputs.second_per_grid_ts is None:
+    if clips.seconds_N is None:
         return np.full(videos, rate, np.int64)
-    seconds = _as_seconds(inputs.second_per_grid_ts, grids)
+    seconds = _checked(clips.seconds_N, grids)
     if seconds.dtype.kind in "iu" or spec.conventions.whole_seconds:
         whole: Steps = rate * seconds.astype(np.int64)
         return whole
     # A float32 array is multiplied in float32; Python floats in float64, and rounded afterwards.
     step: Steps = seconds.dtype.type(rate) * seconds
-    return step.astype(inputs.seconds_dtype)
+    return step.astype(clips.seconds_dtype)
 
 
-def _as_seconds(values: npt.ArrayLike, grids: Grids) -> npt.NDArray[Any]:
+def _checked(seconds: npt.NDArray[Any], grids: Grids) -> npt.NDArray[Any]:
     videos = len(grids.frames_N)
-    seconds = as_array("second_per_grid_ts", values, "seconds of each video")
     if seconds.size == 0:
         seconds = np.empty(seconds.shape, np.int64)
     if seconds.dtype.kind not in "iu" and seconds.dtype not in (np.float32, np.float64):
         raise MRopeError(
-            f"second_per_grid_ts must be float32, float64 or integers, not {seconds.dtype}: "
+            f"{SECONDS} must be float32, float64 or integers, not {seconds.dtype}: "
             "at half precision frames share positions"
         )
     if seconds.shape != (videos,):
-        raise MRopeError(
-            f"second_per_grid_ts has shape {seconds.shape}, but the batch has {videos} videos"
-        )
+        raise MRopeError(f"{SECONDS} has shape {seconds.shape}, but the batch has {videos} videos")
     most = grids.size_3G[0].max(initial=1)
     with np.errstate(over="ignore"):
         bad = ~((seconds >= 0) & (seconds * most < _MAX_SECONDS))
     if bad.any():
         video = int(bad.argmax())
         raise MRopeError(
-            f"second_per_grid_ts[{video}] = {seconds[video]}: must be finite, not negative, "
+            f"{SECONDS}[{video}] = {seconds[video]}: must be finite, not negative, "
             f"and keep the clip under {_MAX_SECONDS} seconds"
         )
     return seconds

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import BoolArray, IntArray
+from mrope.arrays import BoolArray, IntArray, run_borders
 from mrope.positions.diagnose import mismatch, missing_start, stray_video, torn_clip, wrong_gap
 from mrope.positions.grids import Grids
 from mrope.positions.stream import IMAGE, TEXT, VIDEO, Stream, documents_of, to_stream
@@ -54,7 +54,8 @@ def find_runs(spec: MRopeSpec, stream: Stream, grids: Grids, kind_T: npt.NDArray
     Raises:
         SpanMismatchError: tokens and grids do not fit together.
     """
-    whole = _runs_of_one_kind(kind_T, stream.start_D)
+    border_R1 = run_borders(kind_T, stream.start_D)
+    whole = _Cut(border_R1, border_R1[1:] - border_R1[:-1])
     kind_R = kind_T[whole.start_R]
     vision_V: IntArray = kind_R.nonzero()[0]
     # A family without such a marker finds its spans by placeholders under every reference.
@@ -128,20 +129,6 @@ class _Cut(NamedTuple):
     def start_R(self) -> IntArray:
         """Where each run starts in the stream."""
         return self.border_R1[:-1]
-
-
-def _runs_of_one_kind(kind_T: npt.NDArray[np.uint8], start_D: IntArray) -> _Cut:
-    """Cut where the kind changes or a document begins.
-
-    kinds 0 0 1 1 | 1 0 with documents at 0 and 4 give borders 0 2 4 5 6: runs of 2 2 1 1.
-    """
-    tokens = len(kind_T)
-    border = np.empty(tokens + 1, np.bool_)
-    np.not_equal(kind_T[1:], kind_T[:-1], out=border[1:tokens])
-    border[start_D] = True
-    border[tokens] = True
-    border_R1 = border.nonzero()[0]
-    return _Cut(border_R1, border_R1[1:] - border_R1[:-1])
 
 
 def _match_one_to_one(

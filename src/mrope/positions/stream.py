@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import BoolArray, IntArray
+from mrope.arrays import BoolArray, IntArray, borders
 from mrope.errors import MRopeError
 
 TEXT, IMAGE, VIDEO = 0, 1, 2
@@ -60,13 +60,13 @@ def to_stream(input_ids_BS: IntArray, valid_BS: BoolArray | None) -> Stream:
     """
     rows, width = input_ids_BS.shape
     if valid_BS is None and width > 0:
-        borders = np.arange(0, rows * width + 1, width)
-        return Stream(input_ids_BS.reshape(-1), borders, count_up(rows), None)
+        border_D1 = np.arange(0, rows * width + 1, width)
+        return Stream(input_ids_BS.reshape(-1), border_D1, count_up(rows), None)
     if valid_BS is None:
         valid_BS = np.ones(input_ids_BS.shape, np.bool_)
     length_B = np.count_nonzero(valid_BS, axis=1)
     row_D = length_B.nonzero()[0]
-    return Stream(input_ids_BS[valid_BS], _borders(length_B[row_D]), row_D, valid_BS)
+    return Stream(input_ids_BS[valid_BS], borders(length_B[row_D]), row_D, valid_BS)
 
 
 def split_rows(stream: Stream, seq_lengths: Any, rows: int) -> Stream:
@@ -101,7 +101,7 @@ def split_rows(stream: Stream, seq_lengths: Any, rows: int) -> Stream:
             f"row {row}: seq_lengths {list(seq_lengths[row])} add up to {given_B[row]} tokens, but "
             f"the row has {length_B[row]}. Likely cause: truncation after packing"
         )
-    return stream._replace(border_D1=_borders(length_D), row_D=row_D)
+    return stream._replace(border_D1=borders(length_D), row_D=row_D)
 
 
 def to_batch(
@@ -150,10 +150,3 @@ def count_up(n: int) -> IntArray:
         count.flags.writeable = False
         _COUNT = count
     return count[:n]
-
-
-def _borders(length_D: IntArray) -> IntArray:
-    """Return 0 and the running sums: lengths 3 2 give borders 0 3 5."""
-    border_D1 = np.zeros(len(length_D) + 1, np.int64)
-    length_D.cumsum(out=border_D1[1:])
-    return border_D1

@@ -15,15 +15,23 @@ import numpy.typing as npt
 from mrope.collate.samples import plain
 
 
-def is_table(columns: Any) -> bool:
-    """Return whether a batch of columns is a `pyarrow.Table`."""
-    pyarrow = sys.modules.get("pyarrow")
-    return pyarrow is not None and isinstance(columns, pyarrow.Table)
+def is_frame(columns: Any) -> bool:
+    """Return whether a batch of columns is a `pyarrow.Table` or a `pandas.DataFrame`."""
+    return _is_a(columns, "pyarrow", "Table") or _is_a(columns, "pandas", "DataFrame")
 
 
-def columns_of(table: Any) -> dict[str, Any]:
-    """Return the columns of a table by name; `mrope.collate.samples` reads their entries."""
-    return {name: table[name] for name in table.column_names}
+def _is_a(columns: Any, package: str, kind: str) -> bool:
+    # Without importing it: what was made by a package means that it is loaded.
+    module = sys.modules.get(package)
+    return module is not None and isinstance(columns, getattr(module, kind))
+
+
+def columns_of(frame: Any) -> dict[str, Any]:
+    """Return the columns of a table or a frame by name; their entries are read by place."""
+    if _is_a(frame, "pyarrow", "Table"):
+        return {name: frame[name] for name in frame.column_names}
+    # A series is indexed by its labels, which need not be places.
+    return {name: frame[name].to_numpy() for name in frame.columns}
 
 
 def pixels_of(columns: Any, names: Collection[str]) -> dict[str, Any]:
@@ -31,7 +39,9 @@ def pixels_of(columns: Any, names: Collection[str]) -> dict[str, Any]:
 
     A batch of `datasets` decodes a column when it is read, which takes longer than all the rest.
     """
-    table = columns if is_table(columns) else getattr(columns, "pa_table", None)
+    if _is_a(columns, "pandas", "DataFrame"):
+        columns = columns_of(columns)
+    table = columns if is_frame(columns) else getattr(columns, "pa_table", None)
     source, known = (columns, columns) if table is None else (table, table.column_names)
     return {name: source[name] for name in names if name in known}
 
@@ -55,12 +65,15 @@ def with_added(
     """Return a batch of columns with `added`, which replaces columns of the same names.
 
     Args:
-        columns: a mapping from names to columns, or a `pyarrow.Table`; it is not changed.
+        columns: a mapping from names to columns, a `pyarrow.Table` or a `pandas.DataFrame`; it is
+            not changed.
         added: int64 (rows,) for each name.
         lists: names of the columns that hold lists or nulls.
     """
-    if is_table(columns):
+    if _is_a(columns, "pyarrow", "Table"):
         return _with_appended(columns, added)
+    if _is_a(columns, "pandas", "DataFrame"):
+        return columns.assign(**added)
     if type(columns) is dict:
         columns = {name: _writable(column, name in lists) for name, column in columns.items()}
     return columns | added

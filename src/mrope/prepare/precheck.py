@@ -7,30 +7,19 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from mrope.arrays import as_array, as_grid, as_integers
 from mrope.collate.pixels import check_pixels
-from mrope.collate.samples import (
-    CROPS,
-    FLAGS,
-    GRIDS,
-    PIXELS,
-    SECONDS,
-    TOKENS,
-    axes_of,
-    plain,
-    read_column,
-    read_sample,
-)
+from mrope.collate.read import Rows, batch_of_row, measure, read_inputs
+from mrope.collate.samples import PIXELS, axes_of, plain, read_column
+from mrope.columns import columns as columns_of_kind
 from mrope.errors import MRopeError, SpanMismatchError
-from mrope.positions.inputs import check_inputs
-from mrope.positions.rope_index import locate, position_tensors
-from mrope.prepare.columns import columns_of, is_table, pixel_shape, pixels_of, with_added
+from mrope.positions.rope_index import locate, number
+from mrope.prepare.columns import columns_of, is_frame, pixel_shape, pixels_of, with_added
 from mrope.spec.spec import MRopeSpec
 from mrope.towers import VisionSpec
 
@@ -39,17 +28,10 @@ SEGMENTS, PATCH_PAIRS = "mrope_segments", "mrope_patch_pairs"
 ADDED = (LENGTH, PATCHES, SEGMENTS, PATCH_PAIRS)
 """Columns that `Precheck` adds, for samplers; models do not take them."""
 
-# Position ids depend on these; of other token columns only the length is compared.
-_TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids")
-_AUDIO = ("audio_seqlens", "feature_attention_mask")
-_PACKED = "seq_lengths"
-_READ = (*TOKENS, *GRIDS, *CROPS, *SECONDS, *_AUDIO, *FLAGS, _PACKED)
-# What each count is the length of; crops take the place of grids where a family has them.
-_COUNTED = {
-    "images_per_sample": ("image_grid_thw", "target_sizes"),
-    "videos_per_sample": ("video_grid_thw", "target_sizes_videos"),
-    "audios_per_sample": ("audio_seqlens",),
-}
+_READ = tuple(
+    name for name in columns_of_kind("token", "item", "patch", "row", "batch") if name not in PIXELS
+)
+_OF_ROW_0 = re.compile(r"^row 0(, |: | )")
 # Columns that identify a row in an error where `map` does not give its index.
 NAMES = ("mrope_index", "index", "id")
 
@@ -119,7 +101,7 @@ class Precheck:
                 something else that `rope_index` refuses.
         """
         # A lazy batch of `datasets` treats columns that were read as written, and casts them.
-        source = columns_of(columns) if is_table(columns) else copy.copy(columns)
+        source = columns_of(columns) if is_frame(columns) else copy.copy(columns)
         read = {name: source[name] for name in _READ if name in source}
         if "input_ids" not in read:
             raise MRopeError(f"no input_ids among the columns {', '.join(map(str, source))}")
@@ -137,7 +119,7 @@ class Precheck:
         try:
             entries = {name: column[row] for name, column in read.items()}
             shapes = {name: pixel_shape(entries[name]) for name in PIXELS if name in entries}
-            return _check_row(self.spec, read_sample(entries | shapes))
+            return _check_row(self.spec, entries | shapes)
         except MRopeError as error:
             raise _of_dataset(error, row, source, indices) from None
 
@@ -174,95 +156,15 @@ def examples_of(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _check_row(spec: MRopeSpec, sample: Mapping[str, Any]) -> tuple[int, ...]:
+def _check_row(spec: MRopeSpec, row: Mapping[str, Any]) -> tuple[int, ...]:
     """Return valid tokens, patches, segments and pairs; raise if a row cannot be collated."""
-    if "input_ids" not in sample:
-        raise MRopeError("no input_ids: the entry is null")
-    arguments = _arguments(spec, sample)
-    inputs = check_inputs(spec, **arguments)
-    position_tensors(spec, locate(spec, inputs))
-    pixels = {name: sample[name] for name in PIXELS if name in sample}
-    check_pixels(spec, {"input_ids": arguments["input_ids"], **pixels}, None, inputs)
-    # Checked by now: of the shape of the ids, and any value but 0 is valid.
-    mask = arguments.get("attention_mask")
-    tokens = arguments["input_ids"].size if mask is None else np.count_nonzero(mask)
-    return int(tokens), *_count_patches(arguments)
-
-
-def _arguments(spec: MRopeSpec, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `rope_index` for one row; what the row does not have is left out."""
-    own = spec.family_row.inputs
-    given: dict[str, Any] = {name: _as_row(name, sample.get(name)) for name in _TOKENS}
-    given |= {name: sample.get(name) for name in GRIDS}
-    given |= {name: sample.get(name) for name in CROPS if name in own}
-    given |= {name: sample.get(name) for name in FLAGS if name in own}
-    given["second_per_grid_ts"] = _seconds(sample)
-    given["audio_seqlens"] = _audio_lengths(sample) if "audio_seqlens" in own else None
-    given["seq_lengths"] = _seq_lengths(spec, sample.get(_PACKED))
-    arguments = {name: value for name, value in given.items() if value is not None}
-    # All of them belong to the one row; custom rules need to be told, to name the span in errors.
-    counts = {
-        name: [len(arguments[of])]
-        for name, sources in _COUNTED.items()
-        for of in sources
-        if name in own and np.ndim(arguments.get(of, 0))
-    }
-    return arguments | counts
-
-
-def _as_row(name: str, column: Any) -> npt.NDArray[Any] | None:
-    """Return the token column of a row, (n,), as that of a batch of one, (1, n)."""
-    if column is None:
-        return None
-    array = as_array(name, column, "a number for each token")
-    if array.ndim != 1:
-        raise MRopeError(f"{name} must be (n,) or (1, n), not {array.shape}")
-    return array[None]
-
-
-def _seconds(sample: Mapping[str, Any]) -> Any:
-    given = {name: sample[name] for name in SECONDS if sample.get(name) is not None}
-    if len(given) == 2 and not np.array_equal(*given.values()):
-        raise MRopeError(f"{' and '.join(given)} are both present and differ")
-    return next(iter(given.values()), None)
-
-
-def _audio_lengths(sample: Mapping[str, Any]) -> npt.NDArray[Any] | None:
-    """Return the mel frames of each audio, (audios,)."""
-    lengths, mask = (sample.get(name) for name in _AUDIO)
-    if mask is not None:
-        # As in the collator: the models compute lengths from this mask, whatever else is given.
-        return np.atleast_1d(as_array("feature_attention_mask", mask, "mel frames").sum(axis=-1))
-    return None if lengths is None else np.atleast_1d(as_array("audio_seqlens", lengths, "frames"))
-
-
-def _seq_lengths(spec: MRopeSpec, lengths: Any) -> list[Any] | None:
-    if lengths is None:
-        return None
-    if spec.family_row.custom_index is None:
-        return [np.ravel(lengths)]
-    # The custom rules would compute positions as of one example, without an error.
-    if np.size(lengths) > 1:
-        raise MRopeError(
-            f"the row holds {np.size(lengths)} examples (seq_lengths), but rows of {spec.family} "
-            "must hold one"
-        )
-    return None
-
-
-def _count_patches(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Return patches, segments and pairs of patches of a row."""
-    grids = [as_grid(name, arguments.get(name)) for name in GRIDS]
-    crops = [
-        as_integers(name, arguments[name], "height and width in patches").astype(np.int64)
-        for name in CROPS
-        if name in arguments
-    ]
-    # A crop is a frame of its own.
-    grids += [np.insert(crop, 0, 1, axis=1) for crop in crops if crop.size]
-    frame_G, height_G, width_G = np.concatenate(grids).T
-    area_G = height_G * width_G
-    return int(frame_G @ area_G), int(frame_G.sum()), int(frame_G @ area_G**2)
+    batch = batch_of_row(row)
+    rows = Rows([batch], batch["input_ids"])
+    inputs = read_inputs(spec, batch, rows, spec.family_row.packs)
+    number(spec, locate(spec, inputs))
+    check_pixels(spec, batch, rows, inputs)
+    size = measure(inputs)
+    return size.tokens, size.patches, size.segments, size.patch_pairs
 
 
 def _of_dataset(
@@ -282,7 +184,7 @@ def _of_dataset(
         )
     # The batch's row is always 0 and would mislead; the copy keeps the error's other attributes.
     named = copy.copy(error)
-    named.args = (f"{where}: {str(error).removeprefix('row 0, ').removeprefix('row 0: ')}",)
+    named.args = (f"{where}: {_OF_ROW_0.sub('', str(error))}",)
     if isinstance(named, SpanMismatchError):
         named.row = row if place is None else place
     return named

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from mrope.spec.references import REFERENCES
 
@@ -18,37 +18,26 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class Tower:
-    """Inputs of a family's vision tower beside pixels: see `mrope.towers.vision`.
+    """Inputs of a family's vision tower beside pixels.
 
     Attributes:
+        tensors: keys of `mrope.towers.PRODUCTS`: what the tower, or an attached model behind it,
+            reads. A tensor that needs a value of the config (the side of a window or of the table)
+            is left out of a `VisionSpec` without that value.
+        sizes: what is computed from. "grids": of images and clips. "crops": height and width of
+            each crop, in place of grids (MiniCPM-V). "without_last": without the last grid of each
+            row, of an image that is to be drawn and has no pixels (GLM-Image). "merged_in_batch":
+            grids, and by how many patches they are merged stands in the batch, not in the config
+            (VideoLLaMA 3).
         videos: the tower takes videos too, not only images.
-        positions: the tower takes row and column of each patch.
-        windows: most layers attend within square windows (Qwen2.5-VL).
-        table: learned positions, a square table, are interpolated to each frame's size (Qwen3-VL
-            and its kin).
-        raster: patches are in raster order over the whole frame, not in merged blocks, and the
-            table is aligned with the frame by outer edges instead of corner centres (PaddleOCR-VL).
-        host_grids: the tower reads its grids on the host, whatever else it is given: an attached
-            model takes them from a list in the batch.
-        draws_last: the last grid of each row is of an image that is to be drawn, and has no pixels
-            (GLM-Image).
-        merges_in_batch: by how many patches along each side images and videos are merged stands in
-            the batch, not in the config (VideoLLaMA 3).
-        crops: images and frames are cut into crops, whose sizes stand in the batch in place of
-            grids (MiniCPM-V).
-        pairs: behind the tower, frames of a clip are merged in pairs (ERNIE-4.5-VL).
+        patch: how the pixels of a patch lie: "flat", in one axis, or as an "image", (channels,
+            side, side).
     """
 
+    tensors: tuple[str, ...] = ("borders", "positions", "windows", "table")
+    sizes: Literal["grids", "crops", "without_last", "merged_in_batch"] = "grids"
     videos: bool = True
-    positions: bool = True
-    windows: bool = False
-    table: bool = False
-    raster: bool = False
-    host_grids: bool = False
-    draws_last: bool = False
-    merges_in_batch: bool = False
-    crops: bool = False
-    pairs: bool = False
+    patch: Literal["flat", "image"] = "flat"
 
 
 class ConfigValue(NamedTuple):
@@ -135,7 +124,11 @@ class Family:
 # transformers 4.57 has some of these families too, with other functions, which were not compared.
 _SINCE_5_6 = ("transformers-5.17", "transformers-5.23")
 
-_INTERPOLATED = Tower(table=True)
+_ROTARY = Tower(("borders", "positions"))
+_WINDOWED = Tower(("borders", "positions", "windows"))
+_INTERPOLATED = Tower(("borders", "positions", "table"))
+# The tower reads its grids on the host, whatever else it is given.
+_ON_HOST = Tower(("borders", "positions", "host_grids"))
 
 _COUNTS = ("images_per_sample", "videos_per_sample")
 
@@ -151,7 +144,7 @@ _GLM = Family(
     references=_SINCE_5_6,
     start_keys=("image_start_token_id",),
     extra=_tokens("video_start_token_id", "video_end_token_id"),
-    tower=Tower(),
+    tower=_ROTARY,
 )
 
 _AUDIO = ("second_per_grid_ts", "audio_seqlens", "use_audio_in_video", "audios_per_sample")
@@ -178,8 +171,8 @@ _SECTIONS = "text_config.rope_parameters|rope_scaling.mrope_section|xdrope_secti
 
 
 FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family(tower=Tower()),
-    "qwen2_5_vl": Family(timed=True, tower=Tower(windows=True)),
+    "qwen2_vl": Family(tower=_ROTARY),
+    "qwen2_5_vl": Family(timed=True, tower=_WINDOWED),
     "qwen3_vl": Family(frames_apart=True, tower=_INTERPOLATED),
     "qwen3_vl_moe": Family(frames_apart=True, tower=_INTERPOLATED),
     "qwen3_5": Family(frames_apart=True, tower=_INTERPOLATED),
@@ -201,24 +194,26 @@ FAMILIES: dict[str, Family] = {
         references=_SINCE_5_6,
         start_keys=("image_start_token_id",),
         extra=(ConfigValue("temporal_merge_size", "vision_config.temporal_merge_size", 2),),
-        tower=Tower(pairs=True),
+        tower=Tower(("borders", "positions", "pairs")),
     ),
     "paddleocr_vl": Family(
         references=_SINCE_5_6,
-        tower=Tower(videos=False, table=True, raster=True),
+        tower=Tower(
+            ("borders", "raster_positions", "raster_table", "blocks"), videos=False, patch="image"
+        ),
     ),
     "cohere_compass": Family(frames_apart=True, references=_SINCE_5_6, tower=_INTERPOLATED),
     "cosmos3_omni": Family(frames_apart=True, references=_SINCE_5_6, tower=_INTERPOLATED),
     "cosmos3_edge": Family(
         frames_apart=True,
         references=_SINCE_5_6,
-        tower=Tower(positions=False, host_grids=True),
+        tower=Tower(("borders", "host_grids")),
     ),
     "qwen2_5_omni_thinker": replace(
         _OMNI,
         custom_index="omni_2_5",
         extra=(*_OMNI_VALUES, ConfigValue("seconds_per_chunk", "seconds_per_chunk", 2)),
-        tower=Tower(windows=True),
+        tower=_WINDOWED,
     ),
     # 4.57 counts audio tokens correctly only for n_window = 50.
     "qwen3_omni_moe_thinker": replace(
@@ -236,7 +231,9 @@ FAMILIES: dict[str, Family] = {
         video_keys=(),
         start_keys=("image_start_token_id",),
         extra=(ConfigValue("image_end_token_id", "image_end_token_id", 103),),
-        tower=Tower(videos=False, draws_last=True),
+        tower=Tower(
+            ("borders", "positions", "source_grids", "host_grids"), "without_last", videos=False
+        ),
     ),
     "hunyuan_vl": Family(
         custom_index="hunyuan",
@@ -247,7 +244,7 @@ FAMILIES: dict[str, Family] = {
         video_keys=(),
         start_keys=(),
         extra=(ConfigValue("axes", _SECTIONS, [2, 2, 2, 2]),),
-        tower=Tower(videos=False, positions=False, host_grids=True),
+        tower=Tower(("borders", "host_grids"), videos=False),
     ),
     "minicpmv4_7": Family(
         custom_index="minicpm",
@@ -257,7 +254,7 @@ FAMILIES: dict[str, Family] = {
         references=("transformers-5.23",),
         start_keys=("image_start_id",),
         extra=_tokens("image_end_id", "slice_start_id", "slice_end_id", "newline_id"),
-        tower=Tower(crops=True),
+        tower=Tower(("borders", "nearest", "crop_windows", "crop_blocks"), "crops"),
     ),
     # transformers 5.24 is the first release that has it.
     "hy_v4_vl": Family(
@@ -266,7 +263,7 @@ FAMILIES: dict[str, Family] = {
         packs=False,
         references=("transformers-5.23",),
         start_keys=(),
-        tower=Tower(positions=False, host_grids=True),
+        tower=Tower(("borders", "host_grids")),
     ),
     "KeyeVL": replace(_SERVED, source="vLLM, keye.py (cab63df)"),
     "KeyeVL1_5": replace(_SERVED, source="vLLM, keye_vl1_5.py (03c11e7)"),
@@ -289,21 +286,23 @@ _PLAIN = Family(
     packs=False,
     references=("transformers-5.23",),
     start_keys=(),
-    tower=Tower(),
+    tower=_ROTARY,
 )
 
 ONE_DIMENSIONAL: dict[str, Family] = {
     "dots3_note": _PLAIN,
-    "exaone4_5": replace(_PLAIN, tower=Tower(windows=True)),
+    "exaone4_5": replace(_PLAIN, tower=_WINDOWED),
     "glm5_next": replace(_GLM, one_dimensional=True, packs=False, references=_PLAIN.references),
-    "hyperclovax_vision_v2": replace(_PLAIN, tower=Tower(windows=True)),
-    "lfm3_vl": replace(_PLAIN, frames_apart=True, tower=Tower(host_grids=True)),
+    "hyperclovax_vision_v2": replace(_PLAIN, tower=_WINDOWED),
+    "lfm3_vl": replace(
+        _PLAIN, frames_apart=True, tower=Tower(("borders", "positions", "host_grids"))
+    ),
     "video_llama_3": replace(
         _PLAIN,
         custom_index="counted",
         merge_keys=(),
         inputs=("image_merge_sizes", "video_merge_sizes", "video_compression_mask"),
-        tower=Tower(host_grids=True, merges_in_batch=True),
+        tower=replace(_ON_HOST, sizes="merged_in_batch"),
     ),
 }
 """Vision-language models with 1-D positions, as they are in transformers 5.24.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import as_integers
+from mrope.arrays import as_integers, borders, starts, within
 from mrope.errors import MRopeError
 from mrope.spec.model_config import read_int, read_model, read_tower
 from mrope.spec.references import AUDIO_READ_SINCE, as_release, installed_transformers
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     import torch
 
 Int64Array = npt.NDArray[np.int64]
-Int32Array = npt.NDArray[np.int32]
 
 # Qwen3-Omni's code has this constant for every `n_window`; it is right for 50, the released value.
 _TOKENS_OF_FULL_CHUNK = 13
@@ -149,7 +148,7 @@ def audio_tensors(
     tokens_C = _convolved(spec, chunk_C)
     windows_W = tokens_C if spec.chunks_attended is None else _windows(spec, frames_N, tokens_C)
     tensors: dict[str, npt.NDArray[Any] | int] = {
-        "cu_seqlens": _borders(windows_W),
+        "cu_seqlens": borders(windows_W, np.int32),
         "max_seqlen": int(windows_W.max()),
         "valid_indices": valid_indices(tokens_C),
         "chunk_lengths": chunk_C,
@@ -235,7 +234,7 @@ def valid_indices(tokens_C: Int64Array) -> Int64Array:
     """
     longest = int(tokens_C.max())
     place_C = np.arange(len(tokens_C)) * longest
-    indices: Int64Array = place_C.repeat(tokens_C) + _count_within(tokens_C)
+    indices: Int64Array = place_C.repeat(tokens_C) + within(tokens_C)
     return indices
 
 
@@ -249,8 +248,7 @@ def pool_indices(tokens_N: Int64Array) -> Int64Array:
         [0, 2, 5]
     """
     pairs_N = tokens_N // 2
-    start_N = tokens_N.cumsum() - tokens_N
-    indices: Int64Array = start_N.repeat(pairs_N) + 2 * _count_within(pairs_N)
+    indices: Int64Array = starts(tokens_N).repeat(pairs_N) + 2 * within(pairs_N)
     return indices
 
 
@@ -276,18 +274,6 @@ def _windows(spec: AudioSpec, frames_N: Int64Array, tokens_C: Int64Array) -> Int
     windows_W = np.full(windows_N.sum(), window, np.int64)
     windows_W[windows_N.cumsum() - 1] = tokens_N - window * (windows_N - 1)
     return windows_W
-
-
-def _count_within(counts: Int64Array) -> Int64Array:
-    """Compute the index within each group: counts [3, 0, 2] give [0, 1, 2, 0, 1]."""
-    within: Int64Array = np.arange(counts.sum()) - (counts.cumsum() - counts).repeat(counts)
-    return within
-
-
-def _borders(lengths: Int64Array) -> Int32Array:
-    borders = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(lengths, out=borders[1:], dtype=np.int32)
-    return borders
 
 
 def _as_lengths(audio_seqlens: npt.ArrayLike | None) -> Int64Array:

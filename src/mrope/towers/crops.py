@@ -11,64 +11,55 @@ Shape suffixes: N crops, P patches of all crops, L patches along an axis.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mrope.towers.vision import block_index, frame_borders, window_order
+from mrope.towers.vision import block_index
 
 Int64Array = npt.NDArray[np.int64]
 
-# Patches along each side of a window, and of what the merger makes a token of.
-_SIDE = 2
+SIDE = 2
+"""Patches along each side of a window, and of what the merger makes a token of."""
 
 
-def crop_tensors(
-    side: int, size_N2: npt.ArrayLike, merges_windows: bool
-) -> dict[str, npt.NDArray[Any] | int]:
-    """Compute what the tower and the merger behind it derive from the sizes.
+def merges_windows(merge: int) -> bool:
+    """Whether the tower merges windows within its layers: it does unless tokens are 2 x 2 patches.
+
+    Args:
+        merge: patches along each side that share a token, 2 or 4.
+    """
+    return merge == SIDE**2
+
+
+def nearest_positions(side: int, size_N3: Int64Array) -> Int64Array:
+    """Compute the learned position that is nearest to each patch, int64 (P,).
 
     Args:
         side: learned positions along each side of the tower's table.
-        size_N2: (N, 2) height and width of each crop in patches, multiples of 2, and of 4 with
-            `merges_windows`.
-        merges_windows: whether the tower merges windows of 2 x 2 patches within its layers, as it
-            does unless `downsample_mode` is "4x".
-
-    Returns:
-        - `cu_seqlens` int32 (N + 1,), `max_seqlen` int: the crops, in patches.
-        - `position_ids` int64 (P,): the learned position of each patch.
-        - with `merges_windows`: `window_index` int64 (P,), patches in the order of windows,
-          `cu_window_seqlens` int32 (windows + 1,) and `max_window_seqlen` int.
-        - `block_index` int64: the order in which the merger takes what the tower returns.
 
     Example:
-        >>> tensors = crop_tensors(4, [[2, 4]], False)
-        >>> tensors["position_ids"].tolist(), tensors["block_index"].tolist()
-        ([0, 1, 2, 3, 8, 9, 10, 11], [0, 1, 4, 5, 2, 3, 6, 7])
+        >>> nearest_positions(4, np.array([[1, 2, 4]])).tolist()
+        [0, 1, 2, 3, 8, 9, 10, 11]
     """
-    sizes = np.asarray(size_N2, np.int64)
-    grid_N3 = np.concatenate((np.ones_like(sizes[:, :1]), sizes), axis=1)
-    tensors: dict[str, npt.NDArray[Any] | int] = {
-        "cu_seqlens": frame_borders(grid_N3),
-        "max_seqlen": int(sizes.prod(axis=1).max()),
-        "position_ids": np.concatenate([_nearest(side, *size) for size in sizes.tolist()]),
-    }
-    if merges_windows:
-        order_P, borders = window_order(grid_N3, 1, _SIDE)
-        tensors["window_index"], tensors["cu_window_seqlens"] = order_P, borders
-        tensors["max_window_seqlen"] = _SIDE**2
-        # A window is one place of what the tower returns.
-        grid_N3[:, 1:] //= _SIDE
-    tensors["block_index"] = block_index(grid_N3, _SIDE)
-    return tensors
+    parts = []
+    for height, width in size_N3[:, 1:].tolist():
+        rows_L, columns_L = _buckets(side, height), _buckets(side, width)
+        parts.append((rows_L[:, None] * side + columns_L).ravel())
+    return np.concatenate(parts)
 
 
-def _nearest(side: int, height: int, width: int) -> Int64Array:
-    rows_L, columns_L = (_buckets(side, length) for length in (height, width))
-    return (rows_L[:, None] * side + columns_L).ravel()
+def crop_block_index(size_N3: Int64Array, merge: int) -> Int64Array:
+    """Compute the order in which the merger takes what the tower returns, int64.
+
+    Example:
+        >>> crop_block_index(np.array([[1, 2, 4]]), 2).tolist()
+        [0, 1, 4, 5, 2, 3, 6, 7]
+    """
+    # A merged window is one place of what the tower returns.
+    places_N3 = size_N3 // [1, SIDE, SIDE] if merges_windows(merge) else size_N3
+    return block_index(places_N3, SIDE)
 
 
 @lru_cache(maxsize=1024)

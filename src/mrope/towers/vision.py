@@ -4,8 +4,8 @@ All tensors are functions of `*_grid_thw` and of a few values of the config. Apa
 what a frame contributes depends only on its height and width, so each distinct size is computed
 once and cached, and a batch is a concatenation.
 
-Source: `transformers.vision_utils` 5.23. Functions for a single tensor require grids as
-`vision_tensors` checks them: int64 (N, 3), at least one row.
+Source: `transformers.vision_utils` 5.23. Functions require grids as `as_sizes` checks them, with at
+least one row; `mrope.towers.products` says which tower takes which tensors.
 
 Shape suffixes: N grids, F frames of all grids, P patches of all frames, M merged tokens of all
 frames, W attention windows, L positions along an axis. Within one frame: h, w patches.
@@ -20,77 +20,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import as_grid
+from mrope.arrays import as_grid, borders, starts, within
 from mrope.errors import MRopeError
 from mrope.towers.frame_cache import FRAME_CACHE, Piece
-from mrope.towers.vision_spec import VisionSpec
 
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
-
-
-def vision_tensors(
-    spec: VisionSpec, grid_thw: npt.ArrayLike | None
-) -> dict[str, npt.NDArray[Any] | int]:
-    """Compute every input of a vision tower beside its pixels.
-
-    Args:
-        spec: the tower's values.
-        grid_thw: (N, 3) integers: frames, height and width in patches of each image, or of each
-            video, in the order of their pixels. None or no rows: no tensors, as the model does not
-            call the tower either.
-
-    Returns:
-        The tensors under the tower's own names, `spec.keys`; empty without grids. P is the sum of
-        t * h * w, M is P / spatial_merge_size ** 2.
-
-        - `cu_seqlens` int32 (frames + 1,), `max_seqlen` int: see `frame_borders`.
-        - `position_ids` int64 (P, 2): see `patch_positions`.
-        - `window_index` int64 (M,), `cu_window_seqlens` int32 (windows + 1,), `max_window_seqlen`
-          int: see `window_order`; with `spec.window_side`.
-        - `interp_indices` int64 (P, 4), `interp_weights` float32 (P, 4): see `table_taps`; with
-          `spec.table_side`.
-
-        The arrays are writable and never shared with the cache. Values, dtypes and shapes equal
-        those of `transformers.vision_utils` 5.23, bit for bit.
-
-    Raises:
-        MRopeError: grids of a wrong shape or dtype, sizes below 1 or not divisible by the merge, or
-            a tower of MiniCPM-V, which takes no grids.
-
-    Example:
-        >>> tensors = vision_tensors(VisionSpec(spatial_merge_size=2), [[1, 2, 4]])
-        >>> tensors["position_ids"].tolist()
-        [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
-        >>> tensors["cu_seqlens"].tolist(), tensors["max_seqlen"]
-        ([0, 8], 8)
-    """
-    if spec.crops:
-        raise MRopeError("this tower takes crops, which have sizes and no grids: see crop_tensors")
-    grid_N3 = _as_grids(grid_thw, spec.spatial_merge_size)
-    if not len(grid_N3):
-        return {}
-    borders_F1 = frame_borders(grid_N3)
-    tensors: dict[str, npt.NDArray[Any] | int] = {
-        "cu_seqlens": borders_F1,
-        "max_seqlen": _longest(borders_F1),
-    }
-    # A block of one patch is raster order.
-    block = 1 if spec.raster else spec.spatial_merge_size
-    if spec.positions:
-        tensors["position_ids"] = patch_positions(grid_N3, block)
-    if spec.window_side is not None:
-        order_M, borders_W1 = window_order(grid_N3, spec.spatial_merge_size, spec.window_side)
-        tensors["window_index"] = order_M
-        tensors["cu_window_seqlens"] = borders_W1
-        tensors["max_window_seqlen"] = _longest(borders_W1)
-    if spec.table_side is not None:
-        corners = not spec.raster
-        indices_P4, weights_P4 = table_taps(grid_N3, block, spec.table_side, corners)
-        tensors["interp_indices"] = indices_P4
-        tensors["interp_weights"] = weights_P4
-    return tensors
 
 
 def frame_borders(grid_N3: Int64Array) -> Int32Array:
@@ -100,7 +36,7 @@ def frame_borders(grid_N3: Int64Array) -> Int32Array:
         >>> frame_borders(np.array([[3, 2, 2]])).tolist()
         [0, 4, 8, 12]
     """
-    return _borders((grid_N3[:, 1] * grid_N3[:, 2]).repeat(grid_N3[:, 0]))
+    return borders((grid_N3[:, 1] * grid_N3[:, 2]).repeat(grid_N3[:, 0]), np.int32)
 
 
 def patch_positions(grid_N3: Int64Array, merge: int) -> Int64Array:
@@ -119,11 +55,11 @@ def block_index(grid_thw: npt.ArrayLike, merge: int) -> Int64Array:
         >>> block_index([[1, 2, 4]], 2).tolist()
         [0, 1, 4, 5, 2, 3, 6, 7]
     """
-    grid_N3 = _as_grids(grid_thw, merge)
+    grid_N3 = as_sizes(grid_thw, merge)
     size_F = (grid_N3[:, 1] * grid_N3[:, 2]).repeat(grid_N3[:, 0])
     row_P, column_P = patch_positions(grid_N3, merge).T
     width_P = grid_N3[:, 2].repeat(grid_N3[:, 0]).repeat(size_F)
-    index_P: Int64Array = row_P * width_P + column_P + (size_F.cumsum() - size_F).repeat(size_F)
+    index_P: Int64Array = row_P * width_P + column_P + starts(size_F).repeat(size_F)
     return index_P
 
 
@@ -137,14 +73,14 @@ def pair_index(grid_thw: npt.ArrayLike, merge: int) -> Int64Array:
         >>> pair_index([[2, 2, 4], [1, 2, 2]], 2).tolist()
         [[0, 1, 4], [2, 3, 4]]
     """
-    grid_N3 = _as_grids(grid_thw, merge)
+    grid_N3 = as_sizes(grid_thw, merge)
     frames_N = grid_N3[:, 0]
     size_F = (grid_N3[:, 1] * grid_N3[:, 2] // merge**2).repeat(frames_N)
-    ordinal_F = np.arange(len(size_F)) - (frames_N.cumsum() - frames_N).repeat(frames_N)
+    ordinal_F = within(frames_N)
     alone_F = (frames_N == 1).repeat(frames_N)
     leads_F = alone_F | ((ordinal_F % 2 == 0) & (ordinal_F + 1 < frames_N.repeat(frames_N)))
     size_L = size_F[leads_F]
-    start_L = (size_F.cumsum() - size_F)[leads_F] - (size_L.cumsum() - size_L)
+    start_L = starts(size_F)[leads_F] - starts(size_L)
     first_M = start_L.repeat(size_L) + np.arange(size_L.sum())
     partner_M = np.where(alone_F[leads_F], 0, size_L).repeat(size_L)
     return np.stack((first_M, first_M + partner_M))
@@ -163,8 +99,8 @@ def window_order(grid_N3: Int64Array, merge: int, side: int) -> tuple[Int64Array
     order_M, lengths_W = _join(_windows, grid_N3, merge, side)
     tokens_F = (grid_N3[:, 1] * grid_N3[:, 2]).repeat(grid_N3[:, 0]) // merge**2
     # In place: `_join` concatenates, so this never writes into a cached piece.
-    order_M += (tokens_F.cumsum() - tokens_F).repeat(tokens_F)
-    return order_M, _borders(lengths_W)
+    order_M += starts(tokens_F).repeat(tokens_F)
+    return order_M, borders(lengths_W, np.int32)
 
 
 def table_taps(
@@ -184,7 +120,12 @@ def table_taps(
     return indices_P4, weights_P4
 
 
-def _as_grids(grid_thw: npt.ArrayLike | None, merge: int) -> Int64Array:
+def as_sizes(grid_thw: npt.ArrayLike | None, merge: int) -> Int64Array:
+    """Check grids: int64 (N, 3), sizes at least 1, heights and widths multiples of the merge.
+
+    Raises:
+        MRopeError: they are not.
+    """
     grid_N3 = as_grid("grid_thw", grid_thw)
     wrong_N = (grid_N3 < 1).any(axis=1) | (grid_N3[:, 1:] % merge != 0).any(axis=1)
     if wrong_N.any():
@@ -205,16 +146,6 @@ def _join(build: Callable[..., Piece], grid_N3: Int64Array, *options: int) -> Pi
     pieces = {size: FRAME_CACHE.recall(build, *size, *options) for size in set(sizes)}
     of_frames = chain.from_iterable(map(repeat, map(pieces.__getitem__, sizes), frames))
     return tuple(map(np.concatenate, zip(*of_frames, strict=True)))
-
-
-def _borders(lengths: npt.NDArray[Any]) -> Int32Array:
-    borders = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(lengths, out=borders[1:], dtype=np.int32)
-    return borders
-
-
-def _longest(borders: Int32Array) -> int:
-    return int(np.diff(borders).max())
 
 
 def _positions(height: int, width: int, merge: int) -> Piece:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mrope.errors import MRopeError
 from mrope.spec.families import FAMILIES, ONE_DIMENSIONAL, Tower, find_family
 from mrope.spec.model_config import read_int, read_model, read_tower
 from mrope.spec.references import VISION_READ_SINCE, as_release, installed_transformers
+from mrope.towers.products import PRODUCTS, products_of
 
 # Names of one value in the configs of different families.
 _CHANNELS = ("in_channels", "in_chans", "num_channels")
@@ -24,25 +25,15 @@ class VisionSpec:
         spatial_merge_size: patches along each side that are merged into one token.
         window_side: merged tokens along each side of an attention window; None: no windows.
         table_side: learned positions along each side of the tower's table; None: no table.
-        positions: the tower takes row and column of each patch.
-        videos: the tower takes videos.
-        raster, draws_last, host_grids, merges_in_batch, crops, pairs: see
-            `mrope.spec.families.Tower`.
         patch_shape: shape of a patch in `pixel_values`; None: the config does not say.
+        tower: the family's row; by default, every tensor whose value above is given.
     """
 
     spatial_merge_size: int
     window_side: int | None = None
     table_side: int | None = None
-    positions: bool = True
-    videos: bool = True
-    raster: bool = False
     patch_shape: tuple[int, ...] | None = None
-    host_grids: bool = False
-    draws_last: bool = False
-    merges_in_batch: bool = False
-    crops: bool = False
-    pairs: bool = False
+    tower: Tower = field(default_factory=Tower)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> VisionSpec:
@@ -69,36 +60,24 @@ class VisionSpec:
         family, tower = _find_tower(name)
         vision, where = read_tower(table, "vision_config", name, family)
         merge = _read_merge(vision, where, tower, table)
+        reads = {PRODUCTS[tensor].needs for tensor in tower.tensors}
         return cls(
-            spatial_merge_size=merge,
-            window_side=_read_window_side(vision, where, merge) if tower.windows else None,
-            table_side=_read_table_side(vision, where, tower)
-            if tower.table or tower.crops
-            else None,
-            positions=tower.positions,
-            videos=tower.videos,
-            raster=tower.raster,
-            patch_shape=_read_patch_shape(vision, where, tower),
-            host_grids=tower.host_grids,
-            draws_last=tower.draws_last,
-            merges_in_batch=tower.merges_in_batch,
-            crops=tower.crops,
-            pairs=tower.pairs,
+            merge,
+            _read_window_side(vision, where, merge) if "window_side" in reads else None,
+            _read_table_side(vision, where, tower) if "table_side" in reads else None,
+            _read_patch_shape(vision, where, tower),
+            tower,
         )
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Names of the tower's tensors, without the prefix `image_` or `video_`."""
-        keys: tuple[str, ...] = ("cu_seqlens", "max_seqlen")
-        if self.positions:
-            keys += ("position_ids",)
-        if self.crops:
-            return (*keys, "window_index", "cu_window_seqlens", "max_window_seqlen")
-        if self.window_side is not None:
-            keys += ("window_index", "cu_window_seqlens", "max_window_seqlen")
-        if self.table_side is not None:
-            keys += ("interp_indices", "interp_weights")
-        return keys
+        """Names of the tower's own tensors, without the prefix `image_` or `video_`.
+
+        Example:
+            >>> VisionSpec(2, table_side=48).keys
+            ('cu_seqlens', 'max_seqlen', 'position_ids', 'interp_indices', 'interp_weights')
+        """
+        return tuple(key for one in products_of(self) if one.own for key in one.keys)
 
 
 def check_release(spec: VisionSpec, version: str | None = None) -> None:
@@ -131,9 +110,11 @@ def check_release(spec: VisionSpec, version: str | None = None) -> None:
 def _read_merge(
     vision: Mapping[str, Any], where: str, tower: Tower, table: Mapping[str, Any]
 ) -> int:
-    if tower.crops:
+    if tower.sizes == "crops":
         return 2 if table.get("downsample_mode") == "4x" else 4
-    return 1 if tower.merges_in_batch else read_int(vision, ("spatial_merge_size",), where, 1)
+    if tower.sizes == "merged_in_batch":
+        return 1
+    return read_int(vision, ("spatial_merge_size",), where, 1)
 
 
 def _read_window_side(vision: Mapping[str, Any], where: str, merge: int) -> int:
@@ -151,12 +132,12 @@ def _read_window_side(vision: Mapping[str, Any], where: str, merge: int) -> int:
 def _read_patch_shape(
     vision: Mapping[str, Any], where: str, tower: Tower
 ) -> tuple[int, ...] | None:
-    """Return (channels * frames * side * side,), or (channels, side, side) for towers of images."""
+    """Return (channels * frames * side * side,), or (channels, side, side)."""
     if vision.get("patch_size") is None:
         return None
     side = read_int(vision, ("patch_size",), where, 1)
     channels = next((vision[key] for key in _CHANNELS if vision.get(key) is not None), 3)
-    if not tower.videos:
+    if tower.patch == "image":
         return (int(channels), side, side)
     # The patches of ERNIE and Cosmos3-Edge, whose classes have no such key, hold one frame.
     frames = vision.get("temporal_patch_size") or 1
@@ -168,7 +149,7 @@ def _read_table_side(vision: Mapping[str, Any], where: str, tower: Tower) -> int
 
     A table in raster order has one entry per patch of the training image size.
     """
-    if tower.raster or tower.crops:
+    if not {"raster_table", "nearest"}.isdisjoint(tower.tensors):
         image, patch = (read_int(vision, (key,), where, 1) for key in ("image_size", "patch_size"))
         return image // patch
     # A square table: the config holds the number of its entries.

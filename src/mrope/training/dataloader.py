@@ -17,8 +17,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from mrope.collate.collator import Collate, MRopeCollator
-from mrope.collate.samples import CROPS, GRIDS, PIXELS
+from mrope.collate.samples import PIXELS
 from mrope.collate.skip_bad import Indexed
+from mrope.columns import COLUMNS, columns
 from mrope.errors import MRopeError
 from mrope.positions.spans import token_types
 from mrope.prepare.sampler import TokenBudgetSampler
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from mrope.training.sections import Config, DataSection
 
 _DEMO_ROWS = 80
+GRIDS = tuple(name for name in columns("item", means="size") if COLUMNS[name].sides == 3)
+CROPS = tuple(name for name in columns("item", means="size") if COLUMNS[name].sides == 2)
 _COLUMNS = ("input_ids", "attention_mask", "labels", "mm_token_type_ids", *PIXELS, *GRIDS)
 _SECONDS, _EXPERT_TYPES = "second_per_grid_ts", "moe_mm_token_type_ids"
 
@@ -343,7 +346,7 @@ def _tokenized(table: datasets.Dataset, spec: MRopeSpec) -> datasets.Dataset:
         raise MRopeError(
             "data.source: the dataset has input_ids but no labels, so there is no loss"
         )
-    crops = spec.family_row.tower is not None and spec.family_row.tower.crops
+    crops = spec.family_row.tower is not None and spec.family_row.tower.sizes == "crops"
     # Checked here, once: the collator would raise the same for every row.
     for pixels, grid in zip(PIXELS, CROPS if crops else GRIDS, strict=True):
         if (pixels in names) != (grid in names):
@@ -362,7 +365,7 @@ def model_columns(spec: MRopeSpec) -> tuple[str, ...]:
     own = [name for name in row.inputs if not name.endswith("_per_sample")]
     if row.timed:
         own.append(_SECONDS)
-    if row.tower is not None and row.tower.pairs:
+    if row.tower is not None and "pairs" in row.tower.tensors:
         # Without it ERNIE's forward sends images to the experts of text, without an error.
         own.append(_EXPERT_TYPES)
     return (*_COLUMNS, *own)

@@ -105,7 +105,7 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
             "mm_token_type_ids": types,
         }
         tower = self.spec.family_row.tower
-        if tower is not None and tower.pairs:
+        if tower is not None and "pairs" in tower.tensors:
             # ERNIE's experts for images and clips take the start markers too.
             starts = input_ids == self.spec.vision_start_token_id
             row["moe_mm_token_type_ids"] = types | starts
@@ -150,7 +150,7 @@ def patch_shape(spec: MRopeSpec, vision_config: Any) -> tuple[int, ...]:
     """
     side = vision_config.patch_size
     tower = spec.family_row.tower
-    if tower is not None and tower.raster:
+    if tower is not None and tower.patch == "image":
         return _CHANNELS, side, side
     return (_CHANNELS * getattr(vision_config, "temporal_patch_size", 1) * side**2,)
 

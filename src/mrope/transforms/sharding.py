@@ -17,18 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mrope.arrays import borders, starts
 from mrope.collate.layouts import BATCH_FIRST
-from mrope.collate.packing import is_column
+from mrope.collate.placement import Placement, token_columns
+from mrope.columns import COLUMNS, IGNORED_LABEL, MODALITIES, fill_of, tower_key
 from mrope.errors import MRopeError
 
 IntArray = npt.NDArray[np.int64]
 Scheme = Literal["contiguous", "zigzag"]
-
-_FILL = {"labels": -100, "shift_labels": -100}
-_MODALITIES = ("image", "video", "audio")
-# Read by attached models of `mrope.hf`, as is whatever ends with `_split_sizes`; valid for the
-# whole sequence only.
-_NOT_OF_A_PART = ("has_padding", "segment_sizes", "moe_text_index", "moe_vision_index")
 
 
 class _Plan(NamedTuple):
@@ -106,12 +102,9 @@ def shard_sequence(
     """
     _check(batch, rank, world_size, scheme)
     shape, flattened = np.shape(batch["input_ids"])[:2], "cu_seq_lens_q" in batch
-    columns = {name for name, value in batch.items() if is_column(name, value, shape)}
-    # An inner collate function may have left arrays or lists in a padded batch.
-    whole = {
-        name: torch.as_tensor(value) if name in columns else value for name, value in batch.items()
-    }
     fixed = "vision_feature_index" in batch
+    # An inner collate function may have left arrays or lists in a padded batch.
+    whole = {**batch, **token_columns(batch, shape)}
     if whole.get("labels") is not None:
         # Before cutting: the last token of a part predicts the first token of the next.
         whole["shift_labels"] = _next_labels(whole["labels"])
@@ -120,23 +113,22 @@ def shard_sequence(
         # shapes has no mask: it is on the right, where causal attention does not look.
         whole["attention_mask"] = torch.ones(shape, dtype=torch.int64)
     plan = _plan(whole, shape[1], rank, world_size, scheme)
-    fills = {**_FILL, "input_ids": pad_token_id}
-    part = {name: value for name, value in whole.items() if not _is_of_the_whole(name)}
-    for name, value in whole.items():
-        if is_column(name, value, shape):
-            part[name] = _cut(value, plan, fills.get(name, 0))
+    placement = _placement(plan, shape)
+    part = {name: value for name, value in whole.items() if _is_of_a_part(name)}
+    for name, column in token_columns(whole, shape).items():
+        part[name] = placement.put(column.flatten(0, 1), fill_of(name, pad_token_id))
     if whole["position_ids"].ndim == 3:  # 1-D ones, (B, S), are a column
         part["position_ids"] = _cut_positions(whole["position_ids"], plan, flattened)
     if flattened:
         part |= _borders(plan, world_size if scheme == "zigzag" else 1, _is_fixed_row(whole))
     if fixed:
-        index = whole["vision_feature_index"].view(shape)
         # Padding repeats an index: its mask is False, so that it may be any.
+        index = whole["vision_feature_index"].view(shape)
         source = torch.from_numpy(plan.source_L).clamp(min=0)
         part["vision_feature_index"] = index.index_select(1, source).flatten()
-    for modality in _MODALITIES:
-        if f"{modality}_scatter_index" in whole:
-            part |= _places(modality, whole, plan, shape[1])
+    for modality in MODALITIES:
+        if tower_key(modality, "scatter_index") in whole:
+            part |= _places(modality, whole, placement, shape)
     return part
 
 
@@ -154,7 +146,7 @@ def gather_sequence(
         includes the padding that made it divisible.
     """
     shape = tuple(parts[0]["input_ids"].shape[:2])
-    names = [name for name, value in parts[0].items() if is_column(name, value, shape)]
+    names = token_columns(parts[0], shape)
     whole = {name: torch.cat([part[name] for part in parts], dim=1) for name in names}
     whole["position_ids"] = torch.cat([part["position_ids"] for part in parts], dim=-1)
     if scheme == "contiguous":
@@ -169,9 +161,9 @@ def gather_sequence(
     }
 
 
-def _is_of_the_whole(name: str) -> bool:
-    """Whether a value of the batch says nothing of a part, and cannot be cut."""
-    return name in _NOT_OF_A_PART or name.endswith("_split_sizes")
+def _is_of_a_part(name: str) -> bool:
+    """Whether a value of the batch says something of a part too, whole or cut."""
+    return name not in COLUMNS or COLUMNS[name].of_part
 
 
 def _check(batch: Mapping[str, Any], rank: int, world_size: int, scheme: str) -> None:
@@ -191,7 +183,7 @@ def _check(batch: Mapping[str, Any], rank: int, world_size: int, scheme: str) ->
 
 def _next_labels(labels: torch.Tensor) -> torch.Tensor:
     """Return the label of each next token, (B, S); -100 at the end."""
-    return torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    return torch.nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
 
 
 def _plan(
@@ -215,7 +207,7 @@ def _plan(
     else:
         padded_D = length_D.copy()
         padded_D[-1] += tail
-    borders_D = np.concatenate(([0], padded_D.cumsum()))
+    borders_D = borders(padded_D)
     if scheme == "zigzag":
         place_L = _zigzag(borders_D, rank, world_size)
     else:
@@ -223,7 +215,7 @@ def _plan(
     segment_L = np.arange(len(padded_D)).repeat(padded_D)[place_L]
     within_L = place_L - borders_D[segment_L]
     last_L = np.minimum(within_L, length_D[segment_L] - 1)
-    source_L = (length_D.cumsum() - length_D)[segment_L] + last_L
+    source_L = starts(length_D)[segment_L] + last_L
     source_L[last_L < 0] = -1
     return _Plan(source_L, within_L - last_L, segment_L, borders_D)
 
@@ -275,11 +267,17 @@ def _zigzag(borders_D: IntArray, rank: int, world_size: int) -> IntArray:
     return place_L
 
 
-def _cut(column: torch.Tensor, plan: _Plan, fill: int) -> torch.Tensor:
-    """Select (B, L, ...) from a column (B, S, ...), with `fill` at padding."""
-    part = column.index_select(1, torch.from_numpy(plan.source_L).clamp(min=0))
-    part[:, torch.from_numpy(plan.beyond_L > 0)] = fill
-    return part
+def _placement(plan: _Plan, shape: tuple[int, ...]) -> Placement:
+    """Return where the tokens of the whole rows stand in the part's.
+
+    Rows of 4 tokens, rank 1 of 2 holds tokens 2 and 3 of each: of the whole, 2 3 6 7, which stand
+    at 0 1 2 3 in rows of 2.
+    """
+    rows, width = shape
+    real_K = (plan.beyond_L == 0).nonzero()[0]
+    row_B1 = np.arange(rows)[:, None]
+    kept, place = row_B1 * width + plan.source_L[real_K], row_B1 * len(plan.source_L) + real_K
+    return Placement(rows, len(plan.source_L), place.ravel(), kept.ravel())
 
 
 def _cut_positions(position_ids: torch.Tensor, plan: _Plan, flattened: bool) -> torch.Tensor:
@@ -313,23 +311,21 @@ def _borders(plan: _Plan, ranks: int, fixed: bool) -> dict[str, Any]:
 
 
 def _places(
-    modality: str, whole: Mapping[str, Any], plan: _Plan, width: int
+    modality: str, whole: Mapping[str, Any], placement: Placement, shape: tuple[int, ...]
 ) -> dict[str, torch.Tensor]:
     """Select the feature rows of the rank's tokens, and compute their indices among these tokens.
 
     Rows of 4 tokens, rank 1 of 2, features at the flat indices 1 2 6 7: the rank holds 2, 6 and 7,
     which are features 1 2 3; among its own rows of 2 tokens these are at 0 2 3.
     """
-    real = (plan.beyond_L == 0).nonzero()[0]
-    local_S = np.full(width, -1)
-    local_S[plan.source_L[real]] = real
-    row, place = np.divmod(whole[f"{modality}_scatter_index"].numpy(), width)
-    local = local_S[place]
-    feature = (local >= 0).nonzero()[0]
-    own = row[feature] * len(plan.source_L) + local[feature]
-    rows = torch.from_numpy(feature)
-    kept = whole.get(f"{modality}_feature_index")  # of VideoLLaMA 3, which leaves some rows out
+    scatter = whole[tower_key(modality, "scatter_index")].numpy()
+    # Feature rows are in the order of tokens.
+    feature_T = np.full(shape[0] * shape[1], -1)
+    feature_T[scatter] = np.arange(len(scatter))
+    kept_K = feature_T[placement.kept_K]
+    rows = torch.from_numpy(kept_K[kept_K >= 0])
+    kept = whole.get(tower_key(modality, "feature_index"))  # VideoLLaMA 3, which leaves some out
     return {
-        f"{modality}_scatter_index": torch.from_numpy(own),
-        f"{modality}_feature_index": rows if kept is None else kept[rows],
+        tower_key(modality, "scatter_index"): torch.from_numpy(placement.places(feature_T >= 0)),
+        tower_key(modality, "feature_index"): rows if kept is None else kept[rows],
     }

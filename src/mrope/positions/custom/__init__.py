@@ -1,32 +1,65 @@
-"""Position ids of families whose rule the kernel cannot compute: a function for each of them.
+"""Rules for families whose position ids differ in kind from the kernel's.
 
-A family names its function in `Family.custom_index`. Each takes a checked batch whose spans are not
-found yet (`Located.spans` is None), finds and checks them, and returns position ids and rope deltas
-of the whole batch.
+A rule numbers the tokens of a stream, as `mrope.positions.kernel` does for all other families. What
+stands at padding, and rope deltas, are computed once for all of them, by `rope_index`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
-from mrope.positions.custom.counted import counted_index
-from mrope.positions.custom.glm_image import glm_image_index
-from mrope.positions.custom.hunyuan import hunyuan_index
-from mrope.positions.custom.minicpm import minicpm_index
-from mrope.positions.custom.omni import omni_2_5_index, omni_3_index
+from mrope.positions.custom.counted import number_counted
+from mrope.positions.custom.glm_image import number_glm_image
+from mrope.positions.custom.hunyuan import number_hunyuan
+from mrope.positions.custom.minicpm import number_minicpm
+from mrope.positions.custom.omni import number_omni_2_5, number_omni_3
 from mrope.positions.located import Located
 from mrope.spec.spec import MRopeSpec
 
-CustomIndex = Callable[[MRopeSpec, Located], tuple[npt.NDArray[Any], npt.NDArray[Any]]]
+Array = npt.NDArray[Any]
 
-CUSTOM_INDICES: dict[str, CustomIndex] = {
-    "counted": counted_index,
-    "glm_image": glm_image_index,
-    "hunyuan": hunyuan_index,
-    "minicpm": minicpm_index,
-    "omni_2_5": omni_2_5_index,
-    "omni_3": omni_3_index,
+
+class Padding(NamedTuple):
+    """What stands at padding, and what of it counts in rope deltas.
+
+    Attributes:
+        fill: position written at padding.
+        fill_counts: the largest position of a row with padding includes that fill.
+        empty_end: the end of a row without a token, in place of its largest position + 1.
+        over_padded: a delta is over the padded length, in place of the row's own tokens.
+    """
+
+    fill: int
+    fill_counts: bool = False
+    empty_end: int = 0
+    over_padded: bool = False
+
+
+class Rule(NamedTuple):
+    """The rule of one or more families.
+
+    Attributes:
+        number: `(spec, located) -> (positions (A, T), ends (D,))`, see `rope_index.number`.
+        padding: of its batches.
+        text: of batches without images and clips; None: the same.
+    """
+
+    number: Callable[[MRopeSpec, Located], tuple[Array, Array]]
+    padding: Padding = Padding(0)
+    text: Padding | None = None
+
+
+# The thinkers' text branch takes the maximum over the fill at padding too.
+_OMNI_TEXT = Padding(1, fill_counts=True)
+
+RULES: dict[str, Rule] = {
+    "counted": Rule(number_counted),
+    "glm_image": Rule(number_glm_image, Padding(1)),
+    "hunyuan": Rule(number_hunyuan),
+    "minicpm": Rule(number_minicpm, Padding(0, empty_end=1)),
+    "omni_2_5": Rule(number_omni_2_5, Padding(1), _OMNI_TEXT),
+    "omni_3": Rule(number_omni_3, Padding(0), _OMNI_TEXT),
 }

@@ -6,7 +6,7 @@ what a frame's grid needs is known only for the whole batch.
 
 Source: `VideoLlama3Model.forward`, and its processors, transformers 5.24.
 
-Shape suffixes: B rows of the batch, S padded length, N grids.
+Shape suffixes: T tokens of the stream, D documents, N grids.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mrope.errors import MRopeError, SpanMismatchError
-from mrope.positions.inputs import BatchInputs
+from mrope.positions.inputs import Media
 from mrope.positions.located import Located
 from mrope.positions.stream import IMAGE, VIDEO
 from mrope.spec.spec import MRopeSpec
@@ -27,20 +27,23 @@ Array = npt.NDArray[Any]
 _CAUSE = "truncation, or sizes or a mask of another batch"
 
 
-def counted_index(_spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
-    """Compute position ids int64 (B, S), 0, 1, 2 ..., and deltas (B, 1), all 0.
+def number_counted(_spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
+    """Number the tokens of each document 0, 1, 2 ..., once they are as many as their features.
 
     Args:
-        located: the batch, with `image_merge_sizes` and `video_merge_sizes` (N,), and for videos
-            `video_compression_mask`, bool (tokens,), which of them are kept; None: all are.
+        located: the batch; its media have one merge size each, and clips may say which of their
+            features are kept.
+
+    Returns:
+        Positions (1, T) and ends (D,), int64.
 
     Raises:
         SpanMismatchError: more or fewer placeholders than features.
-        MRopeError: merge sizes that are missing, differ, or do not divide a grid.
+        MRopeError: merge sizes that do not divide a grid.
     """
     for modality, kind in (("image", IMAGE), ("video", VIDEO)):
         found = int(np.count_nonzero(located.kind_T == kind))
-        needed = _features(located.inputs, modality)
+        needed = _features(located.inputs.of(modality))
         if found != needed:
             raise SpanMismatchError(
                 f"the batch, row unknown: {found} {modality} tokens, but its grids need {needed}. "
@@ -50,45 +53,24 @@ def counted_index(_spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
                 needed=needed,
                 cause=_CAUSE,
             )
-    rows, width = located.inputs.shape
-    return np.tile(np.arange(width), (rows, 1)), np.zeros((rows, 1), np.int64)
+    stream = located.stream
+    own_T = np.arange(len(located.kind_T)) - stream.start_D.repeat(stream.length_D)
+    return own_T[None], stream.length_D
 
 
-def merge_size(inputs: BatchInputs, modality: str) -> int:
-    """Return the one size by which all images, or all videos, of a batch are merged.
-
-    Raises:
-        MRopeError: there is none, or more than one.
-    """
-    name = f"{modality}_merge_sizes"
-    sizes = np.unique(np.asarray(getattr(inputs, name) if _has(inputs, name) else ()))
-    if len(sizes) != 1 or sizes[0] < 1:
-        raise MRopeError(
-            f"{name} must hold one size, the same for every {modality}, not {sizes.tolist()}"
-        )
-    return int(sizes[0])
-
-
-def _has(inputs: BatchInputs, name: str) -> bool:
-    return getattr(inputs, name) is not None
-
-
-def _features(inputs: BatchInputs, modality: str) -> int:
-    grid_N3 = getattr(inputs, f"{modality}_grid_thw")
-    if not len(grid_N3):
-        return 0
-    merge = merge_size(inputs, modality)
+def _features(media: Media) -> int:
+    grid_N3, merge = media.size_N3, media.merge
     if (grid_N3 < 1).any() or (grid_N3[:, 1:] % merge).any():
         raise MRopeError(
-            f"{modality}_grid_thw: sizes must be at least 1, height and width multiples of the "
-            f"merge size, {merge}"
+            f"{media.name}: sizes must be at least 1, height and width multiples of the merge "
+            f"size, {merge}"
         )
     features = int(grid_N3.prod(axis=1).sum()) // merge**2
-    if modality == "image" or inputs.video_compression_mask is None:
+    if media.kept is None:
         return features
-    kept = np.asarray(inputs.video_compression_mask)
-    if kept.shape != (features,):
+    if media.kept.shape != (features,):
         raise MRopeError(
-            f"video_compression_mask has shape {kept.shape}, but the grids have {features} tokens"
+            f"video_compression_mask has shape {media.kept.shape}, but the grids have {features} "
+            "tokens"
         )
-    return int(np.count_nonzero(kept))
+    return int(np.count_nonzero(media.kept))

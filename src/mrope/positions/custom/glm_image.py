@@ -9,8 +9,8 @@ Training positions, and those of a prompt. The positions of drawn tokens, which 
 
 Source: `get_rope_index` of `glm_image`, transformers 5.23.
 
-Shape suffixes: B rows of the batch, S padded length, T tokens of the stream, D documents, M start
-and end tokens, V images, G grids, I tokens of all images.
+Shape suffixes: B rows of the batch, T tokens of the stream, D documents, M start and end tokens, V
+images, G grids, I tokens of all images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import BoolArray, IntArray
+from mrope.arrays import BoolArray, IntArray, starts
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.custom.shared import (
     Spans,
@@ -32,12 +32,11 @@ from mrope.positions.custom.shared import (
 from mrope.positions.grids import to_grids
 from mrope.positions.inputs import BatchInputs
 from mrope.positions.located import Located
-from mrope.positions.stream import Stream, documents_of, to_batch
+from mrope.positions.stream import Stream, documents_of
 from mrope.spec.spec import MRopeSpec
 
 Array = npt.NDArray[Any]
 
-_FILL = 1
 _NO_MASK = "truncation, or no attention_mask: GLM-Image's tokenizer pads with the end token"
 _CUT = "truncation after the processor ran"
 _LOST = "a grid that was lost on the way, or images_per_sample of another batch"
@@ -56,8 +55,8 @@ class _Sizes(NamedTuple):
     grids_B: IntArray
 
 
-def glm_image_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
-    """Compute position ids of a GLM-Image batch.
+def number_glm_image(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
+    """Number the tokens of a GLM-Image batch.
 
     Text counts on by 1. The frames, rows and columns of an image count from the position after its
     start token, and its end token comes `max(height, width)` further on, in patches.
@@ -71,8 +70,8 @@ def glm_image_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
             every row all grids.)
 
     Returns:
-        Positions (3, B, S), 1 at padding, and deltas (B, 1), all 0; both int64, int32 where the ids
-        are.
+        Positions (3, T) and ends (D,), both int64; int32 where the ids are. An end is the number of
+        the document's tokens: the reference's deltas are all 0.
 
     Raises:
         SpanMismatchError: an image of other tokens than its grid has patches; more images than
@@ -98,9 +97,7 @@ def glm_image_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
     size_3V = _match(spec, stream, images, sizes)
     _refuse_strays(spec, stream, images, sizes)
     dtype = id_dtype(inputs.input_ids)
-    positions_3T = _number(stream, images, size_3V).astype(dtype)
-    delta_B1 = np.zeros((inputs.shape[0], 1), dtype)
-    return to_batch(positions_3T, stream, inputs.shape, _FILL), delta_B1
+    return _number(stream, images, size_3V).astype(dtype), stream.length_D.astype(dtype)
 
 
 def _number(stream: Stream, images: Spans, size_3V: IntArray) -> IntArray:
@@ -177,7 +174,7 @@ def _unpaired(
 
 def _match(spec: MRopeSpec, stream: Stream, images: Spans, sizes: _Sizes) -> IntArray:
     """Return the size of each image: the first ones of its row."""
-    first_B = sizes.grids_B.cumsum() - sizes.grids_B
+    first_B = starts(sizes.grids_B)
     row_V = stream.row_D[images.document_V]
     ordinal_V = np.arange(len(row_V)) - row_V.searchsorted(row_V)
     surplus_V = ordinal_V >= sizes.grids_B[row_V]

@@ -6,8 +6,8 @@ a column of its own. Nothing is compressed: text goes on with its own number.
 
 Source: `get_rope_index` of `hunyuan_vl`, transformers 5.23.
 
-Shape suffixes: B rows of the batch, S padded length, T tokens of the stream, D documents, V spans
-of placeholders, I tokens of all blocks, A axes.
+Shape suffixes: T tokens of the stream, D documents, V spans of placeholders, I tokens of all
+blocks, A axes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from mrope.positions.custom.shared import (
     Spans,
     find_spans,
     id_dtype,
+    largest,
     misfit,
     number_cells,
     refuse_counts,
 )
 from mrope.positions.grids import Grids, to_grids
 from mrope.positions.located import Located
-from mrope.positions.stream import IMAGE, Stream, to_batch
+from mrope.positions.stream import IMAGE, Stream
 from mrope.spec.spec import MRopeSpec
 
 Array = npt.NDArray[Any]
@@ -38,8 +39,8 @@ _WRAPPERS = 2
 _OTHER = "a grid of another sample or processor, truncation, or the spec of another model family"
 
 
-def hunyuan_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
-    """Compute position ids of a HunYuan-VL batch.
+def number_hunyuan(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
+    """Number the tokens of a HunYuan-VL batch.
 
     The ordinal of an image counts over the whole batch, as the reference has it: a row's numbers
     depend on the rows before it, and its delta may too.
@@ -49,8 +50,7 @@ def hunyuan_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
         located: the batch; its images have one frame each.
 
     Returns:
-        Positions (A, B, S), 0 at padding, and deltas (B, 1), both int64; int32 where the ids are.
-        A delta is the largest position of the row + 1, less its tokens.
+        Positions (A, T) and ends (D,), both int64; int32 where the ids are.
 
     Raises:
         SpanMismatchError: an image of neither H * (W + 1) tokens (its merged height and width, and
@@ -70,7 +70,7 @@ def hunyuan_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
         [[0]]
     """
     axes = _axes(spec)
-    stream, kind_T, shape = located.stream, located.kind_T, located.inputs.shape
+    stream, kind_T = located.stream, located.kind_T
     grids = to_grids(spec, located.inputs)
     images = find_spans(stream, kind_T, IMAGE, "image")
     cells_V = _match(stream, images, grids)
@@ -84,9 +84,7 @@ def hunyuan_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
     positions_AT[-2, token_I] = cell_I // wide_I
     positions_AT[-1, token_I] = np.arange(len(cells_V)).repeat(cells_V)
     dtype = id_dtype(located.inputs.input_ids)
-    delta_B = np.zeros(shape[0], np.int64)
-    delta_B[stream.row_D] = _ends(positions_AT, stream) - stream.length_D
-    return to_batch(positions_AT.astype(dtype), stream, shape, 0), delta_B[:, None].astype(dtype)
+    return positions_AT.astype(dtype), largest(positions_AT, stream).astype(dtype)
 
 
 def _axes(spec: MRopeSpec) -> int:
@@ -117,11 +115,3 @@ def _match(stream: Stream, images: Spans, grids: Grids) -> IntArray:
         )
         raise misfit(stream, images, image, needed, size, _OTHER)
     return cells_G
-
-
-def _ends(positions_AT: IntArray, stream: Stream) -> IntArray:
-    """Return the largest position of each document + 1."""
-    if not len(stream.start_D):
-        return np.empty(0, np.int64)
-    ends_D: IntArray = np.maximum.reduceat(positions_AT.max(axis=0), stream.start_D) + 1
-    return ends_D

@@ -19,24 +19,30 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import BoolArray, IntArray, as_integers
+from mrope.arrays import BoolArray, IntArray, starts
+from mrope.columns import COLUMNS, columns
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.custom.shared import (
     Spans,
     find_spans,
+    largest,
     misfit,
     number_cells,
     refuse_counts,
 )
 from mrope.positions.grids import rows_of
-from mrope.positions.inputs import BatchInputs
+from mrope.positions.inputs import BatchInputs, Media
 from mrope.positions.located import Located
-from mrope.positions.stream import IMAGE, VIDEO, Stream, documents_of, to_batch
+from mrope.positions.stream import IMAGE, VIDEO, Stream, documents_of
 from mrope.spec.spec import MRopeSpec
 
 Array = npt.NDArray[Any]
 
-_PATCHES_PER_SIDE = {"4x": 2, "16x": 4}
+_COLUMNS = {
+    str(COLUMNS[name].modality): name
+    for name in columns("item", means="size")
+    if COLUMNS[name].sides == 2
+}
 _MARKERS = ("image_end_id", "slice_start_id", "slice_end_id", "newline_id")
 # A closing and an opening marker stand between two slices of a line; a newline makes it more.
 _BETWEEN_SLICES = 2
@@ -84,8 +90,8 @@ class _Frames(NamedTuple):
     canvas_2F: IntArray
 
 
-def minicpm_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
-    """Compute position ids of a MiniCPM-V 4.7 batch.
+def number_minicpm(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
+    """Number the tokens of a MiniCPM-V 4.7 batch.
 
     Args:
         spec: with `vision_start_token_id`, the config's `image_start_id`; `numbers` image_end_id,
@@ -98,8 +104,7 @@ def minicpm_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
             and `videos_per_sample` count the N and M crops.
 
     Returns:
-        Positions (3, B, S), 0 at padding, and deltas (B, 1), both int64. A delta is the largest
-        position of the padded row + 1, less its tokens.
+        Positions (3, T) and ends (D,), both int64.
 
     Raises:
         SpanMismatchError: a crop of other tokens than its size needs; a crop without a size or a
@@ -121,79 +126,59 @@ def minicpm_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
     """
     inputs, stream, kind_T = located.inputs, located.stream, located.kind_T
     _refuse_grids(spec, inputs)
-    merge = _patches_per_side(spec, inputs.downsample_mode)
     images = find_spans(stream, kind_T, IMAGE, "image")
     videos = find_spans(stream, kind_T, VIDEO, "video")
-    image_2G = _match(located, images, "target_sizes", merge)
-    video_2G = _match(located, videos, "target_sizes_videos", merge)
+    sizes = _match(located, images), _match(located, videos)
     marker_T = _markers(spec, stream)
-    crops = _to_crops(spec, stream, marker_T, (images, videos), (image_2G, video_2G))
-    frames = _lay_out(stream, crops, marker_T)
-    positions_3T = _number(stream, crops, frames)
-    positions_3BS = to_batch(positions_3T, stream, inputs.shape, 0)
-    tokens_B = np.zeros(inputs.shape[0], np.int64)
-    tokens_B[stream.row_D] = stream.length_D
-    ends_B = positions_3BS.max(axis=(0, 2), initial=0) + 1
-    return positions_3BS, (ends_B - tokens_B)[:, None]
+    crops = _to_crops(spec, stream, marker_T, (images, videos), sizes)
+    positions_3T = _number(stream, crops, _lay_out(stream, crops, marker_T))
+    return positions_3T, largest(positions_3T, stream)
 
 
 def _refuse_grids(spec: MRopeSpec, inputs: BatchInputs) -> None:
-    if len(inputs.image_grid_thw) or len(inputs.video_grid_thw):
-        raise MRopeError(
-            f"{spec.family} has target_sizes and target_sizes_videos, height and width in patches "
-            "of every crop, instead of image_grid_thw and video_grid_thw"
-        )
+    for modality, media in inputs.media.items():
+        if len(media.size_N3) and media.name != _COLUMNS[modality]:
+            raise MRopeError(
+                f"{spec.family} has {' and '.join(_COLUMNS.values())}, height and width in patches "
+                f"of every crop, instead of {media.name}"
+            )
 
 
-def _patches_per_side(spec: MRopeSpec, downsample_mode: str | None) -> int:
-    if downsample_mode is None:
-        return spec.spatial_merge_size
-    if downsample_mode not in _PATCHES_PER_SIDE:
-        raise MRopeError(
-            f"downsample_mode must be one of {', '.join(_PATCHES_PER_SIDE)}, not "
-            f"{downsample_mode!r}"
-        )
-    return _PATCHES_PER_SIDE[downsample_mode]
-
-
-def _match(located: Located, spans: Spans, name: str, merge: int) -> IntArray:
+def _match(located: Located, spans: Spans) -> IntArray:
     """Return the merged height and width (2, V) of each span: the sizes in their order."""
-    stream, rows = located.stream, located.inputs.shape[0]
-    patches_N2 = _to_sizes(name, getattr(located.inputs, name), merge)
-    size_2V: IntArray = patches_N2.T // merge
+    media = located.inputs.of(spans.modality)
+    name = _COLUMNS[spans.modality]
+    patches_N2 = _checked(media)
+    size_2V: IntArray = patches_N2.T // media.merge
     needed_V = size_2V.prod(axis=0)
     count = min(len(needed_V), len(spans.start_V))
     wrong_V = spans.length_V[:count] != needed_V[:count]
-    counts = f"{spans.modality}s_per_sample"
-    per_sample = getattr(located.inputs, counts)
-    row_N = None if per_sample is None else rows_of(counts, per_sample, len(patches_N2), rows)
+    row_N = None
+    if media.count_B is not None:
+        row_N = rows_of(media, spans.modality, located.inputs.shape[0])
     if row_N is not None or not wrong_V.any():
-        refuse_counts(stream, spans, needed_V, row_N, name)
+        refuse_counts(located.stream, spans, needed_V, row_N, name)
     if wrong_V.any():
         span = int(wrong_V.argmax())
         needed = int(needed_V[span])
-        size = f"{name}[{span}] = {patches_N2[span].tolist()}, merged by {merge}, needs {needed}"
-        raise misfit(stream, spans, span, needed, size, _OTHER)
+        size = (
+            f"{name}[{span}] = {patches_N2[span].tolist()}, merged by {media.merge}, needs {needed}"
+        )
+        raise misfit(located.stream, spans, span, needed, size, _OTHER)
     return size_2V
 
 
-def _to_sizes(name: str, target_sizes: npt.ArrayLike | None, merge: int) -> IntArray:
-    """Return sizes as int64 (N, 2), each of at least one token."""
-    if target_sizes is None:
-        return np.empty((0, 2), np.int64)
-    sizes = as_integers(name, target_sizes, "height and width in patches")
-    if sizes.size == 0:
-        return np.empty((0, 2), np.int64)
-    if sizes.ndim != 2 or sizes.shape[1] != 2:
-        raise MRopeError(f"{name} must have shape (N, 2), not {sizes.shape}")
-    wrong_N = ((sizes < merge) | (sizes > _MOST_PATCHES)).any(axis=1)
+def _checked(media: Media) -> IntArray:
+    """Return height and width of each crop, (N, 2), each of at least one token."""
+    sizes: IntArray = media.size_N3[:, 1:]
+    wrong_N = ((sizes < media.merge) | (sizes > _MOST_PATCHES)).any(axis=1)
     if wrong_N.any():
         crop = int(wrong_N.argmax())
         raise MRopeError(
-            f"{name}[{crop}] = {sizes[crop].tolist()}: height and width must be {merge} (one "
-            f"token) to {_MOST_PATCHES} patches"
+            f"{media.name}[{crop}] = {sizes[crop].tolist()}: height and width must be "
+            f"{media.merge} (one token) to {_MOST_PATCHES} patches"
         )
-    return sizes.astype(np.int64)
+    return sizes
 
 
 def _markers(spec: MRopeSpec, stream: Stream) -> BoolArray:
@@ -300,7 +285,7 @@ def _number(stream: Stream, crops: _Crops, frames: _Frames) -> IntArray:
     text_T = depth_T[:tokens].cumsum() == 0
     step_T = text_T.astype(np.int64)
     step_T[frames.start_F] = frames.canvas_2F.max(axis=0) + 1
-    base_T = step_T.cumsum() - step_T
+    base_T = starts(step_T)
     base_T -= base_T[stream.start_D].repeat(stream.length_D)
     origin_F = base_T[frames.start_F]
     base_T[~text_T] = origin_F[frame_T[~text_T]]

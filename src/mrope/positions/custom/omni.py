@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import IntArray, as_array
-from mrope.errors import MRopeError, SpanMismatchError
+from mrope.arrays import IntArray
+from mrope.errors import SpanMismatchError
 from mrope.positions.custom.omni_media import MediaCursor, read_counts, read_media
 from mrope.positions.located import Located
-from mrope.positions.stream import to_batch
 from mrope.spec.spec import MRopeSpec
 
 Array = npt.NDArray[Any]
@@ -43,26 +42,24 @@ class Thinker:
     Attributes:
         dtype: of positions and deltas.
         shared_markers: the two markers at either end of a video with audio share a position.
-        fill: position written at padding, in batches with images or videos.
     """
 
     dtype: type
     shared_markers: bool
-    fill: int
 
 
-def omni_2_5_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
-    """Compute position ids of a Qwen2.5-Omni batch: int64 (3, B, S), and deltas int64 (B, 1).
+def number_omni_2_5(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
+    """Number the tokens of a Qwen2.5-Omni batch: positions (3, T) and ends (D,), both int64.
 
-    See `omni_3_index` for arguments and errors. Time is truncated to integers. A video with audio
+    See `number_omni_3` for arguments and errors. Time is truncated to integers. A video with audio
     is cut into chunks of `position_id_per_seconds * seconds_per_chunk` positions, in which video
     and audio alternate.
     """
     return _compute(_OMNI_2_5, spec, located)
 
 
-def omni_3_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
-    """Compute position ids of a Qwen3-Omni batch: float32 (3, B, S), and deltas float32 (B, 1).
+def number_omni_3(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
+    """Number the tokens of a Qwen3-Omni batch: positions (3, T) and ends (D,), both float32.
 
     Time is not truncated, so that position ids may be fractions. In a video with audio, tokens are
     merged by time.
@@ -81,8 +78,8 @@ def omni_3_index(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
     return _compute(_OMNI_3, spec, located)
 
 
-_OMNI_2_5 = Thinker(dtype=np.int64, shared_markers=True, fill=1)
-_OMNI_3 = Thinker(dtype=np.float32, shared_markers=False, fill=0)
+_OMNI_2_5 = Thinker(dtype=np.int64, shared_markers=True)
+_OMNI_3 = Thinker(dtype=np.float32, shared_markers=False)
 
 
 class _Span(NamedTuple):
@@ -111,11 +108,11 @@ class _Span(NamedTuple):
 
 def _compute(thinker: Thinker, spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
     inputs, stream = located.inputs, located.stream
-    rows = inputs.shape[0]
     cursor = MediaCursor(read_media(spec, inputs), read_counts(inputs))
-    audio_in_video = _as_flag(inputs.use_audio_in_video)
+    audio_in_video = inputs.flags.get("use_audio_in_video", False)
     positions_3T: Array = np.empty((3, len(stream.tokens_T)), thinker.dtype)
-    delta_D: Array = np.zeros(len(stream.row_D), thinker.dtype)
+    end_D: Array = np.zeros(len(stream.row_D), thinker.dtype)
+    rows = inputs.shape[0]
     first_B1 = stream.row_D.searchsorted(np.arange(rows + 1)).tolist()
     for row in range(rows):
         cursor.begin_row(row)
@@ -124,22 +121,10 @@ def _compute(thinker: Thinker, spec: MRopeSpec, located: Located) -> tuple[Array
             part = slice(*stream.border_D1[document : document + 2].tolist())
             walk = _Row(thinker, spec, cursor, audio_in_video)
             positions_3T[:, part] = walk.number(stream.tokens_T[part])
-            delta_D[document] = positions_3T[:, part].max() + thinker.dtype(1)
-            delta_D[document] -= part.stop - part.start
+            end_D[document] = positions_3T[:, part].max() + thinker.dtype(1)
         cursor.check_row()
     cursor.check_all_taken()
-    text = not inputs.has_grids
-    fill = 1 if text else thinker.fill
-    position_ids = to_batch(positions_3T, stream, inputs.shape, fill)
-    if inputs.seq_lengths is not None:
-        return position_ids, delta_D[:, None]
-    delta_B: Array = np.zeros(rows, thinker.dtype)
-    delta_B[stream.row_D] = delta_D
-    if text and inputs.valid is not None:
-        # The reference's text branch takes the maximum over the fill at padding too.
-        least_B = (2 - inputs.valid.sum(axis=1)).astype(thinker.dtype)
-        np.maximum(delta_B, least_B, out=delta_B, where=~inputs.valid.all(axis=1))
-    return position_ids, delta_B[:, None]
+    return positions_3T, end_D
 
 
 @dataclass
@@ -357,14 +342,3 @@ def _chunks(times_K: IntArray, chunk: int) -> IntArray:
     place_K = np.arange(len(times_K))
     count_K: IntArray = np.minimum.accumulate(times_K // chunk - place_K) + place_K
     return count_K
-
-
-def _as_flag(use_audio_in_video: npt.ArrayLike | None) -> bool:
-    if use_audio_in_video is None:
-        return False
-    flags = as_array("use_audio_in_video", use_audio_in_video, "one bool for the batch")
-    if flags.dtype.kind != "b" or flags.any() != flags.all():
-        raise MRopeError(
-            f"use_audio_in_video must be one bool for the whole batch, not {flags.tolist()}"
-        )
-    return bool(flags.any())

@@ -11,19 +11,19 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import IntArray, as_array, as_integers
+from mrope.arrays import IntArray
+from mrope.columns import MODALITIES, count_key
 from mrope.errors import MRopeError, SpanMismatchError
-from mrope.positions.inputs import BatchInputs
+from mrope.positions.inputs import SECONDS, BatchInputs, Media
 from mrope.spec.spec import MRopeSpec
 from mrope.towers import AudioSpec, audio_tokens
 
 # Far beyond any clip, and within what float32 counts without gaps.
 _MAX_TIME = 2**23
-_KINDS = ("image", "video", "audio")
 _CUT = "tokens were truncated away and sizes kept"
 
 
-class Media(NamedTuple):
+class Sizes(NamedTuple):
     """What the spans of a batch take, in the order of the batch.
 
     Attributes:
@@ -51,11 +51,11 @@ class MediaCursor:
         per_row: how many of each kind every row has, by kind; None where the batch does not say.
     """
 
-    def __init__(self, media: Media, per_row: Mapping[str, list[int] | None]) -> None:
+    def __init__(self, media: Sizes, per_row: Mapping[str, list[int] | None]) -> None:
         self.media = media
         self.row = 0
         self._per_row = per_row
-        self._taken = dict.fromkeys(_KINDS, 0)
+        self._taken = dict.fromkeys(MODALITIES, 0)
         self._before_row = dict(self._taken)
 
     def begin_row(self, row: int) -> None:
@@ -91,7 +91,7 @@ class MediaCursor:
 
     def check_all_taken(self) -> None:
         """Raise SpanMismatchError if the batch has more than its tokens took."""
-        for kind in _KINDS:
+        for kind in MODALITIES:
             there, taken = len(self.media.sizes(kind)), self._taken[kind]
             if taken < there:
                 raise SpanMismatchError(
@@ -103,65 +103,53 @@ class MediaCursor:
                 )
 
 
-def read_media(spec: MRopeSpec, inputs: BatchInputs) -> Media:
+def read_media(spec: MRopeSpec, inputs: BatchInputs) -> Sizes:
     """Check the sizes of a batch, and merge them.
 
     Raises:
         MRopeError: grids, seconds or audio lengths of a wrong shape, dtype or value.
     """
-    images = _merged("image_grid_thw", inputs.image_grid_thw, spec.spatial_merge_size)
-    videos = _merged("video_grid_thw", inputs.video_grid_thw, spec.spatial_merge_size)
-    seconds = _seconds(spec, inputs, videos)
-    media = Media(images, videos, seconds, _audio_lengths(spec, inputs))
-    _refuse_huge(media, inputs.input_ids.size)
-    return media
+    images, videos = (_merged(inputs.of(one)) for one in ("image", "video"))
+    seconds = _seconds(spec, inputs.of("video"), videos)
+    sizes = Sizes(images, videos, seconds, _audio_lengths(spec, inputs.of("audio")))
+    _refuse_huge(sizes, inputs)
+    return sizes
 
 
 def read_counts(inputs: BatchInputs) -> dict[str, list[int] | None]:
     """Return how many images, videos and audios each row has, as far as the batch says."""
-    return {
-        kind: _as_counts(name, getattr(inputs, name), inputs.shape[0])
-        for kind in _KINDS
-        for name in (f"{kind}s_per_sample",)
-    }
+    return {kind: _as_counts(kind, inputs) for kind in MODALITIES}
 
 
-def _seconds(spec: MRopeSpec, inputs: BatchInputs, videos: IntArray) -> npt.NDArray[np.float32]:
-    if inputs.second_per_grid_ts is None and len(videos):
-        raise MRopeError("videos need second_per_grid_ts (video_second_per_grid), one for each")
-    given: npt.ArrayLike = [] if inputs.second_per_grid_ts is None else inputs.second_per_grid_ts
-    seconds = as_array("second_per_grid_ts", given, "seconds of each video")
+def _seconds(spec: MRopeSpec, clips: Media, videos: IntArray) -> npt.NDArray[np.float32]:
+    if clips.seconds_N is None and len(videos):
+        raise MRopeError(f"videos need {SECONDS} (video_second_per_grid), one for each")
+    seconds = np.empty(0) if clips.seconds_N is None else clips.seconds_N
     if seconds.shape != (len(videos),) or seconds.dtype.kind not in "iuf":
         raise MRopeError(
-            f"second_per_grid_ts must be {len(videos)} numbers, one for each video, not "
+            f"{SECONDS} must be {len(videos)} numbers, one for each video, not "
             f"{seconds.dtype} {seconds.shape}"
         )
     if not (np.isfinite(seconds) & (seconds >= 0)).all():
-        raise MRopeError(f"second_per_grid_ts must be finite and not negative: {seconds.tolist()}")
+        raise MRopeError(f"{SECONDS} must be finite and not negative: {seconds.tolist()}")
     rate = spec.extra["position_id_per_seconds"]
     long = seconds.astype(np.float64) * videos[:, 0] * rate >= _MAX_TIME
     if long.any():
         video = int(long.argmax())
         raise MRopeError(
-            f"second_per_grid_ts[{video}] = {seconds[video]}: {videos[video, 0]} frames would end "
+            f"{SECONDS}[{video}] = {seconds[video]}: {videos[video, 0]} frames would end "
             f"at position {_MAX_TIME} or later, at {rate} a second"
         )
     return seconds.astype(np.float32)
 
 
-def _audio_lengths(spec: MRopeSpec, inputs: BatchInputs) -> IntArray:
+def _audio_lengths(spec: MRopeSpec, audios: Media) -> IntArray:
     """Return the tokens of each audio."""
-    frames = as_integers(
-        "audio_seqlens",
-        [] if inputs.audio_seqlens is None else inputs.audio_seqlens,
-        "mel frames of each audio",
-    )
-    if frames.ndim != 1:
-        raise MRopeError(f"audio_seqlens must have shape (audios,), not {frames.shape}")
-    tokens = _audio_tokens(spec, frames.astype(np.int64))
+    frames = audios.size_N3[:, 0]
+    tokens = _audio_tokens(spec, frames)
     if (frames < 1).any() or (tokens < 1).any():
         audio = int(((frames < 1) | (tokens < 1)).argmax())
-        raise MRopeError(f"audio_seqlens[{audio}] = {frames[audio]}: too short for a token")
+        raise MRopeError(f"{audios.name}[{audio}] = {frames[audio]}: too short for a token")
     return tokens
 
 
@@ -171,40 +159,40 @@ def _audio_tokens(spec: MRopeSpec, mel_frames_N: IntArray) -> IntArray:
     return audio_tokens(tower, mel_frames_N.astype(np.int64))
 
 
-def _merged(name: str, grid_N3: IntArray, merge: int) -> IntArray:
+def _merged(media: Media) -> IntArray:
+    grid_N3, merge = media.size_N3, media.merge
     wrong_N = (grid_N3 < 1).any(axis=1) | (grid_N3[:, 1:] % merge != 0).any(axis=1)
     wrong_N |= (grid_N3 > 1 << 20).any(axis=1)
     if wrong_N.any():
         ordinal = int(wrong_N.argmax())
         raise MRopeError(
-            f"{name}[{ordinal}] = {grid_N3[ordinal].tolist()}: sizes must be at least 1, height "
-            f"and width multiples of spatial_merge_size={merge}"
+            f"{media.name}[{ordinal}] = {grid_N3[ordinal].tolist()}: sizes must be at least 1, "
+            f"height and width multiples of spatial_merge_size={merge}"
         )
     merged_N3: IntArray = grid_N3 // np.array([1, merge, merge])
     return merged_N3
 
 
-def _refuse_huge(media: Media, tokens: int) -> None:
+def _refuse_huge(sizes: Sizes, inputs: BatchInputs) -> None:
     """Refuse sizes beyond the batch before a block is made of one; below 2**16 the row is named."""
+    tokens = inputs.input_ids.size
     limit = max(tokens, 1 << 16)
-    needs = {
-        "image_grid_thw": media.images.prod(axis=1),
-        "video_grid_thw": media.videos.prod(axis=1),
-        "audio_seqlens": media.audios,
-    }
-    for name, need_N in needs.items():
+    needs = (sizes.images.prod(axis=1), sizes.videos.prod(axis=1), sizes.audios)
+    for kind, need_N in zip(MODALITIES, needs, strict=True):
         if (need_N > limit).any():
             ordinal = int((need_N > limit).argmax())
             raise MRopeError(
-                f"{name}[{ordinal}] needs {need_N[ordinal]} tokens, more than the {tokens} of the "
-                "whole batch"
+                f"{inputs.of(kind).name}[{ordinal}] needs {need_N[ordinal]} tokens, more than the "
+                f"{tokens} of the whole batch"
             )
 
 
-def _as_counts(name: str, counts: npt.ArrayLike | None, rows: int) -> list[int] | None:
+def _as_counts(kind: str, inputs: BatchInputs) -> list[int] | None:
+    counts, rows = inputs.of(kind).count_B, inputs.shape[0]
     if counts is None:
         return None
-    array = as_integers(name, counts, "how many of them each row has")
-    if array.shape != (rows,):
-        raise MRopeError(f"{name} = {array.tolist()} does not fit a batch of {rows} rows")
-    return [int(count) for count in array]
+    if counts.shape != (rows,):
+        raise MRopeError(
+            f"{count_key(kind)} = {counts.tolist()} does not fit a batch of {rows} rows"
+        )
+    return [int(count) for count in counts]

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import IntArray
+from mrope.arrays import IntArray, run_borders, within
 from mrope.errors import SpanMismatchError
-from mrope.positions.stream import TEXT, Stream, documents_of
+from mrope.positions.stream import Stream, documents_of
 
 _NO_SIZE = "a placeholder token that was typed or sampled as text, or a grid that was lost"
 _NO_TOKENS = "its tokens were truncated away and its grid was kept, or the grid is another sample's"
@@ -40,15 +40,21 @@ def id_dtype(ids_BS: IntArray) -> type[np.signedinteger[Any]]:
     return np.int32 if ids_BS.dtype == np.int32 else np.int64
 
 
+def largest(positions_AT: IntArray, stream: Stream) -> IntArray:
+    """Return the largest position of each document + 1, (D,)."""
+    if not len(stream.start_D):
+        return np.empty(0, positions_AT.dtype)
+    ends_D: IntArray = np.maximum.reduceat(positions_AT.max(axis=0), stream.start_D) + 1
+    return ends_D
+
+
 def find_spans(stream: Stream, kind_T: npt.NDArray[np.uint8], kind: int, modality: str) -> Spans:
     """Cut out the longest stretches of one kind; none goes beyond a document.
 
     kinds 0 1 1 | 1 2 with documents at 0 and 3 give, for kind 1, starts 1 3 and lengths 2 1.
     """
-    begins_T = np.diff(kind_T, prepend=np.uint8(TEXT)) != 0
-    begins_T[stream.start_D] = True
-    start_R = begins_T.nonzero()[0]
-    length_R = np.diff(start_R, append=len(kind_T))
+    border_R1 = run_borders(kind_T, stream.start_D)
+    start_R, length_R = border_R1[:-1], np.diff(border_R1)
     of_kind_R = kind_T[start_R] == kind
     start_V = start_R[of_kind_R]
     return Spans(modality, start_V, length_R[of_kind_R], documents_of(stream, start_V))
@@ -59,9 +65,7 @@ def number_cells(first_V: IntArray, cells_V: IntArray) -> tuple[IntArray, IntArr
 
     blocks at tokens 3 and 9 of 2 and 3 cells: tokens 3 4 9 10 11, cells 0 1 0 1 2.
     """
-    before_V = cells_V.cumsum() - cells_V
-    count_I = np.arange(cells_V.sum())
-    cell_I = count_I - before_V.repeat(cells_V)
+    cell_I = within(cells_V)
     return cell_I + first_V.repeat(cells_V), cell_I
 
 

@@ -1,0 +1,112 @@
+"""Say where each token of the stream stands in the batch that the model gets.
+
+Shape suffixes: T tokens of the stream, K of them that a part of the sequence keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mrope.arrays import BoolArray, IntArray
+from mrope.columns import COLUMNS
+from mrope.errors import MRopeError
+
+Values = TypeVar("Values", npt.NDArray[Any], torch.Tensor)
+
+
+class Placement(NamedTuple):
+    """Where the tokens of a stream stand in a batch of `rows` x `width` places.
+
+    Attributes:
+        rows, width: of the batch that the model gets.
+        place_T: flat index of each token; None: token t stands at t.
+        kept_K: the tokens that are there, ascending, where others are left out: then there is one
+            place for each of these. None: all are.
+        tail: tokens of the padding segment at the end of one row.
+        gaps: whether padding stands in the rows that only a mask tells from tokens.
+
+    Example:
+        Rows of 2 and 3 tokens in a batch that is 4 wide:
+
+        >>> rows = Placement(2, 4, np.array([0, 1, 4, 5, 6]))
+        >>> rows.put(np.array([7, 8, 9, 9, 9]), 0).tolist()
+        [[7, 8, 0, 0], [9, 9, 9, 0]]
+        >>> rows.places(np.array([False, True, True, False, False])).tolist()
+        [1, 4]
+    """
+
+    rows: int
+    width: int
+    place_T: npt.NDArray[np.int64] | None = None
+    kept_K: IntArray | None = None
+    tail: int = 0
+    gaps: bool = False
+
+    def put(self, values_T: Values, fill: float) -> Values:
+        """Lay values of tokens, (T, ...), out as (rows, width, ...), with `fill` at padding.
+
+        Returns:
+            A view of `values_T` where nothing moves, else a new array or tensor.
+        """
+        if self.kept_K is not None:
+            values_T = values_T[self.kept_K]
+        shape = (self.rows, self.width, *values_T.shape[1:])
+        size = self.rows * self.width
+        if self.place_T is None and len(values_T) == size:
+            return values_T.reshape(shape)
+        if isinstance(values_T, torch.Tensor):
+            out = values_T.new_full((size, *values_T.shape[1:]), fill)
+        else:
+            out = np.full((size, *values_T.shape[1:]), fill, values_T.dtype)
+        out[slice(len(values_T)) if self.place_T is None else self.place_T] = values_T
+        return out.reshape(shape)
+
+    def put_axes(self, values_AT: npt.NDArray[Any], fill: float) -> npt.NDArray[Any]:
+        """Lay out each of A axes, (A, T), as `put` does: (A, rows, width)."""
+        size = self.rows * self.width
+        if self.place_T is None and values_AT.shape[1] == size:
+            return values_AT.reshape(len(values_AT), self.rows, self.width)
+        out = np.full((len(values_AT), size), fill, values_AT.dtype)
+        for axis, values_T in zip(out, values_AT, strict=True):
+            axis[slice(len(values_T)) if self.place_T is None else self.place_T] = values_T
+        return out.reshape(len(out), self.rows, self.width)
+
+    def places(self, of_T: BoolArray) -> npt.NDArray[np.int64]:
+        """Return the flat index of the tokens that a mask selects: a scatter index."""
+        of = of_T if self.kept_K is None else of_T[self.kept_K]
+        index = of.nonzero()[0]
+        places: npt.NDArray[np.int64] = index if self.place_T is None else self.place_T[index]
+        return places
+
+
+def token_columns(batch: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Return the columns of a batch that have an entry for each token, as tensors (B, S, ...).
+
+    By `mrope.columns.COLUMNS`; a column of the user, which the table does not name, is one if its
+    first two axes are those of the tokens.
+
+    Raises:
+        MRopeError: a token column of another shape.
+    """
+    return {
+        name: torch.as_tensor(value)
+        for name, value in batch.items()
+        if _is_token(name, value, shape)
+    }
+
+
+def _is_token(name: str, value: Any, shape: tuple[int, ...]) -> bool:
+    column = COLUMNS.get(name)
+    if value is None or (column is not None and column.kind != "token"):
+        return False
+    if column is None:
+        return isinstance(value, (torch.Tensor, np.ndarray)) and value.shape[:2] == shape
+    found = tuple(np.shape(value))
+    if found[:2] != shape:
+        raise MRopeError(f"{name} has shape {found}, but input_ids {shape}")
+    return True

@@ -1,0 +1,117 @@
+"""Compute what the model would derive from a batch besides position ids.
+
+Two kinds: what transformers' towers take as keywords, under the models' own names; and what an
+attached model (`mrope.hf.attach`) reads in addition, scatter indices and facts on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mrope.collate.placement import Placement
+from mrope.columns import tower_key
+from mrope.positions.inputs import Media
+from mrope.positions.located import Located
+from mrope.positions.stream import IMAGE, VIDEO
+from mrope.spec.spec import MRopeSpec
+from mrope.towers import AudioSpec, VisionSpec, audio_tensors, padded_features, tower_tensors
+
+_KINDS = {"image": IMAGE, "video": VIDEO}
+# Segment lengths, which attention needs on the host, are named after the borders they come from.
+_SPLITS = {"cu_seqlens": "split_sizes", "cu_window_seqlens": "window_split_sizes"}
+
+
+def vision_columns(
+    vision: VisionSpec, modality: str, located: Located, placement: Placement
+) -> dict[str, Any]:
+    """Return the vision tower's keywords for images or clips, and what attached models read.
+
+    Args:
+        vision: the tower's numbers.
+        modality: "image" or "video".
+
+    Returns:
+        `MRopeCollator.__call__` lists the keys; none without images or clips.
+    """
+    media, tower = located.inputs.of(modality), vision.tower
+    tensors: dict[str, Any] = {}
+    if tower.sizes in ("crops", "merged_in_batch"):
+        # The batch says how patches are merged.
+        vision = replace(vision, spatial_merge_size=media.merge)
+    if tower.sizes == "merged_in_batch":
+        tensors["merge_size"] = media.merge
+    if media.kept is not None:
+        tensors["feature_index"] = np.flatnonzero(media.kept)
+    size_N3 = _with_pixels(media) if tower.sizes == "without_last" else media.size_N3
+    if not len(size_N3) or (modality == "video" and not tower.videos):
+        return {}
+    tensors |= tower_tensors(vision, size_N3)
+    return _of_modality(modality, tensors, located.kind_T == _KINDS[modality], placement)
+
+
+def audio_columns(
+    spec: MRopeSpec,
+    audio: AudioSpec,
+    batch: Mapping[str, Any],
+    located: Located,
+    placement: Placement,
+) -> dict[str, Any]:
+    """Return the audio tower's keywords, and what an attached model reads besides."""
+    lengths_N = located.inputs.of("audio").size_N3[:, 0]
+    tensors: dict[str, Any] = dict(audio_tensors(audio, lengths_N))
+    if not tensors:
+        return {}
+    if batch.get("input_features") is not None:
+        features = torch.as_tensor(batch["input_features"])
+        tensors["padded_feature"] = padded_features(audio, features, lengths_N)
+    of_audio_T = located.stream.tokens_T == spec.extra["audio_token_id"]
+    return _of_modality("audio", tensors, of_audio_T, placement)
+
+
+def _of_modality(
+    modality: str,
+    tensors: dict[str, Any],
+    placeholder_T: npt.NDArray[np.bool_],
+    placement: Placement,
+) -> dict[str, Any]:
+    """Add the places of features and the lengths of segments, and name all by their modality."""
+    tensors["scatter_index"] = placement.places(placeholder_T)
+    for borders, sizes in _SPLITS.items():
+        if borders in tensors:
+            tensors[sizes] = np.diff(tensors[borders]).tolist()
+    return {tower_key(modality, name): value for name, value in tensors.items()}
+
+
+def expert_columns(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which tokens go to the text experts, and which to the vision experts.
+
+    Args:
+        batch: with `moe_mm_token_type_ids` (B, S), as ERNIE's processor makes it: 0 for text, other
+            values for images, clips and their markers. Without it, nothing is returned: the model
+            then runs the text experts alone.
+
+    Returns:
+        `moe_text_index` and `moe_vision_index`, int64, flat indices into the B * S tokens.
+    """
+    types = batch.get("moe_mm_token_type_ids")
+    if types is None:
+        return {}
+    vision = np.asarray(types).ravel() != 0
+    return {"moe_text_index": np.flatnonzero(~vision), "moe_vision_index": np.flatnonzero(vision)}
+
+
+def _with_pixels(media: Media) -> npt.NDArray[np.int64]:
+    """Return the grids without the last of each row, an image that is to be drawn.
+
+    Counts [2, 0, 3] of 5 grids leave the first, the third and the fourth.
+    """
+    if media.count_B is None:  # one row, as the model takes it
+        return media.size_N3[:-1]
+    last = media.count_B.cumsum()[media.count_B > 0] - 1
+    return np.delete(media.size_N3, last, axis=0)
