@@ -51,6 +51,7 @@ class Rows:
     def __init__(self, examples: Any, input_ids: Any) -> None:
         are_rows = (
             isinstance(examples, Sequence)
+            and np.ndim(input_ids) > 0  # otherwise refused with the inputs
             and len(examples) == len(input_ids)
             and all(isinstance(example, Mapping) for example in examples)
         )
