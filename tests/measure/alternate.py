@@ -3,8 +3,11 @@
 A script gives a payload of plain data, made once, and a function that turns it into calls by public
 names of `mrope` alone, which both checkouts have. Each round starts a fresh process on one checkout
 and then on the other, which of them first alternating; the time of a call is the best of all rounds.
-A process times every call over as many repeats as take about 4 ms, 40 times interleaved, and reports
-the least. Times are of the processor, on one thread, so that they leave out what other processes take.
+Times are of the processor, on one thread, so that they leave out what other processes take:
+
+- warm: the least of 40 turns of about 4 ms, the calls interleaved;
+- cold: the median of single calls, before each of which 40 MB are written: a worker's call comes after
+  it has decoded and copied pixels, which leave nothing of the last call in the processor's caches.
 """
 
 from __future__ import annotations
@@ -12,12 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import timeit
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +29,11 @@ import torch
 
 TESTS = Path(__file__).parents[1]
 HERE = TESTS.parent / "src"
-ROUNDS, TURNS, TURN_SECONDS = 8, 40, 0.004
+ROUNDS, TURNS, TURN_SECONDS, COLD_PASSES = 8, 40, 0.004, 10
+CACHES = 40 * 2**20
 
-Calls = Mapping[str, Callable[[], Any]]
+# For each name a call for each batch: printed times are of one batch.
+Calls = Mapping[str, Sequence[Callable[[], Any]]]
 Seconds = dict[str, float]
 
 
@@ -35,7 +41,7 @@ def main(
     module: str,
     make_payload: Callable[[], Any],
     make_calls: Callable[[Any], Calls],
-    batches: int = 1,
+    times: Sequence[Callable[[Calls], Seconds]],
 ) -> None:
     """Run a script: measure both checkouts, or, in a process of a round, one of them.
 
@@ -43,12 +49,13 @@ def main(
         module: name of the script's module, for `python -m`.
         make_payload: returns plain data and tensors, without objects of `mrope`.
         make_calls: returns what to time, by name.
-        batches: number of batches that a call collates; printed times are of one.
+        times: how; each returns seconds by name.
     """
     options = _read_options(module)
     if options.payload is not None:
+        torch.set_num_threads(1)
         calls = make_calls(torch.load(options.payload, weights_only=False))
-        print(json.dumps({name: one / batches for name, one in least_seconds(calls).items()}))
+        print(json.dumps({name: one for of in times for name, one in of(calls).items()}))
         return
     with tempfile.TemporaryDirectory() as folder:
         payload = Path(folder) / "payload.pt"
@@ -72,10 +79,9 @@ def _read_options(module: str) -> argparse.Namespace:
     return options
 
 
-def least_seconds(calls: Calls) -> Seconds:
-    """Return the least seconds of each call; the calls are interleaved."""
-    torch.set_num_threads(1)
-    timers = {name: timeit.Timer(call, timer=time.process_time) for name, call in calls.items()}
+def warm_seconds(calls: Calls) -> Seconds:
+    """Return the least seconds of a batch, averaged over the batches; names end in ", warm"."""
+    timers = {name: _timer(batches) for name, batches in calls.items()}
     repeats = {}
     for name, timer in timers.items():
         timer.timeit(1)  # the first call fills caches
@@ -83,7 +89,31 @@ def least_seconds(calls: Calls) -> Seconds:
     found = {name: float("inf") for name in calls}
     for _ in range(TURNS):
         for name, timer in timers.items():
-            found[name] = min(found[name], timer.timeit(repeats[name]) / repeats[name])
+            seconds = timer.timeit(repeats[name]) / repeats[name] / len(calls[name])
+            found[name] = min(found[name], seconds)
+    return {f"{name}, warm": seconds for name, seconds in found.items()}
+
+
+def _timer(batches: Sequence[Callable[[], Any]]) -> timeit.Timer:
+    def run() -> None:
+        for call in batches:
+            call()
+
+    return timeit.Timer(run, timer=time.process_time)
+
+
+def cold_seconds(calls: Calls) -> Seconds:
+    """Return the median seconds of a batch after other work; names end in ", cold"."""
+    other_work = torch.zeros(CACHES // 4)
+    found = {}
+    for name, batches in calls.items():
+        seconds = []
+        for call in [*batches] * COLD_PASSES:
+            other_work.add_(1)
+            start = time.process_time()
+            call()
+            seconds.append(time.process_time() - start)
+        found[f"{name}, cold"] = statistics.median(seconds)
     return found
 
 

@@ -2,7 +2,8 @@
 
     PYTHONPATH=src:tests python -m measure.positions_against ../d2ab200/src [--rounds 8] [--json FILE]
 
-Calls `mrope.rope_index` on every case, largest batches included; results are compared by the tests.
+Calls `mrope.rope_index` on every case, largest batches included, with warm
+caches, as that command does.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import measure.alternate
+from measure.alternate import main, warm_seconds
 
 
 def make_payload() -> dict[str, Any]:
@@ -27,13 +28,13 @@ def make_payload() -> dict[str, Any]:
     return {"config": config, "cases": cases | sweep}
 
 
-def make_calls(payload: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+def make_calls(payload: dict[str, Any]) -> dict[str, list[Callable[[], Any]]]:
     """Return a call of the kernel for each case."""
     from mrope import MRopeSpec, rope_index
 
     spec = MRopeSpec.from_config(payload["config"], "transformers-5.23")
-    return {name: partial(rope_index, spec, **batch) for name, batch in payload["cases"].items()}
+    return {name: [partial(rope_index, spec, **batch)] for name, batch in payload["cases"].items()}
 
 
 if __name__ == "__main__":
-    measure.alternate.main("measure.positions_against", make_payload, make_calls)
+    main("measure.positions_against", make_payload, make_calls, [warm_seconds])
