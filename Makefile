@@ -31,12 +31,13 @@ demo: $(READY)  ## Train on photographs twice, with positions from the workers a
 test: check docs browser  ## Run everything that CI runs: check, docs and tests (under 10 minutes on 2 cores)
 	$(BIN)/pytest -q -n 2 --dist loadscope
 
-check: $(READY)  ## Lint, format, types, import directions, and limits of files and functions
+check: $(READY)  ## Lint, format, types, import directions, and limits of functions and files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/python tests/house.py
+	$(BIN)/python tests/measured.py
 
 # Without --quiet, which drops warnings before --strict counts them.
 docs: $(READY)  ## Build the docs strictly into site/

@@ -1,4 +1,4 @@
-"""Check the limits of the package's layout: files at its root, lengths, and parameters.
+"""Check the limits of the package's layout: files at its root, lengths of functions, parameters.
 
     python tests/house.py [SRC/MROPE]
 
@@ -14,8 +14,8 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT_FILES = {"__init__.py", "errors.py", "arrays.py", "py.typed"}
-MOST_FILE_LINES, MOST_BODY_LINES, MOST_PARAMETERS = 400, 40, 8
+ROOT_FILES = {"__init__.py", "arrays.py", "columns.py", "errors.py", "py.typed"}
+MOST_BODY_LINES, MOST_PARAMETERS = 40, 8
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -28,9 +28,6 @@ def violations(package: Path) -> Iterator[str]:
     for file in sorted(package.rglob("*.py")):
         source = file.read_text(encoding="utf-8")
         name = file.relative_to(package)
-        lines = len(source.splitlines())
-        if lines > MOST_FILE_LINES:
-            yield f"{name}: {lines} lines, more than {MOST_FILE_LINES}"
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, Function):
                 for problem in function_problems(node):

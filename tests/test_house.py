@@ -1,4 +1,4 @@
-"""`tests/house.py` fails on each kind of violation, and passes on a package without any."""
+"""`tests/house.py` and `tests/measured.py` find each kind of violation, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from house import comment_shares, main, violations
+from measured import code_lines, count_any, enter, measure
 
 MANY = ", ".join(f"p{index}" for index in range(9))
 FORTY = "\n".join(["    x = 1"] * 40)
 BAD = {
     "a module at the root": ("helpers.py", "", "helpers.py: belongs into a wing"),
-    "a long file": ("wing/a.py", "x = 1\n" * 401, "wing/a.py: 401 lines"),
     "a long body": (
         "wing/a.py",
         f'def f():\n    """Do."""\n{FORTY}\n    x = 2\n',
@@ -56,3 +56,42 @@ def test_the_limits_themselves_are_allowed(tmp_path: Path) -> None:
     write(tmp_path, "wing/a.py", GOOD)
     assert list(violations(tmp_path)) == []
     assert comment_shares(tmp_path)["wing"] == 1 / len(GOOD.splitlines())
+
+
+SPELLED = '''"""Doc: "image_grid_thw"."""
+NAMES = ("image_grid_thw", 'videos_per_sample')  # "audio_seqlens"
+def f(modality: str):
+    """Read `f"{modality}_x"`."""
+
+    return f"{modality}_grid_thw", "the image_grid_thw", "imagery"
+'''
+
+
+def test_code_is_measured_without_comments_and_docstrings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("measured.entered_functions", lambda package: {("a.py", "f", 1)})
+    write(tmp_path, "wing/a.py", SPELLED)
+    write(tmp_path, "columns.py", SPELLED + "x: Any = 1\n")
+    assert [line[:5] for line in code_lines(SPELLED)] == ["NAMES", "def f", "    r"]
+    assert measure(tmp_path) == {
+        "functions entered": 1,
+        "files entered": 1,
+        "Any per 1,000 lines of code": 1000 / 7,
+        "lines that spell a column": 2,
+    }
+
+
+def test_any_is_counted_wherever_it_is_used() -> None:
+    assert count_any("from typing import Any\nx: dict[Any, typing.Any] = cast('Any', 1)\n") == 2
+
+
+def test_functions_of_one_folder_are_counted_once_each() -> None:
+    def one() -> list[int]:
+        return [two(number) for number in range(3)]
+
+    def two(number: int) -> int:
+        return len(Path(str(number)).name)
+
+    found = enter(one, Path(__file__).parent)
+    assert sorted(name for _, name, _ in found) == ["one", "two"]
