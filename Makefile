@@ -37,7 +37,7 @@ check: $(READY)  ## Lint, format, types, import directions, and limits of functi
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/python tests/house.py
-	$(BIN)/python tests/measured.py
+	$(BIN)/python tests/limits.py
 
 # Without --quiet, which drops warnings before --strict counts them.
 docs: $(READY)  ## Build the docs strictly into site/
@@ -132,9 +132,9 @@ cuda:  ## On a machine with a GPU, check the guard, packing under three attentio
 	PYTHONPATH=src:tests $(PYTHON) tests/cuda/check_families.py outputs/families.json
 	PYTHONPATH=src:tests $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node gpu tests/cuda/check_ranks.py outputs/ranks.json
 
-bench: $(READY)  ## Measure positions and vision tensors (about a minute)
+bench: $(READY)  ## Measure positions, and the stage as a worker runs it (about a minute)
 	$(BIN)/mrope bench positions
-	$(BIN)/mrope bench vision
+	$(BIN)/mrope bench stage configs/bench/2b-mixed8.yaml configs/bench/2b-crops64.yaml
 
 # uv picks the oldest release of each direct dependency that pyproject.toml allows. Wheels of torch 2.4
 # include the CUDA libraries: about 3 GB to download. Old packages call functions that their newer

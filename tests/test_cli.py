@@ -199,6 +199,7 @@ def test_an_error_is_red_on_a_terminal(command: Command, monkeypatch: pytest.Mon
         ["bench", "positions", "--repeats", "0"],
         ["bench", "positions", "--json", "no/such/folder/x.json"],
         ["bench", "step", "train.steps=3"],
+        ["bench", "stage", "train.steps=3"],
         ["bench", "step", DEMO, "--device", "abacus"],
         ["bench", "positions", "--plot", "x.nope"],
         ["explain", "--family", "qwen3_vl", "text:1", "--plot", "x"],
@@ -316,7 +317,7 @@ def test_bench_positions_writes_json(command: Command, tmp_path: Path) -> None:
     assert all(entry["seconds"]["kernel"] > 0 for entry in report["cases"])
     measured = [*report["cases"], *report["sweep"]]
     assert [row[0] for row in command.rows()] == [entry["name"] for entry in measured]
-    assert all(len(row) == 9 and all(row) for row in command.rows())
+    assert all(len(row) == 7 and all(row) for row in command.rows())
 
 
 @pytest.mark.parametrize("columns", ["20", "500"])
@@ -363,3 +364,17 @@ def test_explain_needs_no_transformers() -> None:
     done = _without("transformers", "explain", "--family", "qwen3_vl", "text:1")
     assert done.returncode == 0, done.stderr
     assert "delta 0" in done.stdout
+
+
+def test_bench_stage_measures_the_batches_of_a_config(command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "stage.json"
+    shape = "data={source: synthetic, rows: 16, shape: {width: 64, images: 1, image: [4, 4]}}"
+    words = ("bench", "stage", DEMO, shape, "--repeats", "1", "--json", str(file))
+    assert command(*words) == 0
+    case = json.loads(file.read_text(encoding="utf-8"))["cases"]["demo"]
+    assert case["tokens"] % 64 == 0
+    assert list(case["seconds"]) == ["positions", "vision tensors", "flattened"]
+    for seconds in case["seconds"].values():
+        assert seconds.keys() == {"warm", "in a worker"}
+        assert all(one > 0 for one in seconds.values())
+    assert [row[1] for row in command.rows() if row[1]] == list(case["seconds"])

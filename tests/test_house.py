@@ -1,4 +1,4 @@
-"""`tests/house.py` and `tests/measured.py` find each kind of violation, and nothing else."""
+"""`tests/house.py` and `tests/limits.py` find each kind of violation, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from house import comment_shares, main, violations
-from measured import code_lines, count_any, enter, measure
+from limits import code_lines, count_any, enter, measure
 
 MANY = ", ".join(f"p{index}" for index in range(9))
 FORTY = "\n".join(["    x = 1"] * 40)
@@ -70,7 +70,7 @@ def f(modality: str):
 def test_code_is_measured_without_comments_and_docstrings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("measured.entered_functions", lambda package: {("a.py", "f", 1)})
+    monkeypatch.setattr("limits.entered_functions", lambda package: {("a.py", "f", 1)})
     write(tmp_path, "wing/a.py", SPELLED)
     write(tmp_path, "columns.py", SPELLED + "x: Any = 1\n")
     assert [line[:5] for line in code_lines(SPELLED)] == ["NAMES", "def f", "    r"]

@@ -320,7 +320,7 @@ def test_an_unmodified_model_does_not_take_rungs_of_patches() -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("packing", [None, "flatten"])
 def test_a_compiled_step_has_no_sync(packing: Any) -> None:
-    """On CUDA tests/cuda/measure_one_graph.py runs these steps under set_sync_debug_mode."""
+    """On CUDA tests/measure/one_graph.py runs these steps under set_sync_debug_mode."""
     syncs: list[str] = []
 
     def watched(graph: Any, _: Any) -> Any:

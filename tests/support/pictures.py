@@ -3,7 +3,7 @@
     PYTHONPATH=src:tests python tests/support/pictures.py
 
 Writes docs/pictures/: positions.svg, ladder.svg, and timeline-NAME.svg for every
-docs/benchmarks/timeline-NAME.json, which `tests/cuda/record_timeline.py` wrote on a GPU. Text stays text, and colours follow the reader's light or dark page.
+docs/benchmarks/timeline-NAME.json, which `tests/measure/record_timeline.py` wrote on a GPU. Text stays text, and colours follow the reader's light or dark page.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from measure.mix import make_mix
 from mrope import MRopeSpec, Shapes, rope_index
-from mrope.bench.mix import make_mix
 from mrope.spec import example_config
 
 DOCS = Path(__file__).parents[2] / "docs"

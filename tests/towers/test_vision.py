@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import pickle
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -537,26 +535,3 @@ def test_gradients_are_the_same(family: str) -> None:
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) > 10
     assert all(map(torch.equal, *gradients))
-
-
-# The bench.
-
-
-def test_the_bench_writes_what_it_measured(tmp_path: Path) -> None:
-    pytest.importorskip("transformers.vision_utils")
-    pytest.importorskip("matplotlib")
-    from mrope.bench.vision import bench_vision
-
-    file, plot = tmp_path / "vision.json", tmp_path / "vision.png"
-    bench_vision(1, True, file, plot)
-    report = json.loads(file.read_text())
-    (case,) = report["cases"]
-    assert [entry["name"] for entry in case["tensors"]] == [
-        "rotary ids",
-        "window index",
-        "interpolation",
-    ]
-    for entry in case["tensors"]:
-        assert entry["warm_speedup"] == entry["seconds"]["transformers"] / entry["seconds"]["warm"]
-    assert {"transformers", "numpy", "torch", "date", "processor"} <= set(report["conditions"])
-    assert plot.stat().st_size > 0

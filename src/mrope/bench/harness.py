@@ -16,12 +16,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 _TURN_SECONDS = 0.004
-_CUDA_WARM_UP = 5
+# Float64 values of 40 MB, more than a core's caches hold.
+_CACHES = 5 * 2**20
 # Wider than any table, so that no cell wraps in a file or a pipe, where rich assumes 80 columns.
 _PIPE_WIDTH = 1000
 
@@ -87,24 +89,23 @@ def interleaved_medians(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def median_cuda_times(function: Callable[[], Any], repeats: int = 30) -> dict[str, float]:
-    """Return median milliseconds of a call on an idle GPU.
+def medians_after_other_work(
+    contenders: Mapping[str, Callable[[], Any]], repeats: int
+) -> dict[str, float]:
+    """Return the median seconds of single calls, before each of which 40 MB are written.
 
-    Returns:
-        `host_ms`: until the call returns; `whole_ms`: until the GPU has finished its work.
+    A worker's call comes after it has decoded and copied pixels, which leave nothing of its last
+    call in the processor's caches.
     """
-    host, whole = [], []
-    for _ in range(repeats + _CUDA_WARM_UP):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        host.append(time.perf_counter() - start)
-        torch.cuda.synchronize()
-        whole.append(time.perf_counter() - start)
-    return {
-        "host_ms": 1e3 * statistics.median(host[_CUDA_WARM_UP:]),
-        "whole_ms": 1e3 * statistics.median(whole[_CUDA_WARM_UP:]),
-    }
+    other_work = np.zeros(_CACHES)
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, function in contenders.items():
+            other_work += 1
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def make_console() -> Console:

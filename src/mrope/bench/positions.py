@@ -1,4 +1,4 @@
-"""Time position ids against transformers and a loop over spans: `mrope bench positions`.
+"""Time position ids against transformers: `mrope bench positions`.
 
 The ceiling is `np.copyto` of one int64 (3, B, S) array: a kernel that writes its output cannot take
 less. Medians on one thread, interleaved, with warm caches.
@@ -10,6 +10,7 @@ import contextlib
 import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from mrope.bench.harness import (
     one_thread,
     write_json,
 )
-from mrope.bench.rivals import installed_rope_index, per_span_rope_index
 from mrope.positions.rope_index import rope_index
 from mrope.positions.spans import token_types
 from mrope.spec.spec import MRopeSpec, example_config
 
 _TEXT_ID = 7
+Rival = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -62,20 +63,25 @@ SWEEP = tuple(Case(f"{spans} images", 1, 65536, spans) for spans in (16, 64, 256
 
 
 def bench_positions(
-    repeats: int, quick: bool, json_file: Path | None, plot_file: Path | None
+    repeats: int,
+    quick: bool,
+    json_file: Path | None,
+    plot_file: Path | None,
+    rivals: Mapping[str, Rival] | None = None,
 ) -> None:
     """Measure every case, print a table, and write JSON and a picture if files are given.
 
     Args:
         repeats: interleaved rounds, at least 1; published figures take 15 or more.
         quick: skip the two largest cases and most of the sweep.
+        rivals: other functions with the arguments and the results of `rope_index`, by name.
     """
     report: dict[str, Any] = {"conditions": conditions(), "repeats": repeats}
     with one_thread():
         cases = CASES[:3] if quick else CASES
         sweep = SWEEP[::4] if quick else SWEEP
-        report["cases"] = [_measure(case, repeats) for case in cases]
-        report["sweep"] = [_measure(case, repeats) for case in sweep]
+        report["cases"] = [_measure(case, repeats, rivals or {}) for case in cases]
+        report["sweep"] = [_measure(case, repeats, rivals or {}) for case in sweep]
     _print(report)
     write_json(report, json_file)
     if plot_file is not None:
@@ -109,16 +115,19 @@ def make_batch(case: Case, spec: MRopeSpec) -> dict[str, Any]:
     }
 
 
-def _measure(case: Case, repeats: int) -> dict[str, Any]:
+def _measure(case: Case, repeats: int, rivals: Mapping[str, Rival]) -> dict[str, Any]:
     spec = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
     batch = make_batch(case, spec)
     contenders: dict[str, Callable[[], Any]] = {}
     # A processor makes the token types, so that computing them is not part of the rival's time.
     typed = batch | {"mm_token_type_ids": token_types(spec, batch["input_ids"])}
     with contextlib.suppress(ImportError):
-        contenders["transformers"] = installed_rope_index(spec, typed)
-    contenders["loop"] = lambda: per_span_rope_index(spec, **batch)
-    contenders["kernel"] = lambda: rope_index(spec, **batch)
+        from mrope.hf.get_rope_index import reference_rope_index
+
+        contenders["transformers"] = partial(reference_rope_index, spec, typed)
+    for name, rival in rivals.items():
+        contenders[name] = partial(rival, spec, **batch)
+    contenders["kernel"] = partial(rope_index, spec, **batch)
     expected = contenders["kernel"]()
     # A faster function with other results would be no rival.
     for function in contenders.values():
@@ -134,7 +143,7 @@ def _measure(case: Case, repeats: int) -> dict[str, Any]:
         "width": case.width,
         "spans": case.spans,
         "seconds": medians,
-        "loop_over_kernel": medians["loop"] / medians["kernel"],
+        "times_the_kernel": {name: medians[name] / medians["kernel"] for name in rivals},
         "kernel_over_ceiling": medians["kernel"] / medians["ceiling"],
         "peak_extra_over_output": _peak_extra_bytes(contenders["kernel"]) / expected[0].nbytes,
     }
@@ -155,8 +164,9 @@ def _peak_extra_bytes(kernel: Callable[[], Any]) -> int:
 
 
 def _print(report: Mapping[str, Any]) -> None:
-    times = ("transformers", "per-span loop", "kernel", "ceiling")
-    ratios = ("loop / kernel", "kernel / ceiling", "extra memory / output")
+    rivals = list(report["cases"][0]["times_the_kernel"])
+    times = ("transformers", *rivals, "kernel", "ceiling")
+    ratios = [*(f"{name} / kernel" for name in rivals), "kernel / ceiling", "extra memory / output"]
     title = "positions: median time of a call, one thread"
     table = make_table(title, ("case",), ("spans", *times, *ratios))
     for section in ("cases", "sweep"):
@@ -175,13 +185,13 @@ def _print(report: Mapping[str, Any]) -> None:
 
 
 def _cells(entry: Mapping[str, Any]) -> list[str]:
-    seconds = entry["seconds"]
-    times = [seconds.get(name) for name in ("transformers", "loop", "kernel", "ceiling")]
+    rivals, seconds = entry["times_the_kernel"], entry["seconds"]
+    times = [seconds.get(name) for name in ("transformers", *rivals, "kernel", "ceiling")]
     return [
         entry["name"],
         str(entry["spans"]),
         *map(microseconds, times),
-        f"{entry['loop_over_kernel']:.1f}",
+        *(f"{ratio:.1f}" for ratio in rivals.values()),
         f"{entry['kernel_over_ceiling']:.1f}",
         f"{entry['peak_extra_over_output']:.2f}",
     ]
@@ -189,7 +199,7 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
 
 def _plot(report: Mapping[str, Any], file: Path) -> None:
     cases, sweep = report["cases"], report["sweep"]
-    names = [name for name in ("transformers", "loop", "kernel") if name in cases[0]["seconds"]]
+    names = [name for name in cases[0]["seconds"] if name != "ceiling"]
     with figure_file(file, (13, 4.5), 1, 2) as (_, (left, right)):
         for index, name in enumerate(names):
             ratios = [entry["seconds"][name] / entry["seconds"]["ceiling"] for entry in cases]

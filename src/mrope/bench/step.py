@@ -1,9 +1,8 @@
 """Time a training step with and without the stage: `mrope bench step CONFIG`.
 
-The same steps of the same model run in five variants, one after another in one process:
+The same steps of the same model run in several variants, one after another in one process:
 
 - plain: transformers computes everything in its forward;
-- rows: positions in numpy inside the forward, copied row by row (`rivals.RowsOnHost`);
 - positions: the DataLoader's workers compute the position ids;
 - vision: they compute the vision tower's tensors too;
 - attached: as vision, and the patched forward reads every tensor from the batch;
@@ -36,16 +35,14 @@ from mrope.bench.harness import (
     conditions,
     figure_file,
     make_console,
-    median_cuda_times,
     one_line,
     write_json,
 )
-from mrope.bench.rivals import RowsOnHost, rope_index_on_device
 from mrope.bench.trace import profile_steps
-from mrope.collate.padding import PaddingCollator
 from mrope.guard import SyncGuard
 from mrope.hf import attach, detach
 from mrope.hf.attach import base_model
+from mrope.spec.spec import MRopeSpec
 from mrope.training.config import build_collator, load_config
 from mrope.training.dataloader import RowDataset, make_loader
 from mrope.training.loop import load_run_rows
@@ -53,10 +50,11 @@ from mrope.training.model import build_model
 from mrope.training.sections import Config
 from mrope.training.step import choose_device, endless, finish, guarded_step, to_device
 
-VARIANTS = ("plain", "rows", "positions", "vision", "attached")
+VARIANTS = ("positions", "vision", "attached")
 _MODES = {"compiled": None, "captured": "reduce-overhead"}
 _WARM_UP = 3
 _PROFILED = 3
+Rival = Callable[[MRopeSpec], Callable[..., Any]]
 _FOLDERS = re.compile(r"^.*/(?=site-packages/|src/mrope/)")
 
 
@@ -100,6 +98,7 @@ def bench_step(
     steps: int,
     json_file: Path | None,
     plot_file: Path | None,
+    rivals: Mapping[str, Rival] | None = None,
 ) -> None:
     """Measure every config in every variant; print tables, and write JSON and a picture if given.
 
@@ -109,6 +108,8 @@ def bench_step(
         device: auto, cpu or cuda.
         steps: timed steps of each variant after 3 warm-up steps, at least 2. Host time is measured
             in `steps // 4` further steps, at least 2.
+        rivals: further variants, by name: each returns, for a spec, what stands in place of the
+            plain model's `get_rope_index`.
     """
     choose_device(device)
     console = make_console()
@@ -116,22 +117,19 @@ def bench_step(
         "conditions": _conditions(device),
         "steps": steps,
         "cases": {},
-        "positions_on_device": {},
     }
     console.print(one_line(report["conditions"]))
     for path in configs:
         cfg = load_config(path, [*overrides, f"train.device={device}"])
-        case = _measure_case(cfg, steps)
+        case = _measure_case(cfg, steps, rivals or {})
         report["cases"][path.stem] = case
-        if _on_cuda(device) and {"image", "video"} <= _modalities(cfg):
-            report["positions_on_device"][path.stem] = _measure_on_device(cfg)
         console.print(step_table(path.stem, case))
         write_json(report, json_file)  # after each case, so that a failure keeps the earlier ones
     if plot_file is not None:
         plot_cases(report["cases"], plot_file)
 
 
-def _measure_case(cfg: Config, steps: int) -> dict[str, Any]:
+def _measure_case(cfg: Config, steps: int, rivals: Mapping[str, Rival]) -> dict[str, Any]:
     where = torch.device("cuda" if _on_cuda(cfg.train.device) else "cpu")
     torch.manual_seed(cfg.train.seed)
     rows = load_run_rows(cfg)
@@ -139,32 +137,23 @@ def _measure_case(cfg: Config, steps: int) -> dict[str, Any]:
         model = build_model(cfg)
     case = {}
     fixed = () if cfg.rope.shapes is None else tuple(_MODES)
-    for variant in (*VARIANTS, *fixed):
-        with _prepared(cfg, model, variant) as (prepared, run):
+    for variant in ("plain", *rivals, *VARIANTS, *fixed):
+        with _prepared(cfg, model, variant, rivals.get(variant)) as (prepared, run):
             case[variant] = _measure(prepared, model, run, rows, where, steps).summary()
     return case
 
 
-def _measure_on_device(cfg: Config) -> dict[str, float]:
-    """Time position ids by torch operations on the GPU, as an alternative to the workers."""
-    rows = load_run_rows(cfg)
-    batch = PaddingCollator()([rows[index] for index in range(cfg.dataloader.batch_size)])
-    on_device = to_device(batch, torch.device("cuda"))
-    names = ("input_ids", "attention_mask", "image_grid_thw", "video_grid_thw")
-    arguments = {name: on_device[name] for name in names}
-    frames = int(batch["video_grid_thw"][:, 0].sum())
-    return median_cuda_times(lambda: rope_index_on_device(cfg.spec(), **arguments, frames=frames))
-
-
 @contextmanager
-def _prepared(cfg: Config, model: torch.nn.Module, variant: str) -> Iterator[tuple[Config, Any]]:
+def _prepared(
+    cfg: Config, model: torch.nn.Module, variant: str, rival: Rival | None
+) -> Iterator[tuple[Config, Any]]:
     """Patch the model for a variant within the block.
 
     Yields the config of its collator, and what the step calls: the model, or a compiled one.
     """
     attached = variant == "attached" or variant in _MODES
     rope: dict[str, Any] = {
-        "enabled": variant not in ("plain", "rows"),
+        "enabled": attached or variant in VARIANTS,
         "vision": variant == "vision" or attached,
         "shapes": cfg.rope.shapes if variant in _MODES else None,
     }
@@ -173,8 +162,8 @@ def _prepared(cfg: Config, model: torch.nn.Module, variant: str) -> Iterator[tup
     run: Any = model
     if attached:
         attach(model)
-    elif variant == "rows":
-        base.get_rope_index = RowsOnHost(cfg.spec())
+    elif rival is not None:
+        base.get_rope_index = rival(cfg.spec())
     if variant in _MODES:
         run = torch.compile(model, fullgraph=True, dynamic=False, mode=_MODES[variant])
     try:
@@ -182,7 +171,7 @@ def _prepared(cfg: Config, model: torch.nn.Module, variant: str) -> Iterator[tup
     finally:
         if attached:
             detach(model)
-        elif variant == "rows":
+        elif rival is not None:
             del base.get_rope_index
 
 
@@ -294,7 +283,7 @@ def _stage_in_forward(model: torch.nn.Module) -> Iterator[_Stopwatch]:
     """
     stopwatch = _Stopwatch()
     base = base_model(model)
-    # In the variant "rows" the model has an instance attribute, which has to be put back.
+    # With a rival the model has an instance attribute, which has to be put back.
     own = vars(base).get("get_rope_index")
     module = sys.modules[type(base.visual).__module__]
     helpers = {
@@ -313,12 +302,6 @@ def _stage_in_forward(model: torch.nn.Module) -> Iterator[_Stopwatch]:
         del base.get_rope_index
         if own is not None:
             base.get_rope_index = own
-
-
-def _modalities(cfg: Config) -> set[str]:
-    shape = cfg.data.shape
-    given = {"image": shape and shape.images, "video": shape and shape.videos}
-    return {modality for modality, count in given.items() if count}
 
 
 def _on_cuda(device: str) -> bool:

@@ -1,11 +1,11 @@
-"""Check the batches that `tests/cuda/measure_ranks.py` trains on."""
+"""Check the batches that `tests/measure/ranks.py` trains on."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from support.rank_batches import BALANCES, Epoch, complete, qwen3_vl_config
+from measure.rank_batches import BALANCES, Epoch, complete, qwen3_vl_config
 
 EPOCH = Epoch(qwen3_vl_config(tiny=True, layers=None), 2, 1024, 4, 1, torch.float32)
 

@@ -1,10 +1,9 @@
 """Implementations that the benchmarks compare `mrope` with, each with the same results.
 
-- `per_span_rope_index`: numpy, a loop over rows and spans (`mrope bench positions`).
-- `installed_rope_index`: the installed transformers (`mrope bench positions` and `omni`).
-- `vision_functions`: `transformers.vision_utils` (`mrope bench vision`).
-- `RowsOnHost`: numpy inside the forward, a copy per row (`mrope bench step`).
-- `rope_index_on_device`: torch operations on the GPU (`mrope bench step`, on CUDA).
+- `per_span_rope_index`: numpy, a loop over rows and spans (`python -m measure positions`).
+- `vision_functions`: `transformers.vision_utils` (`python -m measure vision`).
+- `RowsOnHost`: numpy inside the forward, a copy per row (`python -m measure step`).
+- `rope_index_on_device`: torch operations on the GPU (`python -m measure step`, on CUDA).
 
 The three written here follow Qwen3-VL in transformers 5.x on well-formed batches. Shapes: B rows,
 S tokens, grids (N, 3) of time, height and width in patches.
@@ -12,7 +11,7 @@ S tokens, grids (N, 3) of time, height and width in patches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -69,21 +68,6 @@ def _span_starts(spec: MRopeSpec, tokens: IntArray) -> list[tuple[int, bool]]:
     kind = image * 1 + (tokens == spec.video_token_id) * 2
     starts = np.flatnonzero((kind[1:] != kind[:-1]) & (kind[1:] > 0)) + 1
     return list(zip(starts.tolist(), image[starts].tolist(), strict=True))
-
-
-def installed_rope_index(spec: MRopeSpec, batch: Mapping[str, Any]) -> Callable[[], Any]:
-    """Return a call of the installed transformers' `get_rope_index`.
-
-    Args:
-        batch: arguments of `mrope.rope_index` by name, as arrays, with `mm_token_type_ids` if the
-            family takes them.
-
-    Raises:
-        ModuleNotFoundError: transformers is not installed.
-    """
-    from mrope.hf.get_rope_index import reference_rope_index
-
-    return lambda: reference_rope_index(spec, batch)
 
 
 def vision_functions() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:

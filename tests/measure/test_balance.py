@@ -10,10 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from measure.__main__ import app
+from measure.balance import QWEN3_VL_2B, WAYS, Counts, Steps, imbalance, simulate
+from measure.mix import MixRows, make_mix
 from mrope import MRopeCollator, MRopeSpec, VisionSpec
-from mrope.bench.balance import QWEN3_VL_2B, WAYS, Counts, Steps, imbalance, simulate
-from mrope.bench.mix import MixRows, make_mix
-from mrope.cli import app
 from mrope.prepare import WorkModel
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def test_rows_have_the_tokens_and_patches_of_the_mix() -> None:
 def test_the_command_prints_tables_and_writes_json(tmp_path: Path) -> None:
     file = tmp_path / "balance.json"
     result = CliRunner().invoke(
-        app, ["bench", "balance", "--quick", "--examples", "10000", "--json", str(file)]
+        app, ["balance", "--quick", "--examples", "10000", "--json", str(file)]
     )
     assert result.exit_code == 0, result.output
     assert "512 ranks, 10,000 examples" in result.output and "visual tokens" in result.output

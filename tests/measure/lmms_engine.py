@@ -1,7 +1,7 @@
 """Measure the three cases of lmms-engine's pull request 184: positions before it, after it, and with the stage.
 
-    PYTHONPATH=src:tests python tests/cuda/measure_lmms_engine.py outputs/lmms-engine.json [--wheels .whl/peers]
-    PYTHONPATH=src:tests python tests/cuda/measure_lmms_engine.py outputs/small.json --small
+    PYTHONPATH=src:tests python -m measure.lmms_engine outputs/lmms-engine.json [--wheels .whl/peers]
+    PYTHONPATH=src:tests python -m measure.lmms_engine outputs/small.json --small
 
 "before" is transformers 4.57.6's `get_rope_index`, of which lmms-engine's function was a copy until that
 pull request; "installed" is that of the installed transformers; "after" is lmms-engine 0.1.4's own

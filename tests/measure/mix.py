@@ -1,6 +1,6 @@
 """Draw a mix of text, images of many sizes and clips, and build rows of it.
 
-The mix of `mrope bench balance` and of `tests/cuda/measure_ranks.py`: 30 % text alone, 50 % with
+The mix of `python -m measure balance` and of `tests/measure/ranks.py`: 30 % text alone, 50 % with
 one to four images, 20 % with a clip. Sizes are log-normal. They are of no public dataset: their
 medians make the vision tower about half of the work with Qwen3-VL-2B's shape.
 

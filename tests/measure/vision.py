@@ -1,4 +1,4 @@
-"""Time the vision tensors against `transformers.vision_utils`: `mrope bench vision`.
+"""Time the vision tensors against `transformers.vision_utils`: `python -m measure vision`.
 
 The ceiling is `np.copyto` of the finished arrays: a function that writes them cannot take less.
 "cold" clears the cache of frame sizes before each call, as in a worker's first batch; "warm" finds
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from measure.rivals import vision_functions
 from mrope.bench.harness import (
     conditions,
     figure_file,
@@ -27,7 +28,6 @@ from mrope.bench.harness import (
     one_thread,
     write_json,
 )
-from mrope.bench.rivals import vision_functions
 from mrope.towers import frame_cache, vision
 
 Arrays = tuple[npt.NDArray[Any], ...]

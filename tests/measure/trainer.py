@@ -1,6 +1,6 @@
 """Count the syncs of transformers' Trainer and of the package's own loop, before and after the recipe.
 
-    PYTHONPATH=src:tests python tests/cuda/measure_trainer.py [FILE.json]
+    PYTHONPATH=src:tests python -m measure.trainer [FILE.json]
 
 Ten steps after three of warm-up, of a Qwen3-VL of four layers with random weights, on rows of four
 images of many sizes and one clip: the plain model and the attached one with the Trainer's defaults,

@@ -1,11 +1,11 @@
 """Record what host and GPU do in steps of a config, for the picture of the docs.
 
-    PYTHONPATH=src:tests python tests/cuda/record_timeline.py OUT.json [CONFIG] [KEY=VALUE ...]
+    PYTHONPATH=src:tests python -m measure.record_timeline OUT.json [CONFIG] [KEY=VALUE ...]
 
 Variants: the plain model; the attached one; and, on CUDA with `rope.shapes`, a replay of one graph of the
 compiled step, forward and backward. Each runs on the same batches, collated and copied before. OUT.json has,
 for each, milliseconds of a step and the GPU's idle share (of a trace), and the timeline of three steps, in the form
-of `mrope.bench.timeline`. The default config is configs/bench/2b-mixed8.yaml. Without CUDA the lanes of the GPU
+of `measure.timeline`. The default config is configs/bench/2b-mixed8.yaml. Without CUDA the lanes of the GPU
 are empty: this proves the script, on a small config.
 """
 
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 import torch._functorch.config
 
+from measure.timeline import Mark, record_timeline
 from mrope import MRopeCollator
 from mrope.bench.harness import conditions
-from mrope.bench.timeline import Mark, record_timeline
 from mrope.bench.trace import profile_steps
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach
@@ -84,7 +84,7 @@ def step(run: Any, batch: Batch, mark: Mark) -> None:
 
 def capture(model: Any, batch: Batch) -> Step:
     """Return a step that replays one CUDA graph of forward and backward, compiled."""
-    # As in measure_one_graph.py, so that the graph is the one in inductor's cache.
+    # As in one_graph.py, so that the graph is the one in inductor's cache.
     torch._functorch.config.force_non_lazy_backward_lowering = True
     run: Any = torch.compile(model, fullgraph=True, dynamic=False)
     buffers = {

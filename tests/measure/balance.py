@@ -1,6 +1,6 @@
-"""Simulate how evenly batches load the ranks of a training run: `mrope bench balance`.
+"""Simulate how evenly batches load the ranks of a training run: `python -m measure balance`.
 
-Four ways to fill and share out batches of 16,384 tokens from the same examples (`mrope.bench.mix`):
+Four ways to fill and share out batches of 16,384 tokens from the same examples (`measure.mix`):
 
 - tokens only: `TokenBudgetSampler(lengths, max_tokens)`;
 - length-sorted: batches filled one after another from examples sorted by length;
@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from measure.mix import FULL_BUDGET, Mix, make_mix
 from mrope.bench.harness import conditions, make_console, make_table, one_line, write_json
-from mrope.bench.mix import FULL_BUDGET, Mix, make_mix
 from mrope.prepare.binning import first_fit, split_largest
 from mrope.prepare.sampler import TokenBudgetSampler
 from mrope.prepare.work import WorkModel

@@ -1,4 +1,4 @@
-"""Time the collator on padded and flattened batches, and with fixed shapes: `mrope bench packing`.
+"""Time the collator on padded and flattened batches, and with fixed shapes: `python -m measure packing`.
 
 The stage is what `MRopeCollator` adds after the inner collate function: position ids, vision
 tensors, document borders and, for flattened batches, the token columns joined into one row. Padded

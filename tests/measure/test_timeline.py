@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mrope.bench import timeline
-from mrope.bench.timeline import Mark, read_timeline, record_timeline
+from measure import timeline
+from measure.timeline import Mark, read_timeline, record_timeline
 from mrope.bench.trace import TraceEvent
 
 MS = 1_000_000

@@ -1,4 +1,4 @@
-"""Time the position ids of the Omni thinkers against transformers: `mrope bench omni`.
+"""Time the position ids of the Omni thinkers against transformers: `python -m measure omni`.
 
 Every video has audio inside, so that both streams are merged by time, which transformers does token
 by token in Qwen3-Omni and chunk by chunk in Qwen2.5-Omni. Medians on one thread, interleaved.
@@ -7,6 +7,7 @@ by token in Qwen3-Omni and chunk by chunk in Qwen2.5-Omni. Medians on one thread
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mrope.bench.harness import (
     one_thread,
     write_json,
 )
-from mrope.bench.rivals import installed_rope_index
+from mrope.hf.get_rope_index import reference_rope_index
 from mrope.positions.rope_index import rope_index
 from mrope.spec.spec import MRopeSpec, example_config
 from mrope.towers import AudioSpec, audio_tokens
@@ -85,8 +86,8 @@ def _measure(family: str, width: int, videos: int, repeats: int) -> dict[str, An
     spec = MRopeSpec.from_config(example_config(family), "transformers-5.23")
     batch = make_batch(spec, width, videos)
     contenders: dict[str, Callable[[], Any]] = {
-        "transformers": installed_rope_index(spec, batch),
-        "kernel": lambda: rope_index(spec, **batch),
+        "transformers": partial(reference_rope_index, spec, batch),
+        "kernel": partial(rope_index, spec, **batch),
     }
     expected, found = contenders["transformers"](), contenders["kernel"]()
     for theirs, ours in zip(expected, found, strict=True):

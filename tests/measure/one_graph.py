@@ -1,8 +1,8 @@
 """Measure a training step of fixed shapes on a GPU: plain, attached, compiled to one graph, captured.
 
-    PYTHONPATH=src:tests python tests/cuda/measure_one_graph.py 2b-mixed8,2b-crops64 [flash] [reduce]
-    PYTHONPATH=src:tests python tests/cuda/measure_one_graph.py 2b-s16k checkpoint [flash] [reduce]
-    PYTHONPATH=src:tests python tests/cuda/measure_one_graph.py 2b-mixed8 warm
+    PYTHONPATH=src:tests python -m measure.one_graph 2b-mixed8,2b-crops64 [flash] [reduce]
+    PYTHONPATH=src:tests python -m measure.one_graph 2b-s16k checkpoint [flash] [reduce]
+    PYTHONPATH=src:tests python -m measure.one_graph 2b-mixed8 warm
 
 For each config of configs/bench: milliseconds of a step, forward and backward, by CUDA events (median
 of 12 after 3); GPU idle by a trace of 3 further steps; peak memory; losses of two batches. All variants

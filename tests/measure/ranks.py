@@ -1,12 +1,12 @@
 """Measure training over all GPUs of a host: plain, attached, compiled; batches by tokens and by work.
 
     PYTHONPATH=src:tests python -m torch.distributed.run --standalone --nproc-per-node 8 \
-        tests/cuda/measure_ranks.py OUT.json [--how DDP,FSDP2] [--variants plain,attached,...]
+        -m measure.ranks OUT.json [--how DDP,FSDP2] [--variants plain,attached,...]
     PYTHONPATH=src:tests python -m torch.distributed.run --standalone --nproc-per-node 2 \
-        tests/cuda/measure_ranks.py OUT.json --tiny --tokens 1024 --steps 4     # on a CPU, over gloo
+        -m measure.ranks OUT.json --tiny --tokens 1024 --steps 4     # on a CPU, over gloo
 
 A Qwen3-VL of 2B shape with random weights, bfloat16, gradient checkpointing and fused AdamW, trained on
-the mix of `mrope bench balance`. One epoch of the same examples is planned by tokens and by work, and its
+the mix of `python -m measure balance`. One epoch of the same examples is planned by tokens and by work, and its
 batches are collated and copied to the device before anything is timed. Variants:
 
 - plain: transformers' own forward, sdpa. Rows are flattened and come with position ids, as trainers that
@@ -52,11 +52,11 @@ from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from measure.rank_batches import BALANCES, Epoch, qwen3_vl_config
 from mrope.bench.trace import split_collectives, trace_steps
 from mrope.hf import attach
 from mrope.training.step import finish, to_device
 from support.flash import flash_attention
-from support.rank_batches import BALANCES, Epoch, qwen3_vl_config
 
 VARIANTS = ("plain", "plain-flash", "attached", "shapes", "compiled", "reduced", "captured")
 COMPILED = ("compiled", "reduced", "captured")

@@ -1,6 +1,6 @@
 """Check what the package's code measures: functions of one call, `Any`, names of columns.
 
-    python tests/measured.py [SRC/MROPE]
+    python tests/limits.py [SRC/MROPE]
 
 Prints the three measures, each with its limit, and exits with 1 if one is above:
 
@@ -35,8 +35,8 @@ from typing import Any
 MOST = {
     "functions entered": 84,  # wanted: 55
     "files entered": 21,  # wanted: 15
-    "Any per 1,000 lines of code": 63.5,  # wanted: 35
-    "lines that spell a column": 255,  # wanted: 90
+    "Any per 1,000 lines of code": 65.0,  # wanted: 35
+    "lines that spell a column": 243,  # wanted: 90
 }
 TABLE = "columns.py"
 _COLUMN = re.compile(r"""["'](image|video|audio)s?_|f["']\{[^}]+\}_""")

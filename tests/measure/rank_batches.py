@@ -1,4 +1,4 @@
-"""The batches of every rank of a training run on the mix of `mrope bench balance`.
+"""The batches of every rank of a training run on the mix of `python -m measure balance`.
 
 One epoch of the same examples is planned twice, by tokens and by work.
 
@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from measure.balance import Steps, imbalance
+from measure.mix import Mix, MixRows, make_mix
 from mrope import MRopeCollator, MRopeSpec, Shapes, TokenBudgetSampler, VisionSpec
-from mrope.bench.balance import Steps, imbalance
-from mrope.bench.mix import Mix, MixRows, make_mix
 from mrope.prepare import WorkModel
 
 CONFIG = Path(__file__).parents[2] / "configs/bench/models/2b.json"
