@@ -46,6 +46,11 @@ class Folder:
         self.capsys = capsys
         self.model = path / "config.json"
         self.model.write_text(json.dumps(example_config("qwen3_vl")), encoding="utf-8")
+        # Forked workers start at once, where spawned ones import everything anew.
+        self.forking = path / "forking.yaml"
+        self.forking.write_text(
+            "model: {config: config.json}\ndataloader: {start_method: fork}\n", encoding="utf-8"
+        )
         self.out = self.err = ""
 
     def dataset(self, rows: list[Row]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
 import socket
 from functools import partial
@@ -359,23 +360,43 @@ def test_an_attached_model_refuses_a_part() -> None:
 # Two processes.
 
 
-def run_in_two(function: Any, tmp_path: Path, *arguments: Any) -> list[Any]:
-    """Run `function(rank, *arguments)` in two gloo processes; return what each returned."""
+Job = tuple[Any, tuple[Any, ...]]
+
+
+def run_in_two(folder: Path, jobs: list[Job]) -> dict[Job, list[Any]]:
+    """Run each `function(rank, *arguments)` in the same two gloo processes; return both results."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(  # type: ignore[attr-defined, no-untyped-call]
-        _one_of_two, (function, port, str(tmp_path), arguments), nprocs=2, join=True
+        _one_of_two, (port, str(folder), jobs), nprocs=2, join=True
     )
-    return [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return {job: list(results) for job, *results in zip(jobs, *found, strict=True)}
 
 
-def _one_of_two(rank: int, function: Any, port: int, folder: str, arguments: Any) -> None:
+def _one_of_two(rank: int, port: int, folder: str, jobs: list[Job]) -> None:
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", address, rank=rank, world_size=2)
-    torch.save(function(rank, *arguments), Path(folder) / f"{rank}.pt")
+    results = [function(rank, *arguments) for function, arguments in jobs]
+    torch.save(results, Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+GATHERED = [(scheme, packing) for scheme in SCHEMES for packing in (None, "flatten")]
+ON_PARTS = [
+    (family, packing) for family in ("qwen2_vl", "qwen2_5_vl") for packing in (None, "flatten")
+]
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, list[Any]]:
+    """Results of two processes, which are started once: that takes longer than what they do."""
+    jobs: list[Job] = [(gathered_parts, case) for case in GATHERED]
+    if importlib.util.find_spec("transformers") is not None:
+        jobs += [(run_on_a_part, case) for case in ON_PARTS]
+    return run_in_two(tmp_path_factory.mktemp("two"), jobs)
 
 
 def gathered_parts(rank: int, scheme: Any, packing: Any) -> dict[str, torch.Tensor]:
@@ -386,12 +407,11 @@ def gathered_parts(rank: int, scheme: Any, packing: Any) -> dict[str, torch.Tens
     return gather_sequence(everyones, scheme)
 
 
-@pytest.mark.parametrize("packing", [None, "flatten"])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_parts_gathered_from_two_processes(tmp_path: Path, scheme: Any, packing: Any) -> None:
+@pytest.mark.parametrize(("scheme", "packing"), GATHERED)
+def test_parts_gathered_from_two_processes(of_two: Any, scheme: Any, packing: Any) -> None:
     batch = MRopeCollator(None, SPEC, packing=packing)(pictures(2, 0, 3))
     expected = gather_sequence(parts(batch, 2, scheme), scheme)
-    for whole in run_in_two(gathered_parts, tmp_path, scheme, packing):
+    for whole in of_two[gathered_parts, (scheme, packing)]:
         assert whole.keys() == expected.keys()
         assert all(torch.equal(whole[name], expected[name]) for name in whole)
         if packing is None and scheme == "contiguous":
@@ -467,16 +487,15 @@ def _embed(base: Any, batch: Any) -> torch.Tensor:
     return whole
 
 
-@pytest.mark.parametrize("packing", [None, "flatten"])
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize(("family", "packing"), ON_PARTS)
 def test_a_model_on_two_parts_gives_what_it_gives_on_the_whole(
-    tmp_path: Path, family: str, packing: Any
+    of_two: Any, family: str, packing: Any
 ) -> None:
     models = pytest.importorskip("support.models", exc_type=ImportError)
     batch = _model_batch(models, family, packing)
     with torch.no_grad():
         whole = models.tiny_model(family)(**batch)
-    found = run_in_two(run_on_a_part, tmp_path, family, packing)
+    found = of_two[run_on_a_part, (family, packing)]
     logits = torch.cat([one["logits"] for one in found], dim=1)[:, : batch["input_ids"].shape[1]]
     valid = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     torch.testing.assert_close(logits[valid], whole.logits[valid], rtol=0, atol=1e-4)
