@@ -16,15 +16,6 @@ from support.models import CONFIGS, MODEL_FAMILIES, tiny_model
 from support.steps import make_batches
 
 
-@pytest.mark.parametrize("family", MODEL_FAMILIES)
-def test_position_ids_and_vision_tensors_each_remove_syncs(family: str) -> None:
-    plain_batch, batch = make_batches(family)
-    model = tiny_model(family).train()
-    positions = plain_batch | {"position_ids": batch["position_ids"]}
-    counts = [guarded_step(model, one).count for one in (plain_batch, positions, batch)]
-    assert counts[0] > counts[1] > counts[2] > 0
-
-
 def test_the_sites_of_a_plain_model_are_those_known() -> None:
     plain_batch, _ = make_batches("qwen3_vl")
     report = guarded_step(tiny_model("qwen3_vl").train(), plain_batch).report()
@@ -73,5 +64,6 @@ def test_the_table_in_the_docs_is_what_is_counted(family: str) -> None:
     for attention, media, padded in (("sdpa", "both", True), ("eager", "images", False)):
         cfg = load_config(CONFIGS / f"{family}.yaml", [f"model.attn_implementation={attention}"])
         row = count_row(cfg, media, padded)
-        assert row["attached"] == 0
+        # Position ids and vision tensors each remove syncs.
+        assert row["plain"] > row["+ positions"] > row["+ vision tensors"] > 0 == row["attached"]
         assert markdown([row]).splitlines()[-1] in page

@@ -129,8 +129,11 @@ def dispatch(rank: int, port: int, layout: str, split: bool, images: bool, folde
         "ACCELERATE_USE_CPU": "true",
     }
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import DataLoaderConfiguration
 
+    # The process is forked: what tests before left in it does not count.
+    AcceleratorState._reset_state(reset_partial_state=True)
     configuration = DataLoaderConfiguration(dispatch_batches=True, split_batches=split)
     accelerator = Accelerator(cpu=True, dataloader_config=configuration)
     loader: Any = DataLoader(Stream(images), batch_size=4, collate_fn=collator(layout))
@@ -152,7 +155,7 @@ def dispatched(tmp_path: Path, layout: str, *, split: bool = True, images: bool 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = (port, layout, split, images, str(tmp_path))
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("fork")
     processes = [context.Process(target=dispatch, args=(rank, *arguments)) for rank in range(2)]
     for process in processes:
         process.start()

@@ -216,7 +216,7 @@ def test_it_goes_through_workers_and_pickles() -> None:
         batch_size=2,
         collate_fn=collate,
         num_workers=2,
-        multiprocessing_context="spawn",
+        multiprocessing_context="fork",
     )
     borders = [batch["cu_seq_lens_q"].tolist() for batch in loader]
     assert borders == [[0, 3, 4], [0, 2, 4]]
