@@ -170,8 +170,14 @@ class TestFound:
     @pytest.mark.parametrize(
         ("example", "words"),
         [
-            ({"input_ids": "text"}, "row 0: input_ids is ragged, or holds something other than numbers"),
-            ({"input_ids": [[1, 2], [3]]}, "row 0: input_ids is ragged, or holds something other than numbers"),
+            (
+                {"input_ids": "text"},
+                "row 0: input_ids is ragged, or holds something other than numbers",
+            ),
+            (
+                {"input_ids": [[1, 2], [3]]},
+                "row 0: input_ids is ragged, or holds something other than numbers",
+            ),
             ({"input_ids": [7.5, 8.0]}, "row 0: input_ids must hold integers, not torch.float32"),
             ({"input_ids": [7], "image_grid_thw": [[1, 2]]}, "image_grid_thw cannot be concat"),
             ([7, 8], "row 0: the example is no mapping, but list"),

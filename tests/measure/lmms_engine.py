@@ -39,13 +39,14 @@ from mrope.bench.harness import conditions, make_table, write_json
 from mrope.guard import SyncGuard
 from mrope.guard.cuda_debug import reporting
 from mrope.hf.get_rope_index import reference_class
+from mrope.positions.sample_rows import Medium, Part, make_row
 from mrope.spec import example_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FAMILY, RULE = "qwen3_vl", "transformers-4.57"
 WARM_UP, REPEATS = 5, 60
 CONFIG = example_config(FAMILY)
-START, IMAGE, VIDEO = (CONFIG[f"{name}_token_id"] for name in ("vision_start", "image", "video"))
+IMAGE, VIDEO = (CONFIG[f"{name}_token_id"] for name in ("image", "video"))
 # Text in front of a frame: its time.
 STAMP = 6
 
@@ -100,21 +101,25 @@ def make_example(
     images: Any, clips: Any, frames: int, length: int, draws: np.random.Generator
 ) -> dict[str, Any]:
     """Return a row whose media stand among text of random lengths."""
-    spans = [(IMAGE, int(size.prod()) // 4, 4) for size in images]
-    spans += [(VIDEO, int(size.prod()) // 4, STAMP) for size in clips for _ in range(frames)]
-    text = length - sum(tokens + before + 1 for _, tokens, before in spans)
+    sizes = [(1, *size) for size in images] + [(frames, *size) for size in clips]
+    # A start marker and, in clips, a stamp in front of each frame.
+    taken = sum(one * (int(h * w) // 4 + 1) for one, h, w in sizes) + STAMP * frames * len(clips)
+    count = len(images) + frames * len(clips)
+    text = length - taken
     assert text > 0, "the media do not fit into the row"
-    cuts = np.diff(np.sort(draws.integers(0, text + 1, len(spans))), prepend=0, append=text)
-    ids: list[int] = []
-    for (token, tokens, before), cut in zip(spans, cuts[:-1], strict=True):
-        ids += draws.integers(200, 999, int(cut) + before).tolist() + [START] + [token] * tokens
-    ids += draws.integers(200, 999, int(cuts[-1])).tolist()
-    example: dict[str, Any] = {"input_ids": ids}
-    if len(images):
-        example["image_grid_thw"] = np.array([[1, *size] for size in images])
-    if len(clips):
-        example["video_grid_thw"] = np.array([[frames, *size] for size in clips])
-    return example
+    cuts = iter(np.diff(np.sort(draws.integers(0, text + 1, count)), prepend=0, append=text))
+
+    def words(stamp: int) -> list[int]:
+        ids: list[int] = draws.integers(200, 999, int(next(cuts)) + stamp).tolist()
+        return ids
+
+    parts: list[Part] = []
+    for size in images:
+        parts += [words(0), Medium("image", (1, *size.tolist()))]
+    for size in clips:
+        parts += [words(STAMP), Medium("video", (frames, *size.tolist()), lambda: words(STAMP))]
+    spec = MRopeSpec.from_config(CONFIG, RULE)
+    return dict(make_row(spec, [*parts, words(0)]))
 
 
 # Functions ----------------------------------------------------------------------------------------

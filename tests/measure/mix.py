@@ -17,8 +17,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from mrope.positions.span_tokens import clip_tokens, image_tokens
-from mrope.positions.spans import token_types
+from mrope.positions.sample_rows import Medium, Part, make_row
 
 if TYPE_CHECKING:
     from mrope.spec.spec import MRopeSpec
@@ -156,32 +155,28 @@ class MixRows(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         grids = self.mix.grids_G3[slice(*self.mix.borders[index : index + 2])]
-        ids = self._tokens(index, grids)
-        types = token_types(self.spec, ids)
         row = {
-            "input_ids": torch.from_numpy(ids),
-            "labels": torch.from_numpy(np.where(types > 0, -100, ids)),
-            "mm_token_type_ids": torch.from_numpy(types),
+            name: torch.from_numpy(value)
+            for name, value in make_row(self.spec, self._parts(index, grids)).items()
         }
         if len(grids):
-            clip = self.mix.clip_N[index]
-            names = ("video_grid_thw", "pixel_values_videos")
-            grid_name, pixel_name = names if clip else ("image_grid_thw", "pixel_values")
-            row[grid_name] = torch.from_numpy(grids.copy())
-            row[pixel_name] = self.pixels[: int(grids.prod(axis=1).sum())]
+            name = "pixel_values_videos" if self.mix.clip_N[index] else "pixel_values"
+            row[name] = self.pixels[: int(grids.prod(axis=1).sum())]
         return row
 
-    def _tokens(self, index: int, grids: IntArray) -> IntArray:
+    def _parts(self, index: int, grids: IntArray) -> list[Part]:
         # Seeded by the index, so that a row is the same in every process and epoch.
         rng = np.random.default_rng(index)
-        spec, clip = self.spec, self.mix.clip_N[index]
-        parts = []
+
+        def text(count: int) -> list[int]:
+            ids: list[int] = rng.integers(10, _VOCABULARY, count).tolist()
+            return ids
+
+        parts: list[Part] = []
         for frames, height, width in grids.tolist():
-            span = (
-                clip_tokens(spec, 1, height, width) if clip else image_tokens(spec, height, width)
-            )
-            for _ in range(frames):
-                time = rng.integers(10, _VOCABULARY, _TIME if clip else 0)
-                parts += [time, np.array([*span, _END])]
-        parts.append(rng.integers(10, _VOCABULARY, self.mix.text_N[index]))
-        return np.concatenate(parts)
+            size = (frames, height, width)
+            if self.mix.clip_N[index]:
+                parts += [text(_TIME), Medium("video", size, lambda: [_END, *text(_TIME)]), [_END]]
+            else:
+                parts += [Medium("image", size), [_END]]
+        return [*parts, text(int(self.mix.text_N[index]))]

@@ -23,6 +23,7 @@ from mrope.bench.harness import (
     write_json,
 )
 from mrope.hf.get_rope_index import reference_rope_index
+from mrope.positions.custom.omni import omni_tokens
 from mrope.positions.rope_index import rope_index
 from mrope.spec.spec import MRopeSpec, example_config
 from mrope.towers import AudioSpec, audio_tokens
@@ -66,10 +67,7 @@ def make_batch(spec: MRopeSpec, width: int, videos: int) -> dict[str, Any]:
     window = spec.extra.get("n_window")
     tower = AudioSpec(int(window or 1), None if window is None else 1)
     sound = int(audio_tokens(tower, np.array([mel]))[0])
-    audio, start = int(spec.extra["audio_token_id"]), int(spec.extra["audio_start_token_id"])
-    video = [spec.video_token_id] * (frames * frame)
-    one = [spec.vision_start_token_id, start, *video, *[audio] * sound, _END_ID, _END_ID]
-    row = one * videos
+    row = omni_tokens(spec, frames * frame, sound, _END_ID) * videos
     row += [_TEXT_ID] * (width - len(row))
     return {
         "input_ids": np.array([row]),

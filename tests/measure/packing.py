@@ -30,12 +30,13 @@ from mrope.bench.harness import (
 from mrope.collate.collator import MRopeCollator
 from mrope.collate.ladder import Shapes
 from mrope.collate.padding import PaddingCollator
-from mrope.positions.spans import token_types
+from mrope.positions.sample_rows import Medium, Part, make_row
 from mrope.spec.spec import MRopeSpec, example_config
 from mrope.towers import VisionSpec
 
 TOKENS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 _MEAN_LENGTH = 1024
+_TEXT_ID = 7
 _IMAGE_SIDE = 16  # merged patches: 256 tokens
 # Pixels of larger batches would take gigabytes; a worker's batch is rarely that large.
 _MOST_WITH_PIXELS = 16384
@@ -94,20 +95,15 @@ def make_examples(tokens: int, spec: MRopeSpec) -> list[dict[str, Any]]:
 
 
 def _example(length: int, spec: MRopeSpec) -> dict[str, Any]:
-    ids = np.full(length, 7)
     images = max(1, length // 2 // _IMAGE_SIDE**2)
-    step = length // images
-    for start in range(1, images * step, step):
-        ids[start - 1] = spec.vision_start_token_id
-        ids[start : start + _IMAGE_SIDE**2] = spec.image_token_id
-    types = token_types(spec, ids)
     side = _IMAGE_SIDE * spec.spatial_merge_size
-    return {
-        "input_ids": torch.from_numpy(ids),
-        "labels": torch.from_numpy(np.where(types, -100, ids)),
-        "mm_token_type_ids": torch.from_numpy(types),
-        "image_grid_thw": torch.tensor([[1, side, side]] * images),
-    }
+    gap = [_TEXT_ID] * (length // images - _IMAGE_SIDE**2 - 1)
+    parts: list[Part] = [Medium("image", (1, side, side)), gap] * images
+    return _tensors(make_row(spec, [*parts, [_TEXT_ID] * (length % images)]))
+
+
+def _tensors(row: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(value) for name, value in row.items()}
 
 
 def make_pixel_examples(tokens: int, spec: MRopeSpec, vision: VisionSpec) -> list[dict[str, Any]]:
@@ -117,17 +113,18 @@ def make_pixel_examples(tokens: int, spec: MRopeSpec, vision: VisionSpec) -> lis
     examples = []
     for start in range(0, tokens, _MEAN_LENGTH):
         length = min(_MEAN_LENGTH, tokens - start)
-        ids, grids = [7], []
+        parts: list[Part] = [[_TEXT_ID]]
+        taken = 1
         # Half of a row is vision, as in the other cases.
-        while len(ids) < length // 2:
+        while taken < length // 2:
             height, width = rng.integers(_SIDES[0], _SIDES[1] + 1, 2).tolist()
-            ids += [spec.vision_start_token_id, *[spec.image_token_id] * (height * width)]
-            grids.append([1, spec.spatial_merge_size * height, spec.spatial_merge_size * width])
-        input_ids = torch.tensor([*ids, *[7] * (length - len(ids))])
-        grid_thw = torch.tensor(grids)
-        pixels = torch.randn(int(grid_thw.prod(dim=1).sum()), *vision.patch_shape)
-        example = {"input_ids": input_ids, "labels": input_ids, "image_grid_thw": grid_thw}
-        examples.append(example | {"pixel_values": pixels})
+            merge = spec.spatial_merge_size
+            parts.append(Medium("image", (1, merge * height, merge * width)))
+            taken += 1 + height * width
+        example = _tensors(make_row(spec, [*parts, [_TEXT_ID] * (length - taken)]))
+        patches = int(example["image_grid_thw"].prod(dim=1).sum())
+        example["pixel_values"] = torch.randn(patches, *vision.patch_shape)
+        examples.append(example)
     return examples
 
 

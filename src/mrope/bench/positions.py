@@ -28,6 +28,7 @@ from mrope.bench.harness import (
     write_json,
 )
 from mrope.positions.rope_index import rope_index
+from mrope.positions.sample_rows import Medium, Part, make_row
 from mrope.positions.spans import token_types
 from mrope.spec.spec import MRopeSpec, example_config
 
@@ -97,21 +98,23 @@ def make_batch(case: Case, spec: MRopeSpec) -> dict[str, Any]:
     tokens = case.width * 4 // 5 // per_row
     height = int(tokens**0.5)
     wide = tokens // height
-    row = np.full(case.width, _TEXT_ID, np.int64)
-    kinds = [spec.image_token_id] * case.images + [spec.video_token_id] * case.videos * case.frames
     # Spans stand at equal distances; the text between them is what is left of each step.
-    step = (case.width - 1) // per_row
-    for span, token in enumerate(kinds):
-        start = 1 + span * step
-        row[start - 1] = spec.vision_start_token_id
-        row[start : start + height * wide] = token
-    size = np.array([1, height, wide]) * [1, spec.spatial_merge_size, spec.spatial_merge_size]
-    input_ids = np.tile(row, (case.rows, 1))
+    gap = [_TEXT_ID] * ((case.width - 1) // per_row - height * wide - 1)
+    size = height * spec.spatial_merge_size, wide * spec.spatial_merge_size
+    media = [Medium("image", (1, *size))] * case.images
+    media += [Medium("video", (case.frames, *size), gap.copy)] * case.videos
+    parts: list[Part] = [part for medium in media for part in (medium, gap)]
+    row = make_row(spec, parts)
+    tail = np.full(case.width - len(row["input_ids"]), _TEXT_ID)
+    input_ids = np.tile(np.concatenate([row["input_ids"], tail]), (case.rows, 1))
+    nothing = np.empty((0, 3), np.int64)
     return {
         "input_ids": input_ids,
         "attention_mask": np.ones_like(input_ids),
-        "image_grid_thw": np.tile(size, (case.rows * case.images, 1)),
-        "video_grid_thw": np.tile(size * [case.frames, 1, 1], (case.rows * case.videos, 1)),
+        **{
+            name: np.tile(row.get(name, nothing), (case.rows, 1))
+            for name in ("image_grid_thw", "video_grid_thw")
+        },
     }
 
 

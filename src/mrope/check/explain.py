@@ -17,7 +17,7 @@ from mrope.check.row_layout import Misfit, RowLayout, lay_out, valid_tokens
 from mrope.check.rows import RowCheck
 from mrope.errors import MRopeError
 from mrope.positions.rope_index import rope_index
-from mrope.positions.span_tokens import clip_tokens, image_tokens
+from mrope.positions.sample_rows import Medium, medium_tokens, refuse_custom_layouts
 from mrope.positions.spans import token_types
 from mrope.spec.spec import MRopeSpec, example_config
 
@@ -132,7 +132,7 @@ def compute_row_positions(spec: MRopeSpec, batch: Mapping[str, Any]) -> SamplePo
 def to_sample(words: Sequence[str], spec: MRopeSpec) -> Sample:
     """Make the tokens and grids of a sample from words.
 
-    Images and clips have the tokens of `mrope.positions.span_tokens`, start markers among them.
+    Images and clips have the tokens of `mrope.positions.sample_rows`, start markers among them.
 
     Raises:
         MRopeError: a word that cannot be read, more than 2 ** 20 tokens, or a family whose tokens
@@ -148,13 +148,10 @@ def to_sample(words: Sequence[str], spec: MRopeSpec) -> Sample:
         if kind == "text":
             tokens = [_TEXT_ID] * count
         else:
-            height, width = size[-2:]
-            sample.grids[kind].append((frames, height, width))
-            tokens = (
-                clip_tokens(spec, frames, height, width, _TEXT_ID)
-                if kind == "video"
-                else image_tokens(spec, height, width)
-            )
+            refuse_custom_layouts(spec)
+            medium = Medium(kind, (frames, size[-2], size[-1]))
+            sample.grids[kind].append(medium.size)
+            tokens = medium_tokens(spec, medium)
         sample.input_ids.extend(tokens)
         sample.lengths.append(len(tokens))
     return sample

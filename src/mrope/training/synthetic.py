@@ -12,8 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mrope.errors import MRopeError
-from mrope.positions.span_tokens import clip_tokens, image_tokens
-from mrope.positions.spans import token_types
+from mrope.positions.sample_rows import Medium, Part, make_row, medium_tokens, refuse_custom_layouts
 from mrope.spec.families import NO_TOKEN
 
 if TYPE_CHECKING:
@@ -53,12 +52,13 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
         self.rows = rows
         self.spec = spec
         self.shape = shape
+        refuse_custom_layouts(spec)
         _check_shape(spec, shape)
         self.text_ids = torch.tensor(_text_ids(spec))
         merged = int(spec.extra.get("temporal_merge_size", 1))
         self.clips = [[shape.frames * merged, *shape.frame]] * shape.videos
         if shape.image_sides is None:
-            self._tokens([[1, *shape.image]] * shape.images)
+            self._text_length(self._media([[1, *shape.image]] * shape.images))
         largest = shape.image if shape.image_sides is None else [shape.image_sides[1]] * 2
         # Made once: drawing millions of values for each row would be what is measured.
         self.pixels = {
@@ -94,27 +94,16 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
         # Seeded by the index, so that a row is the same in every worker and every epoch.
         generator = torch.Generator().manual_seed(index)
         images = self._images(generator)
-        template = torch.tensor(self._tokens(images), dtype=torch.int64)
-        length = self.shape.width - len(template)
+        media = self._media(images)
+        length = self._text_length(media)
         text = self.text_ids[torch.randint(_TEXT_IDS, (length,), generator=generator)]
-        input_ids = torch.cat([template, text])
-        types = torch.from_numpy(token_types(self.spec, input_ids.numpy()))
-        row = {
-            "input_ids": input_ids,
-            "labels": input_ids.masked_fill(types > 0, -100),
-            "mm_token_type_ids": types,
-        }
-        tower = self.spec.family_row.tower
-        if tower is not None and "pairs" in tower.tensors:
-            # ERNIE's experts for images and clips take the start markers too.
-            starts = input_ids == self.spec.vision_start_token_id
-            row["moe_mm_token_type_ids"] = types | starts
+        made = make_row(self.spec, [*media, text.tolist()])
+        row = {name: torch.from_numpy(value) for name, value in made.items()}
         for kind, pixels, grids in (
             ("image", "pixel_values", images),
             ("video", "pixel_values_videos", self.clips),
         ):
             if grids:
-                row[f"{kind}_grid_thw"] = torch.tensor(grids)
                 row[pixels] = self.pixels[kind][: _patches(grids)]
         return row
 
@@ -127,20 +116,31 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
         sides = torch.randint(low, high + 1, (self.shape.images, 2), generator=generator) * merge
         return [[1, height, width] for height, width in sides.tolist()]
 
-    def _tokens(self, images: list[list[int]]) -> list[int]:
-        """Return the token ids of a row's images and clips, which must fit into the width."""
-        spec, text_id = self.spec, int(self.text_ids[0])
+    def _media(self, images: list[list[int]]) -> list[Part]:
+        """Return a row's images and clips, in the form of `make_row`."""
+        text = [int(self.text_ids[0])]
+        gap = (text * (self.spec.family_row.frame_gap or 0)).copy
+        media = [Medium("image", (1, height, width)) for _, height, width in images]
+        media += [Medium("video", (t, h, w), gap) for t, h, w in self.clips]
         # Without a start marker text: transformers takes adjacent spans of one kind for one.
-        apart = [text_id] if spec.vision_start_token_id == NO_TOKEN else []
-        spans = [image_tokens(spec, height, width) for _, height, width in images]
-        spans += [clip_tokens(spec, t, h, w, text_id) for t, h, w in self.clips]
-        tokens = [token for span in spans for token in (*apart, *span)]
-        if len(tokens) > self.shape.width:
+        apart = [text] if self.spec.vision_start_token_id == NO_TOKEN else []
+        parts: list[Part] = []
+        for medium in media:
+            parts += [*apart, medium]
+        return parts
+
+    def _text_length(self, media: list[Part]) -> int:
+        """Return the tokens that are left for text beside the media, which must fit the width."""
+        tokens = sum(
+            len(medium_tokens(self.spec, part) if isinstance(part, Medium) else part)
+            for part in media
+        )
+        if tokens > self.shape.width:
             raise MRopeError(
-                f"data.shape: its images and clips take {len(tokens)} tokens, more than "
+                f"data.shape: its images and clips take {tokens} tokens, more than "
                 f"width={self.shape.width}"
             )
-        return tokens
+        return self.shape.width - tokens
 
 
 def patch_shape(spec: MRopeSpec, vision_config: Any) -> tuple[int, ...]:

@@ -249,3 +249,9 @@ def _stray(stream: Stream, images: Spans, sizes: _Sizes, stray_T: BoolArray) -> 
     needed = int(sizes.size_3G[:, grid].prod()) if ordinal < sizes.grids_B[row] else 0
     size = f"not between a start and an end token, and the row's next grid needs {needed}"
     return misfit(stream, spans, last, needed, size, _CUT)
+
+
+def glm_image_tokens(spec: MRopeSpec, frames: int, height: int, width: int) -> list[int]:
+    """Return the tokens of an image between its two markers: one for each patch."""
+    placeholders = [spec.image_token_id] * (frames * height * width)
+    return [spec.vision_start_token_id, *placeholders, int(spec.extra["image_end_token_id"])]

@@ -115,3 +115,12 @@ def _match(stream: Stream, images: Spans, grids: Grids) -> IntArray:
         )
         raise misfit(stream, images, image, needed, size, _OTHER)
     return cells_G
+
+
+def hunyuan_tokens(spec: MRopeSpec, frames: int, height: int, width: int) -> list[int]:
+    """Return the tokens of an image as the processor lays them out, all of them placeholders.
+
+    Each line ends with a newline, and the image has a wrapper in front and one behind.
+    """
+    tokens = spec.frame_tokens(height, width) + height // spec.spatial_merge_size
+    return [spec.image_token_id] * (frames * tokens + _WRAPPERS)

@@ -14,6 +14,7 @@ C slices, I tokens of all crops.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -365,3 +366,25 @@ def _draw_newlines(plane_2T: IntArray, crops: _Crops, frames: _Frames, origin_F:
     token_I, _ = number_cells(first_V, tokens_V)
     line_end_2V = np.stack(((slice_V // columns_V + 1) * height_V - 1, columns_V * width_V))
     plane_2T[:, token_I] = (origin_F[frame_V] + line_end_2V).repeat(tokens_V, axis=1)
+
+
+def minicpm_tokens(
+    spec: MRopeSpec, placeholder: int, crops: Sequence[Sequence[tuple[int, int]]]
+) -> list[int]:
+    """Return the tokens of an image or a frame as the processor lays them out.
+
+    Args:
+        placeholder: id of the image or the video token.
+        crops: height and width in patches of the thumbnail, alone in the first line, and of the
+            slices, line by line.
+    """
+    extra = {name: int(spec.extra[name]) for name in _MARKERS}
+    around = (spec.vision_start_token_id, extra["image_end_id"])
+    tokens: list[int] = []
+    for number, line in enumerate(crops):
+        if number > 1:
+            tokens.append(extra["newline_id"])
+        for size in line:
+            start, end = around if number == 0 else (extra["slice_start_id"], extra["slice_end_id"])
+            tokens += [start, *[placeholder] * spec.frame_tokens(*size), end]
+    return tokens

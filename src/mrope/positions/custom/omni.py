@@ -342,3 +342,20 @@ def _chunks(times_K: IntArray, chunk: int) -> IntArray:
     place_K = np.arange(len(times_K))
     count_K: IntArray = np.minimum.accumulate(times_K // chunk - place_K) + place_K
     return count_K
+
+
+def omni_tokens(spec: MRopeSpec, placeholders: int, audio: int, end_id: int) -> list[int]:
+    """Return the tokens of a clip with audio inside, or of either alone.
+
+    The rule reads only the first placeholder of such a clip, and orders the others by their times.
+
+    Args:
+        placeholders, audio: tokens of the frames and of the audio; 0: none.
+        end_id: stands for the end markers, which positions treat as text.
+    """
+    start, sound = (int(spec.extra[f"audio_{name}"]) for name in ("start_token_id", "token_id"))
+    video = [spec.video_token_id] * placeholders
+    if not audio:
+        return [spec.vision_start_token_id, *video, end_id]
+    tokens = [start, *video, *[sound] * audio, end_id]
+    return [spec.vision_start_token_id, *tokens, end_id] if video else tokens
