@@ -29,7 +29,7 @@ demo: $(READY)  ## Train on photographs twice, with positions from the workers a
 	$(BIN)/mrope train configs/demo.yaml --compare
 
 test: check docs browser  ## Run everything that CI runs: check, docs and tests (under 10 minutes on 2 cores)
-	$(BIN)/pytest -q -n 2 --dist loadscope
+	$(BIN)/pytest -q -n 2 --dist worksteal
 
 check: $(READY)  ## Lint, format, types, import directions, and limits of functions and files
 	$(BIN)/ruff check .
@@ -157,7 +157,7 @@ newest:  ## Run all tests with the newest release of every dependency, torch asi
 	.venvs/newest/bin/pip install --quiet torch==2.13.0
 	.venvs/newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]' torch==2.13.0
 	.venvs/newest/bin/mrope doctor
-	.venvs/newest/bin/pytest -q -n 2 --dist loadscope -p no:cacheprovider -W default
+	.venvs/newest/bin/pytest -q -n 2 --dist worksteal -p no:cacheprovider -W default
 
 clean:  ## Remove everything that the targets made
 	rm -rf $(VENV) .venvs site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
