@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from mrope.positions.custom.minicpm import minicpm_tokens
+from mrope.positions.custom.omni import omni_tokens
+from mrope.positions.sample_rows import clip_tokens, image_tokens
 from mrope.positions.spans import token_types
-from mrope.spec.families import NO_TOKEN
 from mrope.spec.spec import MRopeSpec
 
 _TEXT_IDS = 90
@@ -45,12 +47,6 @@ class _Draft:
         tokens = [spec.image_token_id, spec.video_token_id, spec.vision_start_token_id]
         tokens += [int(value) for name, value in spec.extra.items() if name.endswith("_id")]
         return max(tokens) + 1, max(tokens) + 1 + _TEXT_IDS
-
-    @property
-    def start(self) -> list[int]:
-        """Return the start marker of an image or frame; nothing if the family has none."""
-        marker = self.spec.vision_start_token_id
-        return [] if marker == NO_TOKEN else [marker]
 
     @property
     def end(self) -> int:
@@ -131,75 +127,57 @@ def _merge(draft: _Draft) -> dict[str, Any]:
 def _image(draft: _Draft) -> None:
     spec, row = draft.spec, draft.spec.family_row
     grid = draft.grid((1,) if row.still_images else (1, 1, 1, 2))
-    frames, *size = patches = draft.patches(grid)
+    frames, height, width = patches = draft.patches(grid)
     draft.note("image_grid_thw", patches)
-    draft.add(*draft.start, *[spec.image_token_id] * (frames * spec.frame_tokens(*size)), draft.end)
+    draft.add(*image_tokens(spec, height, width, frames), draft.end)
 
 
 def _clip(draft: _Draft) -> None:
     spec, row = draft.spec, draft.spec.family_row
     merged = int(spec.extra.get("temporal_merge_size", 1))
     frames, height, width = draft.grid((1, 2, 3, 5))
-    _, *size = patches = draft.patches((frames * merged, height, width))
+    frames, height, width = patches = draft.patches((frames * merged, height, width))
     draft.note("video_grid_thw", patches)
     if spec.tokens_per_second is not None:
         draft.note("second_per_grid_ts", draft.rng.choice([0.25, 1 / 3, 0.5, 1.0, 2.7]))
-    token = spec.image_token_id if row.frames_as_images else spec.video_token_id
-    # The frames of a family with newline tokens stand side by side.
-    apart, area = row.frames_apart and not row.newlines, spec.frame_tokens(*size)
-    spans = [area] * frames if apart else [frames * area]
-    if row.frames_as_images:
-        draft.add(int(spec.extra["video_start_token_id"]))
-    for tokens in spans:
-        draft.add(*draft.start, *[token] * tokens, *[draft.end] * (row.frame_gap or 1))
-    if row.frames_as_images:
-        draft.add(int(spec.extra["video_end_token_id"]))
+    gap = [draft.end] * (row.frame_gap or 1)
+    draft.add(*clip_tokens(spec, frames, height, width, gap.copy), *gap)
 
 
 def _audio(draft: _Draft) -> None:
-    start, *audio, end = _audio_tokens(draft)
-    draft.add(start, *audio, end)
+    draft.add(*omni_tokens(draft.spec, 0, _audio_length(draft), draft.end))
 
 
-def _audio_tokens(draft: _Draft) -> list[int]:
+def _audio_length(draft: _Draft) -> int:
+    """Draw the frames of an audio, and return its tokens."""
     spec, mel = draft.spec, int(draft.rng.integers(4, 400))
     draft.note("audio_seqlens", mel)
     if "n_window" in spec.extra:
         # Three convolutions, each of stride 2, over chunks of 2 * n_window frames.
         chunks, rest = divmod(mel, 2 * int(spec.extra["n_window"]))
-        tokens = 13 * chunks - (-rest // 8)
-    else:
-        tokens = ((mel - 1) // 2 + 1 - 2) // 2 + 1
-    audio, start = int(spec.extra["audio_token_id"]), int(spec.extra["audio_start_token_id"])
-    return [start, *[audio] * tokens, draft.end]
+        return 13 * chunks - (-rest // 8)
+    return ((mel - 1) // 2 + 1 - 2) // 2 + 1
 
 
 def _omni_clip(draft: _Draft) -> None:
     spec, grid = draft.spec, draft.grid((1, 2, 3, 6))
     draft.note("video_grid_thw", draft.patches(grid))
     draft.note("second_per_grid_ts", draft.rng.choice([0.25, 0.5, 1.0, 2.7]))
-    video = [spec.video_token_id] * int(np.prod(grid))
-    if not draft.audio_in_video:
-        draft.add(spec.vision_start_token_id, *video, draft.end)
-        return
-    start, *audio, end = _audio_tokens(draft)
-    # The rule reads only the first placeholder, and orders the others by their times itself.
-    draft.add(spec.vision_start_token_id, start, *video, *audio, end, draft.end)
+    audio = _audio_length(draft) if draft.audio_in_video else 0
+    draft.add(*omni_tokens(spec, int(np.prod(grid)), audio, draft.end))
 
 
 def _glm_image(draft: _Draft) -> None:
-    spec, grid = draft.spec, draft.grid((1, 1, 3))
-    draft.note("image_grid_thw", list(grid))
-    end = int(spec.extra["image_end_token_id"])
-    draft.add(spec.vision_start_token_id, *[spec.image_token_id] * int(np.prod(grid)), end)
+    frames, height, width = draft.grid((1, 1, 3))
+    draft.note("image_grid_thw", [frames, height, width])
+    draft.add(*image_tokens(draft.spec, height, width, frames))
 
 
 def _hunyuan_image(draft: _Draft) -> None:
-    spec, (_, height, width) = draft.spec, draft.grid((1,))
-    draft.note("image_grid_thw", draft.patches((1, height, width)))
-    # A newline behind each line; the wrapper has a placeholder in front and one behind.
-    wrapper = 2 * int(draft.rng.integers(2))
-    draft.add(*[spec.image_token_id] * (height * (width + 1) + wrapper))
+    frames, height, width = patches = draft.patches(draft.grid((1,)))
+    draft.note("image_grid_thw", patches)
+    # Some batches have no wrapper: it is two of the placeholders.
+    draft.add(*image_tokens(draft.spec, height, width, frames)[2 * int(draft.rng.integers(2)) :])
 
 
 def _minicpm_image(draft: _Draft) -> None:
@@ -212,22 +190,18 @@ def _minicpm_clip(draft: _Draft) -> None:
 
 def _minicpm_frame(draft: _Draft, token: int, sizes: str) -> None:
     """Add a thumbnail, and up to two lines of slices."""
-    extra = {name: int(value) for name, value in draft.spec.extra.items()}
     lines, columns = draft.rng.integers([0, 1], [3, 4]).tolist()
-    crop = _crop(draft, token, sizes)
-    draft.add(draft.spec.vision_start_token_id, *crop, extra["image_end_id"])
-    for line in range(lines):
-        if line:
-            draft.add(extra["newline_id"])
-        for _ in range(columns):
-            crop = _crop(draft, token, sizes)
-            draft.add(extra["slice_start_id"], *crop, extra["slice_end_id"])
+    crops = [
+        [_crop(draft, sizes)],
+        *([_crop(draft, sizes) for _ in range(columns)] for _ in range(lines)),
+    ]
+    draft.add(*minicpm_tokens(draft.spec, token, crops))
 
 
-def _crop(draft: _Draft, token: int, sizes: str) -> list[int]:
-    grid = draft.grid((1,))
-    draft.note(sizes, draft.patches(grid)[1:])
-    return [token] * int(np.prod(grid))
+def _crop(draft: _Draft, sizes: str) -> list[int]:
+    _, *size = draft.patches(draft.grid((1,)))
+    draft.note(sizes, size)
+    return size
 
 
 # What a batch of a rule of its own can hold, by `Family.custom_index`.

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mrope.positions.spans import token_types
-from mrope.spec.families import NO_TOKEN
+from mrope.positions.custom.minicpm import minicpm_tokens
+from mrope.positions.sample_rows import Medium, make_row, medium_tokens
 from mrope.spec.spec import MRopeSpec
 
 TEXT_IDS = range(20, 300)
@@ -55,24 +55,15 @@ def _example(
         own = replace(spec, spatial_merge_size=merges[kind])
         grid = [frames, *(own.spatial_merge_size * rng.integers(1, 4, 2)).tolist()]
         grids[kind].append(grid)
-        tokens += _span_tokens(own, kind, grid, rng)
+        medium = Medium(kind, (grid[0], grid[1], grid[2]), lambda: _text(rng, 2))
+        tokens += [*medium_tokens(own, medium), *_text(rng, 2)]
     tokens += _text(rng, int(rng.integers(1, 6)))
     pixels_of = {kind: list(sizes) for kind, sizes in grids.items()}
     if spec.family_row.custom_index == "glm_image":
         # The start of an image that is to be drawn, which has a grid and no pixels.
         tokens += [spec.vision_start_token_id]
         grids["image"].append([1, 2, 3])
-    ids = np.array(tokens)
-    types = token_types(spec, ids)
-    example: dict[str, Any] = {
-        "input_ids": ids,
-        # Loss on text only, as in training.
-        "labels": np.where(types, -100, ids),
-        "mm_token_type_ids": types,
-    }
-    if spec.family_row.tower is not None and "pairs" in spec.family_row.tower.tensors:
-        # ERNIE's experts for images and clips take the markers too.
-        example["moe_mm_token_type_ids"] = types | (ids == spec.vision_start_token_id)
+    example: dict[str, Any] = dict(make_row(spec, [tokens]))
     for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if grids[kind]:
             example[f"{kind}_grid_thw"] = np.array(grids[kind])
@@ -94,24 +85,13 @@ def _crops_example(
     """
     tokens: list[int] = _text(rng, 4)
     sizes: dict[str, list[list[int]]] = {"image": [], "video": []}
-    extra = {name: int(value) for name, value in spec.extra.items()}
-    around = (spec.vision_start_token_id, extra["image_end_id"])
-    slices = (extra["slice_start_id"], extra["slice_end_id"])
     for kind in kinds:
         token = spec.image_token_id if kind == "image" else spec.video_token_id
         whole, part = (spec.spatial_merge_size * rng.integers(1, 3, (2, 2))).tolist()
-        for size, (start, end) in ((whole, around), (part, slices), (part, slices)):
-            sizes[kind].append(size)
-            tokens += [start, *[token] * spec.frame_tokens(*size), end]
-        tokens += _text(rng, 2)
+        sizes[kind] += [whole, part, part]
+        tokens += [*minicpm_tokens(spec, token, [[whole], [part, part]]), *_text(rng, 2)]
     tokens += _text(rng, int(rng.integers(1, 6)))
-    ids = np.array(tokens)
-    types = token_types(spec, ids)
-    example: dict[str, Any] = {
-        "input_ids": ids,
-        "labels": np.where(types, -100, ids),
-        "mm_token_type_ids": types,
-    }
+    example: dict[str, Any] = dict(make_row(spec, [tokens]))
     side = config["vision_config"]["patch_size"]
     for kind, suffix in (("image", ""), ("video", "_videos")):
         if sizes[kind]:
@@ -120,34 +100,6 @@ def _crops_example(
             pixels = rng.standard_normal((1, 3, side, side * patches)).astype(np.float32)
             example[f"pixel_values{suffix}"] = pixels
     return example
-
-
-def _span_tokens(
-    spec: MRopeSpec, kind: str, grid: list[int], rng: np.random.Generator
-) -> list[int]:
-    """Return the tokens of an image or a video, with two text tokens after each span."""
-    t, h, w = grid
-    apart = kind == "video" and spec.family_row.frames_apart
-    as_image = kind == "image" or spec.family_row.frames_as_images
-    placeholder = spec.image_token_id if as_image else spec.video_token_id
-    shared = int(spec.extra.get("temporal_merge_size", 1)) if kind == "video" else 1
-    start = [] if spec.vision_start_token_id == NO_TOKEN else [spec.vision_start_token_id]
-    tokens: list[int] = []
-    # Frames with newline tokens stand side by side.
-    apart = apart and not spec.family_row.newlines
-    end, wrapper = [], 0
-    if spec.family_row.custom_index == "glm_image":
-        end = [int(spec.extra["image_end_token_id"])]
-    if spec.family_row.custom_index == "hunyuan":
-        # A newline behind each line, one placeholder in front of the image and one behind.
-        wrapper = h // spec.spatial_merge_size + 2
-    for _ in range(t if apart else 1):
-        size = (1 if apart else t // shared) * spec.frame_tokens(h, w) + wrapper
-        tokens += [*start, *[placeholder] * size, *end, *_text(rng, 2)]
-    if kind == "video" and spec.family_row.frames_as_images:
-        markers = spec.extra["video_start_token_id"], spec.extra["video_end_token_id"]
-        tokens = [int(markers[0]), *tokens, int(markers[1])]
-    return tokens
 
 
 def _text(rng: np.random.Generator, count: int) -> list[int]:

@@ -79,15 +79,17 @@ def make_row(spec: MRopeSpec, parts: Sequence[Part]) -> dict[str, IntArray]:
 def medium_tokens(spec: MRopeSpec, medium: Medium) -> list[int]:
     """Return the token ids of an image or a clip."""
     if medium.kind == "image":
-        return image_tokens(spec, *medium.size[1:])
+        frames, height, width = medium.size
+        return image_tokens(spec, height, width, frames)
     return clip_tokens(spec, *medium.size, medium.gap)
 
 
-def image_tokens(spec: MRopeSpec, height: int, width: int) -> list[int]:
+def image_tokens(spec: MRopeSpec, height: int, width: int, frames: int = 1) -> list[int]:
     """Return the token ids of an image: a start marker, if the family has one, and placeholders.
 
     Args:
         height, width: of the image, in patches.
+        frames: temporal patches; some families take more than one for an image.
 
     Example:
         >>> from mrope.spec.spec import example_config
@@ -97,8 +99,8 @@ def image_tokens(spec: MRopeSpec, height: int, width: int) -> list[int]:
     """
     rule = RULES.get(spec.family_row.custom_index or "")
     if rule is not None and rule.image_tokens is not None:
-        return rule.image_tokens(spec, 1, height, width)
-    return _span(spec, spec.image_token_id, spec.frame_tokens(height, width))
+        return rule.image_tokens(spec, frames, height, width)
+    return _span(spec, spec.image_token_id, frames * spec.frame_tokens(height, width))
 
 
 def clip_tokens(

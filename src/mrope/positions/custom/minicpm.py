@@ -369,7 +369,7 @@ def _draw_newlines(plane_2T: IntArray, crops: _Crops, frames: _Frames, origin_F:
 
 
 def minicpm_tokens(
-    spec: MRopeSpec, placeholder: int, crops: Sequence[Sequence[tuple[int, int]]]
+    spec: MRopeSpec, placeholder: int, crops: Sequence[Sequence[Sequence[int]]]
 ) -> list[int]:
     """Return the tokens of an image or a frame as the processor lays them out.
 
