@@ -63,8 +63,11 @@ def main(
         sources = {"here": HERE, "other": options.other}
         best = best_of_rounds(module, payload, sources, options.rounds)
     print(table(best["here"], best["other"]))
-    if options.json is not None:
-        options.json.write_text(json.dumps(best, indent=1) + "\n", encoding="utf-8")
+    # Not at the top: the process of a round runs on a checkout that may not have it.
+    from mrope.bench.harness import conditions, one_line, write_json
+
+    print(f"best of {options.rounds} rounds,", one_line(conditions()))
+    write_json({"conditions": conditions(), "rounds": options.rounds, **best}, options.json)
 
 
 def _read_options(module: str) -> argparse.Namespace:
