@@ -32,8 +32,8 @@ import torch
 from mrope import MRopeCollator
 from mrope.bench.harness import conditions
 from mrope.hf import attach, detach
-from mrope.hf.attach import FORWARDS
 from mrope.hf.proof_models import _media, _plain_batch, _specs, default_model
+from mrope.hf.rows import ROWS
 from mrope.hf.tiny_examples import tiny_examples
 from mrope.training.step import to_device
 from support.models import PLAIN_FAMILIES, tiny_model
@@ -233,7 +233,7 @@ def main(file: Path, families: list[str]) -> int:
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
     report: dict[str, Any] = {"conditions": conditions(), "device": name, "cases": []}
     start = time.perf_counter()
-    for family in families or FORWARDS:
+    for family in families or ROWS:
         for dtype in MOST:
             for case in check(family, dtype):
                 case["verdict"] = verdict(case)

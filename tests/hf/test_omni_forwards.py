@@ -14,7 +14,7 @@ pytest.importorskip("transformers", "5.23")
 from mrope import MRopeCollator, MRopeError, MRopeSpec, VisionSpec
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach
-from mrope.hf.attach import detach
+from mrope.hf.attaching import detach
 from mrope.towers import AudioSpec, audio_tokens
 from mrope.training.step import guarded_step
 from positions.custom.test_omni import BINS, thinker_class, tiny_thinker

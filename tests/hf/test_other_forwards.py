@@ -13,7 +13,8 @@ from transformers import AutoModelForImageTextToText
 
 from mrope import MRopeCollator, MRopeError, Shapes, VisionSpec
 from mrope.hf import attach
-from mrope.hf.attach import FORWARDS, detach
+from mrope.hf.attaching import detach
+from mrope.hf.rows import ROWS
 from mrope.towers import block_index, pair_index
 from support.models import (
     TINY_FAMILIES,
@@ -25,12 +26,12 @@ from support.models import (
 )
 from support.steps import MEDIA, assert_attached_as_plain, make_batches, tensor_collator
 
-FAMILIES = [family for family in TINY_FAMILIES if family in FORWARDS]
+FAMILIES = [family for family in TINY_FAMILIES if family in ROWS]
 CASES = [(family, media) for family in FAMILIES for media in [*media_of(family), MEDIA["text"]]]
 
 
 def test_these_are_the_families() -> None:
-    assert [family for family in TINY_FAMILIES if family not in FORWARDS] == []
+    assert [family for family in TINY_FAMILIES if family not in ROWS] == []
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])

@@ -13,7 +13,7 @@ from hf import test_omni_forwards as omni
 from mrope import MRopeCollator, MRopeSpec
 from mrope.collate.packing import Flatten
 from mrope.hf import attach, detach
-from mrope.hf.attach import FORWARDS
+from mrope.hf.rows import ROWS
 from mrope.spec import FAMILIES
 from mrope.towers import AudioSpec, VisionSpec
 from mrope.training.step import guarded_step
@@ -28,7 +28,7 @@ from support.models import (
 
 ATOL = 1e-4
 LINEAR = ("qwen3_5", "qwen3_5_moe", "qwen4_exp")
-PACKED = [family for family in LIVE_FAMILIES if FAMILIES[family].packs and family in FORWARDS]
+PACKED = [family for family in LIVE_FAMILIES if FAMILIES[family].packs and family in ROWS]
 CASES = [(family, media) for family in PACKED for media in media_of(family)]
 Media = dict[str, bool]
 

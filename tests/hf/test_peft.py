@@ -11,7 +11,7 @@ import torch
 peft = pytest.importorskip("peft")
 
 from mrope.hf import attach, detach, explain_attention
-from mrope.hf.attach import base_model
+from mrope.hf.attaching import base_model
 from support.models import media_of, tiny_model
 from support.steps import logits_of, make_batches
 

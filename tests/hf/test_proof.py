@@ -15,16 +15,16 @@ pytest.importorskip("transformers")
 
 from mrope import MRopeCollator, MRopeError, MRopeSpec
 from mrope.hf import attach, detach, proof
-from mrope.hf.attach import FORWARDS
 from mrope.hf.get_rope_index import reference_class
 from mrope.hf.random_batches import random_arguments
+from mrope.hf.rows import ROWS
 from mrope.hf.shrunken import shrink_config
 from mrope.spec.families import FAMILIES
 from mrope.spec.references import describe_known
 from support.models import MODEL_FAMILIES, TINY_FAMILIES, model_config, tiny_model, tiny_spec
 from support.specs import example_spec
 
-ATTACHED = [family for family in (*MODEL_FAMILIES, *TINY_FAMILIES) if family in FORWARDS]
+ATTACHED = [family for family in (*MODEL_FAMILIES, *TINY_FAMILIES) if family in ROWS]
 
 
 @pytest.fixture(autouse=True)

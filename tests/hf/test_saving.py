@@ -19,11 +19,11 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForImageTextToText
 
 from mrope.hf import attach, detach, explain_attention
-from mrope.hf.attach import FORWARDS
+from mrope.hf.rows import ROWS
 from support.models import LIVE_FAMILIES, tiny_model
 from support.steps import logits_of, make_batches
 
-FAMILIES = [family for family in LIVE_FAMILIES if family in FORWARDS]
+FAMILIES = [family for family in LIVE_FAMILIES if family in ROWS]
 
 
 def saved_and_loaded(model: Any) -> Any:

@@ -12,11 +12,12 @@ from torch.distributed.fsdp import fully_shard
 
 from hf import test_crop_forwards
 from mrope.hf import attach
-from mrope.hf.attach import FORWARDS, base_model
+from mrope.hf.attaching import base_model
+from mrope.hf.rows import ROWS
 from support.models import LIVE_FAMILIES, PLAIN_FAMILIES, SIZED_FAMILIES, tiny_model
 from support.steps import make_batches
 
-FAMILIES = [one for one in (*LIVE_FAMILIES, *PLAIN_FAMILIES, *SIZED_FAMILIES) if one in FORWARDS]
+FAMILIES = [one for one in (*LIVE_FAMILIES, *PLAIN_FAMILIES, *SIZED_FAMILIES) if one in ROWS]
 
 
 # Outputs of some towers are views.

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mrope.hf.attach import FORWARDS
+from mrope.hf.rows import ROWS
 from mrope.spec.families import FAMILIES, Family
 from mrope.spec.references import as_release
 from mrope.towers import VisionSpec
@@ -111,7 +111,7 @@ def syncs(name: str, row: Family) -> str:
     by_attention = {one["attention"]: one for one in found if case.items() <= one.items()}
     attention = "sdpa" if "sdpa" in by_attention else "eager"
     counted = by_attention[attention]
-    assert (counted["attached"] is not None) == (name in FORWARDS)
+    assert (counted["attached"] is not None) == (name in ROWS)
     counts = (counted["plain"], counted["+ vision tensors"], counted["attached"])
     cell = ", ".join("not attached" if count is None else str(count) for count in counts)
     return cell if attention == "sdpa" else f"{cell} (eager)"

@@ -15,7 +15,7 @@ from hf import test_crop_forwards
 from mrope.bench.harness import conditions, write_json
 from mrope.bench.syncs import COLUMNS
 from mrope.hf import attach
-from mrope.hf.attach import FORWARDS
+from mrope.hf.rows import ROWS
 from mrope.training.step import guarded_step
 from support.models import EAGER_FAMILIES, PLAIN_FAMILIES, SIZED_FAMILIES, tiny_model
 from support.steps import MEDIA, make_batches
@@ -40,7 +40,7 @@ def count_row(family: str, padded: bool) -> dict[str, Any]:
     model = tiny_model(family, attention).train()
     counts: list[int | None]
     counts = [guarded_step(model, one).count for one in (plain, positions, batch)]
-    attachable = family in FORWARDS
+    attachable = family in ROWS
     counts.append(guarded_step(attach(model), batch).count if attachable else None)
     padding = "yes" if padded else "no"
     case = {"family": family, "attention": attention, "media": "images", "padding": padding}

@@ -444,7 +444,7 @@ def run_on_a_part(rank: int, family: str, packing: Any) -> dict[str, Any]:
     """Embed the whole sequence, as Ulysses trainers do, then run the layers on this rank's part."""
     from transformers import AttentionInterface
 
-    from mrope.hf.attach import base_model
+    from mrope.hf.attaching import base_model
     from support import models
 
     AttentionInterface.register("gathered", gathered_attention)

@@ -41,7 +41,7 @@ from mrope.bench.harness import (
 from mrope.bench.trace import profile_steps
 from mrope.guard import SyncGuard
 from mrope.hf import attach, detach
-from mrope.hf.attach import base_model
+from mrope.hf.attaching import base_model
 from mrope.spec.spec import MRopeSpec
 from mrope.training.config import build_collator, load_config
 from mrope.training.dataloader import RowDataset, make_loader

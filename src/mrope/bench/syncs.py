@@ -20,7 +20,7 @@ from mrope.bench.harness import conditions, make_console, write_json
 from mrope.collate.collator import MRopeCollator
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach
-from mrope.hf.attach import FORWARDS
+from mrope.hf.rows import ROWS
 from mrope.hf.tiny_examples import tiny_examples
 from mrope.spec.families import Family
 from mrope.towers import VisionSpec
@@ -75,7 +75,7 @@ def count_row(cfg: Config, media: str, padded: bool) -> Row:
     positions = plain | {"position_ids": batch["position_ids"]}
     counts: list[int | None]
     counts = [guarded_step(model, one).count for one in (plain, positions, batch)]
-    attachable = cfg.spec().family in FORWARDS
+    attachable = cfg.spec().family in ROWS
     counts.append(guarded_step(attach(model), batch).count if attachable else None)
     return {
         "family": cfg.spec().family,

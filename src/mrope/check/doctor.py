@@ -10,9 +10,9 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from mrope.hf.attach import FORWARDS
 from mrope.hf.proof import Verdict, compare
 from mrope.hf.proof_models import FAILURES, default_model, describe_error
+from mrope.hf.rows import ROWS
 from mrope.spec.families import FAMILIES
 from mrope.spec.references import resolve_reference
 from mrope.spec.spec import MRopeSpec, example_config
@@ -58,7 +58,7 @@ def _verdicts(family: str) -> Iterator[tuple[str, Verdict]]:
         yield "positions", Verdict(None, f"not compared: {describe_error(error)}")
         return
     yield "positions", compare("positions", spec)
-    if family in FORWARDS:
+    if family in ROWS:
         try:
             model = default_model(family)
         except FAILURES as error:

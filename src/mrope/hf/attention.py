@@ -1,7 +1,7 @@
 """Attention of attached models: towers attend within segments, text layers under a mask.
 
 Everything that depends on the attention implementation is decided here: `tower_borders` and
-`attend_within` for towers, `causal_mask`, `packed_mask` and `attend_text` for text models.
+`attend_within` for towers, `attend_text` for text models, whose masks `mrope.hf.text` makes.
 
 A segment is what a tower attends within: an image, a frame of a clip, a window of Qwen2.5-VL, a
 window of audio. There are three ways to keep segments apart:
@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import MutableMapping
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mrope.errors import MRopeError
@@ -208,6 +206,8 @@ def use_varlen(attention: Any) -> None:
 
     Only the layer gets another config: the text model itself makes masks by its own.
     """
+    if "mrope_attached" in vars(attention):  # shared with another attached model
+        return
     config = attention.config
     # `set_attn_implementation` writes to the model's config, which the layer no longer reads.
     attention.mrope_attached = config, config._attn_implementation  # noqa: SLF001
@@ -246,71 +246,6 @@ def mix_by_segment(
     return torch.cat([own(self, segment, **kwargs) for segment in segments], dim=1)
 
 
-def causal_mask(
-    config: Any, embeds: torch.Tensor, padding_mask: torch.Tensor | None, cache: Any
-) -> Any:
-    """Return what an attached forward gives the text model as its mask, made without a sync.
-
-    Args:
-        config: the text model's config.
-        embeds: (B, S, hidden).
-        padding_mask: (B, S); None if the batch has no padding; with four dimensions a finished
-            mask, which is returned as it is.
-        cache: key-value cache, or None.
-
-    Returns:
-        None without padding: the text model then makes what its layers and a cache need, which is
-        no sync. With padding a mask made on the device, (B, 1, S, keys); where layers
-        differ, a dict by their kind. Flash attention takes the 2-D mask, and syncs to unpad with
-        it.
-    """
-    if padding_mask is None or padding_mask.ndim != 2 or is_flash(config):
-        return padding_mask
-    # With the skip allowed, transformers reduces the mask to learn whether it is needed: a sync.
-    # It is needed: the caller passes a padding mask only if the worker found padding.
-    full = create_causal_mask(config, embeds, padding_mask, cache, allow_is_causal_skip=False)
-    # Linear layers multiply their input by the 2-D mask. Given a dict, the text model uses it as
-    # it is; building it itself, it would ask first whether the mask is all ones: a sync.
-    return _by_layer(config, full, padding_mask.contiguous())
-
-
-def packed_mask(text: Any, embeds: torch.Tensor, inputs: MutableMapping[str, Any]) -> Any:
-    """Return the mask of one flattened row, and remove from `inputs` what would make it sync.
-
-    Args:
-        text: the text model, with the attribute `mrope_attention` that `attach` sets.
-        embeds: (1, T, hidden).
-        inputs: `seq_idx` (1, T) is taken out; `position_ids` loses its text row; `segment_sizes`
-            stays only for models with linear layers.
-
-    Returns:
-        A mask (1, 1, T, T) made on the device from `seq_idx`; None where a kernel takes
-        `cu_seq_lens_q`, flash attention or the variable-length one.
-
-    Raises:
-        MRopeError: linear layers, and a batch of fixed shapes, which has no host lengths for them.
-    """
-    config = text.config
-    seq_idx = inputs.pop("seq_idx")
-    # With the text row present, transformers searches it for jumps to find segments: a sync.
-    inputs["position_ids"] = inputs["position_ids"][-3:]
-    full = None
-    varlen = text.mrope_attention == "varlen" and can_attend(embeds)
-    if not varlen and not is_flash(config):
-        full = create_causal_mask(
-            config, embeds, None, None, and_mask_function=packed_sequence_mask_function(seq_idx)
-        )
-    if has_layers(config, "linear_attention"):
-        if inputs.get("segment_sizes") is None:
-            raise MRopeError(
-                "shapes with packing='flatten' is not supported for text models with linear "
-                "layers, whose segments are cut by host ints; pad the batches instead"
-            )
-        return _by_layer(config, full, None)
-    inputs.pop("segment_sizes", None)
-    return full
-
-
 def is_flash(config: Any) -> bool:
     """Whether a model runs under flash attention."""
     return "flash" in (config._attn_implementation or "")  # noqa: SLF001 - no public name
@@ -319,14 +254,6 @@ def is_flash(config: Any) -> bool:
 def has_layers(config: Any, kind: str) -> bool:
     """Whether the config of a text model lists layers of a kind."""
     return kind in (getattr(config, "layer_types", None) or ())
-
-
-def _by_layer(config: Any, full: Any, linear: torch.Tensor | None) -> Any:
-    """Return the mask of each kind of layer, for text models with linear layers; else the mask."""
-    if not has_layers(config, "linear_attention"):
-        return full
-    kind = "indexed_attention" if has_layers(config, "indexed_attention") else "full_attention"
-    return {kind: full, "linear_attention": linear}
 
 
 def modelling_of(layer: Any) -> Any:

@@ -8,8 +8,9 @@ transformers' own, or what the other library does would be dropped without a wor
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable, Collection, Iterator
-from functools import partial
+import inspect
+from collections.abc import Callable, Iterator
+from functools import partial, wraps
 from multiprocessing.reduction import ForkingPickler
 from types import FunctionType, MethodType
 from typing import Any
@@ -29,26 +30,68 @@ def bind(module: torch.nn.Module, name: str, function: Method) -> None:
     setattr(module, _slot(module, name), MethodType(function, module))
 
 
-def unbind(module: torch.nn.Module, name: str, functions: Collection[Method]) -> None:
-    """Undo `bind` if the instance's method is one of `functions`; else leave it."""
-    slot = _slot(module, name)
-    if getattr(vars(module).get(slot), "__func__", None) not in functions:
-        return
-    if slot == name:
-        delattr(module, name)
-    else:  # the hook calls what is in its slot, so the slot must not be empty
-        setattr(module, slot, MethodType(getattr(type(module), name), module))
+def as_method_of(cls: type, name: str, function: Method) -> Method:
+    """Return `function`, which takes keywords alone, under the signature of a class's method.
+
+    transformers' heads call their base model with arguments by position, and trainers read from the
+    signature which columns a model takes. The same for the same class.
+    """
+    key = cls, name, function
+    if key not in _UNDER_SIGNATURE:
+        own = getattr(cls, name)
+        _, *names = inspect.signature(own).parameters
+
+        @wraps(own)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if len(args) > len(names):
+                raise TypeError(f"{name} takes {len(names)} arguments, not {len(args)}")
+            return function(self, **dict(zip(names, args, strict=False)), **kwargs)
+
+        method.__module__ = function.__module__
+        method.mrope_function = function  # type: ignore[attr-defined]
+        _UNDER_SIGNATURE[key] = method
+    return _UNDER_SIGNATURE[key]
+
+
+_UNDER_SIGNATURE: dict[tuple[type, str, Method], Method] = {}
+
+
+def unbind_all(module: torch.nn.Module) -> None:
+    """Undo every `bind` on an instance; leave what others have replaced since."""
+    for slot, found in list(vars(module).items()):
+        if not is_bound(found) or found.__self__ is not module:
+            continue
+        if slot == "_old_forward":  # accelerate's hook calls it, so that it must not be empty
+            setattr(module, slot, MethodType(type(module).forward, module))
+        else:
+            delattr(module, slot)
+
+
+def is_bound(found: Any) -> bool:
+    """Whether a method of an instance is one that `bind` put there."""
+    return _is_ours(getattr(found, "__func__", None))
+
+
+def _is_ours(function: Any) -> bool:
+    # Not `_module_of`: some are decorated by transformers.
+    return str(getattr(function, "__module__", "")).startswith("mrope.hf.")
 
 
 def _reduce(method: MethodType) -> Any:
     """Pickle a method that `bind` made by its function; any other by its name, as Python does."""
-    # Not `_module_of`: some are decorated by transformers.
-    if str(getattr(method.__func__, "__module__", "")).startswith("mrope.hf."):
-        return _make_method, (method.__func__, method.__self__)
-    return method.__reduce__()
+    function: Any = method.__func__
+    if not _is_ours(function):
+        return method.__reduce__()
+    if hasattr(function, "mrope_function"):
+        return _make_method, (function.mrope_function, method.__self__, function.__name__)
+    return _make_method, (function, method.__self__)
 
 
-def _make_method(function: Method, module: torch.nn.Module) -> MethodType:
+def _make_method(
+    function: Method, module: torch.nn.Module, signature_of: str | None = None
+) -> MethodType:
+    if signature_of is not None:
+        function = as_method_of(type(module), signature_of, function)
     return MethodType(function, module)
 
 
@@ -68,7 +111,8 @@ def foreign_on_instance(module: torch.nn.Module, name: str = "forward") -> str |
     accelerate's hooks are no such method: what they call is looked at.
     """
     found = vars(module).get(_slot(module, name))
-    if found is None:
+    # Another attached model may share the module.
+    if found is None or is_bound(found):
         return None
     # accelerate leaves the class's own method on the instance when it removes a hook.
     own = getattr(found, "__self__", None) is module

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mrope.errors import MRopeError
-from mrope.hf.attach import base_model
+from mrope.hf.attaching import base_model
 from mrope.hf.get_rope_index import has_rope_index, reference_rope_index
 from mrope.hf.proof_models import (
     FAILURES,

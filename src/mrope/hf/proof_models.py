@@ -10,7 +10,7 @@ import torch
 from mrope.collate.collator import MRopeCollator
 from mrope.collate.padding import PaddingCollator
 from mrope.errors import MRopeError
-from mrope.hf.attach import attach, base_model, detach
+from mrope.hf.attaching import attach, base_model, detach
 from mrope.hf.shrunken import build_model, shrink_config
 from mrope.hf.tiny_examples import tiny_examples
 from mrope.spec.references import resolve_reference

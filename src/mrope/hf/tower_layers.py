@@ -68,7 +68,6 @@ def tower_forward(
     self: Any,
     hidden_states: torch.Tensor,
     cu_seqlens: Borders | torch.Tensor,
-    segments: Borders | None = None,
     **kwargs: Any,
 ) -> Any:
     """Attend within segments; replaces the forward of a tower's attention layer.
@@ -76,13 +75,12 @@ def tower_forward(
     Args:
         self: the layer; its `mrope_parts` say how it is built.
         hidden_states: (N, hidden), or (1, N, hidden) in towers of a batch of one.
-        cu_seqlens: `Borders` in place of the tensor. Given only a tensor, as under flash attention,
-            the layer's own forward is called.
-        segments: overrides `cu_seqlens`, for towers that need the tensor for themselves; the
-            tensor's own attribute `mrope_borders` does so where a tower passes on nothing else; by
-            N where the tower merges patches between its layers.
+        cu_seqlens: `Borders` in place of the tensor; or the tensor with an attribute
+            `mrope_borders`, for towers that compute with it themselves, by N where the tower merges
+            patches between its layers. Given only a tensor, as under flash attention, the layer's
+            own forward is called.
     """
-    within = getattr(cu_seqlens, "mrope_borders", cu_seqlens) if segments is None else segments
+    within: Any = getattr(cu_seqlens, "mrope_borders", cu_seqlens)
     if isinstance(within, dict):
         within = within[hidden_states.shape[-2]]
     if isinstance(within, torch.Tensor):

@@ -1,0 +1,181 @@
+"""How features leave a tower: a function for each kind, which rows of `mrope.hf.rows` name.
+
+Modules behind the tower keep a forward of their own, patched where it goes image by image: hooks on
+the module, as FSDP2's, run around its forward alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Features = Callable[[Any, Any, dict[str, Any]], torch.Tensor]
+"""(base model, the tower's output, what else the stage added) -> features, (N, hidden)."""
+
+# Patches that MiniCPM-V's mergers make one of.
+_MERGED = 4
+
+
+def pooled(_: Any, output: Any, _taken: dict[str, Any]) -> torch.Tensor:
+    """Return the features of a tower that merges patches itself."""
+    features: torch.Tensor = output.pooler_output
+    return features
+
+
+def first(_: Any, output: Any, _taken: dict[str, Any]) -> torch.Tensor:
+    """Return the features of a tower whose output is a batch of one."""
+    features: torch.Tensor = output.pooler_output[0]
+    return features
+
+
+def projected(self: Any, output: Any, _: dict[str, Any]) -> torch.Tensor:
+    """Project what the tower returns for each patch."""
+    features: torch.Tensor = self.projector(output.last_hidden_state)
+    return features
+
+
+def projected_multi_modal(self: Any, output: Any, _: dict[str, Any]) -> torch.Tensor:
+    """Project the same by a module of another name."""
+    features: torch.Tensor = self.multi_modal_projector(output.last_hidden_state)
+    return features
+
+
+def projected_pooled(self: Any, output: Any, _: dict[str, Any]) -> torch.Tensor:
+    """Project the features of a tower that merges patches itself."""
+    features: torch.Tensor = self.projector(output.pooler_output)
+    return features
+
+
+def projected_kept(self: Any, output: Any, taken: dict[str, Any]) -> torch.Tensor:
+    """Project, and keep of a clip what changes, where the worker has said what that is."""
+    features = projected(self, output, taken)
+    kept = taken.get("feature_index")
+    return features if kept is None else features.index_select(0, kept)
+
+
+def projected_blocks(self: Any, output: Any, taken: dict[str, Any]) -> torch.Tensor:
+    """Merge the patches of all images at once by their index: see `merge_patches`."""
+    features: torch.Tensor = self.projector(output.last_hidden_state, taken["block_index"])
+    return features
+
+
+def paired(self: Any, output: Any, taken: dict[str, Any]) -> torch.Tensor:
+    """Merge the frames of clips in pairs: see `pair_frames`."""
+    features: torch.Tensor = self.resampler_model(
+        output.last_hidden_state, pairs=taken["pair_index"]
+    )
+    return features
+
+
+def merged_crops(self: Any, output: Any, taken: dict[str, Any]) -> torch.Tensor:
+    """Merge the patches of all crops at once by their index: see `merge_crops`."""
+    features: torch.Tensor = self.merger(output.last_hidden_state, blocks=taken["block_index"])
+    return features
+
+
+def merge_patches(self: Any, image_features: torch.Tensor, image_grid_thw: torch.Tensor) -> Any:
+    """Merge patches of all images into features; replaces the forward of PaddleOCR-VL's projector.
+
+    The projector's own forward splits by image, whose sizes it reads back from the grids.
+
+    Args:
+        self: the projector.
+        image_features: (P, hidden), in raster order.
+        image_grid_thw: int64 (P,), the order in which blocks of patches are merged. Given grids,
+            (images, 3), as from the model's own forward, the projector's own forward is called.
+    """
+    if image_grid_thw.ndim == 2:
+        return type(self).forward(self, image_features, image_grid_thw)
+    patches = self.pre_norm(image_features).index_select(0, image_grid_thw)
+    across, down = self.merge_kernel_size
+    merged = self.linear_1(patches.reshape(-1, across * down * patches.shape[-1]))
+    return self.linear_2(self.act(merged))
+
+
+def pair_frames(
+    self: Any,
+    hidden_states: torch.Tensor,
+    grid_thw: torch.Tensor | None = None,
+    pairs: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Merge the frames of clips in pairs by index; replaces the forward of ERNIE's resampler.
+
+    transformers makes the pairs from grids that it reads back.
+
+    Args:
+        self: the resampler.
+        hidden_states: (P, hidden of the tower).
+        grid_thw: (images, 3), for the resampler's own forward.
+        pairs: int64 (2, M), the merged patches that make up each feature, see
+            `mrope.towers.pair_index`; None: the resampler's own forward.
+
+    Returns:
+        (M, hidden of the text).
+    """
+    if pairs is None:
+        own: torch.Tensor = type(self).forward(self, hidden_states, grid_thw)
+        return own
+    frames = self.spatial_linear(hidden_states.reshape(-1, self.spatial_dim))
+    joined = torch.cat([frames.index_select(0, half) for half in pairs.unbind()], dim=-1)
+    result: torch.Tensor = self.after_norm(self.mlp(self.temporal_linear(joined)))
+    return result
+
+
+def merge_windows(
+    self: Any,
+    hidden_states: torch.Tensor,
+    target_sizes: torch.Tensor,
+    window_index: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Merge windows of patches between the tower's layers; replaces the forward of `vit_merger`.
+
+    transformers' own formats the sizes of the crops into a message, whether it is needed or not: a
+    sync.
+
+    Args:
+        self: the merger within MiniCPM-V's tower.
+        hidden_states: (1, P, hidden).
+        target_sizes: (crops, 2), for the layer's own forward.
+        window_index: int64 (P,), see `mrope.towers.crop_tensors`; None: the layer's own forward.
+        kwargs: `cu_window_seqlens`, the borders of the windows, among others.
+
+    Returns:
+        (1, P / 4, hidden).
+    """
+    if window_index is None:
+        own: torch.Tensor = type(self).forward(self, hidden_states, target_sizes, **kwargs)
+        return own
+    normed = self.layer_norm1(hidden_states)[:, window_index, :]
+    attended, _ = self.self_attn(
+        hidden_states=normed, cu_seqlens=kwargs["cu_window_seqlens"], max_seqlen=_MERGED
+    )
+    windows = (hidden_states[:, window_index, :] + attended).view(-1, _MERGED, normed.shape[-1])
+    merged = self.linear_2(self.act(self.linear_1(self.pre_norm(windows.flatten(1)))))
+    result: torch.Tensor = (merged + windows.mean(dim=1)).unsqueeze(0)
+    return result
+
+
+def merge_crops(
+    self: Any,
+    hidden_states: torch.Tensor,
+    target_sizes: torch.Tensor | None = None,
+    blocks: torch.Tensor | None = None,
+) -> Any:
+    """Merge patches of all crops into features by one index; replaces the forward of `merger`.
+
+    Args:
+        self: the merger behind MiniCPM-V's tower.
+        hidden_states: (1, P, hidden of the tower).
+        target_sizes: (crops, 2), for the module's own forward, which goes crop by crop.
+        blocks: int64 (P,), see `mrope.towers.crop_tensors`; None: the module's own forward.
+
+    Returns:
+        (P / 4, hidden of the text).
+    """
+    if blocks is None:
+        return type(self).forward(self, hidden_states, target_sizes)
+    patches = hidden_states[0].index_select(0, blocks)
+    return self.mlp[0](patches.view(-1, _MERGED * patches.shape[-1]))

@@ -1,0 +1,60 @@
+"""The forward of an attached base model, which takes everything from the batch and never syncs.
+
+It replaces the `forward` of a transformers base model (the module that holds the vision tower and
+`language_model`), for batches of a `MRopeCollator` with vision tensors. It runs transformers'
+operations in transformers' order wherever possible. What differs is where a decision is made:
+
+- Features go to their tokens by index (`image_scatter_index`); transformers compresses a mask.
+- Towers attend within segments whose lengths are host ints (`image_split_sizes`), and equal ones
+  together; transformers reads `cu_seqlens` back, three times a layer, and loops.
+- A host bool (`has_padding`) decides the attention mask; transformers reduces the mask.
+- The worker matched placeholders and features; transformers counts both again.
+
+What differs between base models is in their rows: `mrope.hf.rows`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.utils import can_return_tuple
+
+from mrope.collate.layouts import to_model_layout
+from mrope.hf.inputs import is_precomputed, modalities_of, token_embeddings
+from mrope.hf.outputs import own_output
+from mrope.hf.rows import row_of
+from mrope.hf.scatter import deepstack_inputs, scatter_features
+
+
+@can_return_tuple  # type: ignore[untyped-decorator]
+def attached_forward(self: Any, **inputs: Any) -> Any:
+    """Run the towers on what the batch has of media, and the text model on the embeddings.
+
+    A batch without what the stage adds goes to the model's own forward.
+
+    Raises:
+        MRopeError: such a batch has media, and the model is strict.
+    """
+    if getattr(self, "mrope_strict", None) is None:
+        # Detached beneath a wrapper that goes on to call this forward.
+        return type(self).forward(self, **inputs)
+    inputs = dict(to_model_layout(inputs))
+    row = row_of(self.config.model_type)
+    if not is_precomputed(self, inputs, row.audio):
+        return type(self).forward(self, **inputs)
+    encoded = {} if row.before is None else row.before(self, inputs)
+    embeds = token_embeddings(self, inputs)
+    levels = []
+    for modality in modalities_of(inputs):
+        places, output = row.encode(self, row, modality, inputs)
+        embeds = scatter_features(embeds, places, output.pooler_output)
+        encoded[modality] = output
+        deeper = getattr(output, "deepstack_features", None)
+        if deeper is not None:
+            levels.append((places, deeper))
+    if levels:
+        inputs |= deepstack_inputs(levels)
+    deltas = inputs.pop("rope_deltas", None)
+    if deltas is not None:
+        self.rope_deltas = deltas  # where transformers' generate looks for it
+    return own_output(self, row.text(self.language_model, embeds, inputs), encoded)

@@ -1,0 +1,152 @@
+"""Take from a batch what an attached forward runs on, and tell whether it has all of it."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+
+from mrope.columns import COLUMNS, columns, tower_key
+from mrope.errors import MRopeError
+
+Tensors = MutableMapping[str, Any]
+
+# Images and clips of a batch of fixed shapes are one modality, "vision": they share a tower call.
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos", "vision": "pixel_values"}
+SOUND = "input_features"
+
+# What the stage adds for each tower: keys of the batch, and the tower's own names.
+_ADDED: dict[str, dict[str, str]] = {
+    modality: {
+        key: key.removeprefix(tower_key(modality, ""))
+        for key in columns("derived", modality=modality)
+    }
+    for modality in (*PIXELS, "audio")
+}
+_SIZES = {modality: tuple(columns("item", modality=modality, means="size")) for modality in _ADDED}
+_NEEDED = {
+    **dict.fromkeys(("image", "video"), ("scatter_index", "split_sizes")),
+    "vision": ("feature_index", "feature_mask", "cu_seqlens"),
+    "audio": ("padded_feature", "scatter_index", "split_sizes"),
+}
+# Of the table's columns text models read two: how linear layers cut a row, and ERNIE's experts.
+_READ = ("segment_sizes", "moe_mm_token_type_ids")
+_UNREAD = frozenset({*COLUMNS, "audio_feature_lengths", "mm_encoder_outputs"}.difference(_READ))
+
+
+def modalities_of(inputs: Tensors) -> list[str]:
+    """Return what the batch has pixels of."""
+    if inputs.get("vision_feature_mask") is not None:
+        return ["vision"]
+    return [name for name in ("image", "video") if inputs.get(PIXELS[name]) is not None]
+
+
+def is_precomputed(self: Any, inputs: Tensors, audio: bool) -> bool:
+    """Return whether the batch has what an attached forward needs.
+
+    Args:
+        self: the base model.
+        inputs: the batch.
+        audio: whether its audio tower takes tensors of the stage.
+
+    Raises:
+        MRopeError: it does not, and the model is strict; or it has vision tensors alone.
+    """
+    modalities = modalities_of(inputs)
+    missing = _missing(inputs, modalities)
+    # What its own forward encodes: audio without tensors, and all of a tower that takes none.
+    sound = inputs.get(SOUND) is not None
+    missing_audio = _missing(inputs, ["audio"]) if sound and audio else []
+    # The collator adds `has_padding` to every batch, also to one of text alone.
+    if inputs.get("has_padding") is not None and not missing and not missing_audio:
+        if inputs.get("position_ids") is None:
+            raise MRopeError("the batch has vision tensors of a MRopeCollator, but no position_ids")
+        if sound and not audio and self.mrope_strict:
+            raise MRopeError(
+                f"an attached {self.config.model_type} takes no audio, whose tower takes no "
+                "precomputed tensors: attach(model, strict=False) leaves such batches to the "
+                "model's own forward"
+            )
+        return audio or not sound
+    # `generate` computes position ids and prefills with a cache: its batches come from no collator.
+    generating = cache_of(inputs) is not None and inputs.get("position_ids") is not None
+    if self.mrope_strict and not generating:
+        _refuse_missing(inputs, modalities, missing, missing_audio)
+    return False
+
+
+def _missing(inputs: Tensors, modalities: list[str]) -> list[str]:
+    keys = [tower_key(one, name) for one in modalities for name in _NEEDED[one]]
+    return [key for key in keys if inputs.get(key) is None]
+
+
+def _refuse_missing(
+    inputs: Tensors, modalities: list[str], missing: list[str], missing_audio: list[str]
+) -> None:
+    """Raise for media without what the stage adds for them."""
+    if missing_audio:
+        raise MRopeError(
+            f"an attached model got audio without {', '.join(missing_audio)}: let a MRopeCollator "
+            "with audio=AudioSpec(...) make the batch, or attach(model, strict=False) to let the "
+            "model compute for itself"
+        )
+    if modalities:
+        wanted = "position_ids" if inputs.get("position_ids") is None else ", ".join(missing)
+        raise MRopeError(
+            f"an attached model got {' and '.join(modalities)} pixels without {wanted}: let a "
+            "MRopeCollator with vision=VisionSpec(...) make the batch (rope.vision: true), or "
+            "attach(model, strict=False) to let the model compute for itself"
+        )
+
+
+def cache_of(inputs: Tensors) -> Any:
+    """Return the key-value cache, or None."""
+    # transformers 5.24 renamed the argument, and takes the old name until 5.40.
+    cache = inputs.get("cache")
+    return inputs.get("past_key_values") if cache is None else cache
+
+
+def token_embeddings(self: Any, inputs: Tensors) -> torch.Tensor:
+    """Remove ids or embeddings from `inputs`, and return embeddings, (B, S, hidden).
+
+    Raises:
+        ValueError: `inputs` has both or neither; transformers' own forward raises the same.
+    """
+    embeds = inputs.pop("inputs_embeds", None)
+    input_ids = inputs.pop("input_ids", None)
+    if (input_ids is None) == (embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    result: torch.Tensor = self.get_input_embeddings()(input_ids) if embeds is None else embeds
+    return result
+
+
+def take_added(inputs: Tensors, modality: str) -> dict[str, Any]:
+    """Remove what the stage added for a tower, and return it by the tower's own names."""
+    taken = {name: inputs.pop(key, None) for key, name in _ADDED[modality].items()}
+    return {name: value for name, value in taken.items() if value is not None}
+
+
+def take_sizes(inputs: Tensors, modality: str) -> Any:
+    """Remove and return the sizes of a modality on the device: grids, or crops' sizes."""
+    found = [value for key in _SIZES[modality] if (value := inputs.pop(key, None)) is not None]
+    return found[0] if found else None
+
+
+def take_mask(inputs: Tensors) -> Any:
+    """Remove the attention mask from `inputs`; return it where it matters, else None.
+
+    A padding mask (B, S) matters if the worker found padding. Whatever else stands in its place, a
+    mask of four dimensions or a dict, is the user's own, and is what the model attends by.
+    """
+    mask = inputs.pop("attention_mask", None)
+    # Whether a mask on the device holds a 0 is known on the device alone; asking is a sync. The
+    # worker built the mask, so it sends the answer along.
+    is_padding = isinstance(mask, torch.Tensor) and mask.ndim == 2
+    return None if is_padding and not inputs["has_padding"] else mask
+
+
+def drop_unread(inputs: Tensors) -> None:
+    """Remove the columns that no text model reads: it would pass them on to its layers."""
+    for name in [one for one in inputs if one in _UNREAD]:
+        del inputs[name]

@@ -1,0 +1,211 @@
+"""Run the text model on embeddings, under masks that are decided by facts on the host.
+
+Text models with M-RoPE make what they need without a mask. Those with 1-D positions, families of
+`mrope.spec.ONE_DIMENSIONAL`, build a mask for each kind of layer; here the masks are made first, by
+a host bool, and given as a dict.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    packed_sequence_mask_function,
+)
+
+from mrope.errors import MRopeError
+from mrope.hf.attention import ONLY_CAUSAL, TEXT_ATTENTION, has_layers, is_flash
+from mrope.hf.inputs import Tensors, cache_of, drop_unread, take_mask
+from mrope.hf.varlen import can_attend
+
+Masks = Callable[[Any, torch.Tensor, torch.Tensor | None, Any], Any]
+
+# Layers that multiply their input by the mask, (B, S), and attend to nothing.
+_MULTIPLIED = ("conv", "linear_attention")
+
+
+def run_rope(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
+    """Run a text model with M-RoPE on embeddings (B, S, hidden)."""
+    mask = take_mask(inputs)
+    drop_unread(inputs)
+    if inputs.get("seq_idx") is not None:
+        packed = packed_mask(text, embeds, inputs)
+        mask = packed if mask is None else mask
+    elif not isinstance(mask, dict):
+        mask = causal_mask(text.config, embeds, mask, cache_of(inputs))
+        if mask is None and cache_of(inputs) is None and text.mrope_attention == "varlen":
+            inputs[ONLY_CAUSAL] = True
+    return text(input_ids=None, inputs_embeds=embeds, attention_mask=mask, **inputs)
+
+
+def run_plain(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
+    """Run a text model with 1-D positions on embeddings (B, S, hidden)."""
+    return _run_under(text_masks, text, embeds, inputs)
+
+
+def run_pooled(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
+    """Run GLM-5-Next's, whose layers, the indexed ones too, take the padding mask itself."""
+    return _run_under(_padding_masks, text, embeds, inputs)
+
+
+def _run_under(make_masks: Masks, text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
+    mask = take_mask(inputs)
+    drop_unread(inputs)
+    if not isinstance(mask, dict):
+        mask = make_masks(_own_config(text), embeds, mask, cache_of(inputs))
+    with _masks_as_given(text, mask):
+        return text(inputs_embeds=embeds, attention_mask=mask, **inputs)
+
+
+def causal_mask(
+    config: Any, embeds: torch.Tensor, padding_mask: torch.Tensor | None, cache: Any
+) -> Any:
+    """Return what an attached forward gives the text model as its mask, made without a sync.
+
+    Args:
+        config: the text model's config.
+        embeds: (B, S, hidden).
+        padding_mask: (B, S); None if the batch has no padding; with four dimensions a finished
+            mask, which is returned as it is.
+        cache: key-value cache, or None.
+
+    Returns:
+        None without padding: the text model then makes what its layers and a cache need, which is
+        no sync. With padding a mask made on the device, (B, 1, S, keys); where layers
+        differ, a dict by their kind. Flash attention takes the 2-D mask, and syncs to unpad with
+        it.
+    """
+    if padding_mask is None or padding_mask.ndim != 2 or is_flash(config):
+        return padding_mask
+    # With the skip allowed, transformers reduces the mask to learn whether it is needed: a sync.
+    # It is needed: the caller passes a padding mask only if the worker found padding.
+    full = create_causal_mask(config, embeds, padding_mask, cache, allow_is_causal_skip=False)
+    # Linear layers multiply their input by the 2-D mask. Given a dict, the text model uses it as
+    # it is; building it itself, it would ask first whether the mask is all ones: a sync.
+    return _by_layer(config, full, padding_mask.contiguous())
+
+
+def packed_mask(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
+    """Return the mask of one flattened row, and remove from `inputs` what would make it sync.
+
+    Args:
+        text: the text model, with the attribute `mrope_attention` that `attach` sets.
+        embeds: (1, T, hidden).
+        inputs: `seq_idx` (1, T) is taken out; `position_ids` loses its text row; `segment_sizes`
+            stays only for models with linear layers.
+
+    Returns:
+        A mask (1, 1, T, T) made on the device from `seq_idx`; None where a kernel takes
+        `cu_seq_lens_q`, flash attention or the variable-length one.
+
+    Raises:
+        MRopeError: linear layers, and a batch of fixed shapes, which has no host lengths for them.
+    """
+    config = text.config
+    seq_idx = inputs.pop("seq_idx")
+    # With the text row present, transformers searches it for jumps to find segments: a sync.
+    inputs["position_ids"] = inputs["position_ids"][-3:]
+    full = None
+    varlen = text.mrope_attention == "varlen" and can_attend(embeds)
+    if not varlen and not is_flash(config):
+        full = create_causal_mask(
+            config, embeds, None, None, and_mask_function=packed_sequence_mask_function(seq_idx)
+        )
+    if has_layers(config, "linear_attention"):
+        if inputs.get("segment_sizes") is None:
+            raise MRopeError(
+                "shapes with packing='flatten' is not supported for text models with linear "
+                "layers, whose segments are cut by host ints; pad the batches instead"
+            )
+        return _by_layer(config, full, None)
+    inputs.pop("segment_sizes", None)
+    return full
+
+
+def _by_layer(config: Any, full: Any, linear: torch.Tensor | None) -> Any:
+    """Return the mask of each kind of layer, for text models with linear layers; else the mask."""
+    if not has_layers(config, "linear_attention"):
+        return full
+    kind = "indexed_attention" if has_layers(config, "indexed_attention") else "full_attention"
+    return {kind: full, "linear_attention": linear}
+
+
+def text_masks(
+    config: Any, embeds: torch.Tensor, padding_mask: torch.Tensor | None, cache: Any
+) -> Any:
+    """Return the masks that the text model would build, without a sync.
+
+    Args:
+        config: the text model's config.
+        embeds: (B, S, hidden).
+        padding_mask: (B, S); None if the batch has no padding.
+        cache: key-value cache, or None.
+
+    Returns:
+        A mask for each kind of layer, in a dict; the one mask itself of a model without
+        `layer_types`. None stands for the causal mode of the attention kernel.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return _mask(config, "full_attention", embeds, padding_mask, cache)
+    return {kind: _mask(config, kind, embeds, padding_mask, cache) for kind in set(kinds)}
+
+
+def _mask(
+    config: Any, kind: str, embeds: torch.Tensor, padding_mask: torch.Tensor | None, cache: Any
+) -> torch.Tensor | None:
+    """Return the mask of one kind of layer; without position ids, which would be searched."""
+    if kind in _MULTIPLIED:
+        return None if padding_mask is None else padding_mask.contiguous()
+    # A padding mask is passed on only if the worker found padding: there is nothing to skip.
+    skip = padding_mask is None and kind != "indexed_attention"
+    make = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
+    if is_flash(config) and kind == "full_attention":
+        return padding_mask
+    made: torch.Tensor | None = make(config, embeds, padding_mask, cache, allow_is_causal_skip=skip)
+    return made
+
+
+def _padding_masks(
+    config: Any, embeds: torch.Tensor, padding_mask: torch.Tensor | None, _cache: Any
+) -> dict[str, torch.Tensor]:
+    """Return the padding mask, bool (B, S), for each kind of layer; see `text_masks`."""
+    if padding_mask is None:
+        mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    else:
+        mask = padding_mask.bool()
+    return dict.fromkeys(config.layer_types, mask)
+
+
+@contextmanager
+def _masks_as_given(text: Any, mask: Any) -> Iterator[None]:
+    """Let a text model that takes one mask, not a dict, leave it as it is.
+
+    It would pass its position ids to the function that makes the mask, which searches them for
+    jumps where there is neither a mask nor a cache: a sync. For an implementation that transformers
+    has no masks for, that function returns what it is given.
+    """
+    own = _own_config(text)
+    if isinstance(mask, dict) or is_flash(own):
+        yield
+        return
+    config = copy.copy(own)
+    config._attn_implementation = TEXT_ATTENTION  # noqa: SLF001 - no public name
+    config.mrope_own = own
+    text.config = config
+    try:
+        yield
+    finally:
+        text.config = own
+
+
+def _own_config(text: Any) -> Any:
+    """Return the config of a text model, also while `_masks_as_given` has replaced it."""
+    # In another thread, which would otherwise make its masks by the replacement, and restore that.
+    return getattr(text.config, "mrope_own", text.config)

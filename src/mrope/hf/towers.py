@@ -1,0 +1,217 @@
+"""Run a tower on the pixels or the sound of a batch, with all that the stage computed for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from mrope.hf.attention import tower_borders
+from mrope.hf.inputs import PIXELS, SOUND, Tensors, take_added, take_sizes, token_embeddings
+from mrope.hf.scatter import Gather, Places, scatter_features
+from mrope.spec.references import VISION_READ_SINCE
+
+if TYPE_CHECKING:
+    from mrope.hf.rows import Row
+
+# Where base models hold their vision tower.
+VISION_TOWERS = ("visual", "vision_tower", "vision_model")
+
+# Keywords of a tower with borders: the borders, their longest segment, and the lengths on the host.
+_BORDERS = (
+    ("cu_seqlens", "max_seqlen", "split_sizes"),
+    ("cu_window_seqlens", "max_window_seqlen", "window_split_sizes"),
+)
+_AUDIO = ("padded_feature", "chunk_lengths", "valid_indices", "pool_indices", "max_seqlen")
+# Patches that a window of MiniCPM-V's tower merges.
+_WINDOW = 4
+
+
+class Call(NamedTuple):
+    """A call of a vision tower.
+
+    Attributes:
+        pixels: (P, ...).
+        keywords: of the tower.
+        places: where the features go.
+        taken: what else the stage added for the modality, by name.
+    """
+
+    pixels: torch.Tensor
+    keywords: dict[str, Any]
+    places: Places
+    taken: dict[str, Any]
+
+
+def vision_tower(self: Any) -> Any:
+    """Return the vision tower of a base model."""
+    return getattr(self, next(name for name in VISION_TOWERS if hasattr(self, name)))
+
+
+def encode(self: Any, row: Row, modality: str, inputs: Tensors) -> tuple[Places, Any]:
+    """Run the vision tower on a modality's pixels.
+
+    Removes from `inputs` what it uses.
+
+    Returns:
+        Where the features go, and the tower's output with the features in `pooler_output`.
+    """
+    call = _take_call(self, row, modality, inputs)
+    output = vision_tower(self)(call.pixels, return_dict=True, **call.keywords)
+    output.pooler_output = row.features(self, output, call.taken)
+    return call.places, output
+
+
+def _take_call(self: Any, row: Row, modality: str, inputs: Tensors) -> Call:
+    """Remove a modality from `inputs`, and return the tower's call."""
+    tower = vision_tower(self)
+    pixels = inputs.pop(PIXELS[modality]).type(tower.dtype)
+    taken = take_added(inputs, modality)
+    if modality == "vision":
+        grid_thw = taken.pop("grid_thw")
+        places: Places = Gather(taken.pop("feature_index"), inputs.pop("vision_feature_mask"))
+    else:
+        grid_thw, places = take_sizes(inputs, modality), taken.pop("scatter_index")
+    keywords = {name: taken.pop(name) for name in VISION_READ_SINCE if name in taken}
+    keywords["grid_thw"] = _grids(row, grid_thw, keywords["cu_seqlens"], taken)
+    if "merge_size" in taken:
+        keywords["merge_sizes"] = torch.full((len(grid_thw),), taken.pop("merge_size"))
+    for name, longest, lengths in _BORDERS:
+        if name in keywords:
+            cu_seqlens = keywords[name]
+            borders = tower_borders(
+                tower, pixels, cu_seqlens, keywords[longest], taken.pop(lengths, None)
+            )
+            keywords[name] = given_borders(cu_seqlens, borders, row.reads_borders)
+    return Call(pixels[None] if row.batched else pixels, keywords, places, taken)
+
+
+def given_borders(cu_seqlens: torch.Tensor, borders: Any, reads: bool) -> Any:
+    """Return what a tower takes as `cu_seqlens`, through which its layers get the borders.
+
+    Most towers pass it to their attention unread, so that `Borders` can take the tensor's place.
+
+    Args:
+        cu_seqlens: the tensor.
+        borders: `Borders`, or None where it must be the tensor alone.
+        reads: the tower computes with the tensor, which then carries the borders as an attribute.
+    """
+    if borders is None:
+        return cu_seqlens
+    if not reads:
+        return borders
+    cu_seqlens.mrope_borders = borders  # type: ignore[attr-defined]
+    return cu_seqlens
+
+
+def _grids(
+    row: Row, grid_thw: torch.Tensor, cu_seqlens: torch.Tensor, taken: dict[str, Any]
+) -> torch.Tensor:
+    """Return the grids as the tower takes them, int64 (images, 3), or (frames, 3)."""
+    if row.grids == "host":
+        # The tower asks its grids for values, which is no sync then.
+        return torch.tensor(taken["grid_sizes"])
+    frames = len(cu_seqlens) - 1
+    if row.grids == "device" or frames == len(grid_thw):
+        return grid_thw
+    # Without `output_size`, repeat_interleave syncs to learn the length of its result.
+    rows = torch.repeat_interleave(grid_thw, grid_thw[:, 0], dim=0, output_size=frames)
+    return torch.cat((torch.ones_like(rows[:, :1]), rows[:, 1:]), dim=1)
+
+
+def encode_crops(self: Any, row: Row, modality: str, inputs: Tensors) -> tuple[Places, Any]:
+    """Run MiniCPM-V's tower on all crops of one modality, and merge what it returns by one index.
+
+    The model's own forward passes no keywords on to its tower, which then asks the sizes of the
+    crops for their values: for the learned positions, the windows, every attention layer and the
+    last merger.
+    """
+    tower = vision_tower(self)
+    mode = inputs.get("downsample_mode") or self.config.downsample_mode
+    # Its own forward takes the first of the batch too: the processor makes one row of patches.
+    pixels = inputs.pop(PIXELS[modality])[:1].to(tower.dtype)
+    sizes, taken = take_sizes(inputs, modality), take_added(inputs, modality)
+    names = ("position_ids", "max_seqlen", "window_index", "cu_window_seqlens")
+    known = {name: taken[name] for name in names if name in taken}
+    known |= _crop_borders(tower, pixels, taken)
+    output = tower(
+        pixels, target_sizes=sizes, use_vit_merger=mode != "4x", return_dict=True, **known
+    )
+    output.pooler_output = row.features(self, output, taken)
+    return taken["scatter_index"], output
+
+
+def _crop_borders(tower: Any, pixels: torch.Tensor, taken: dict[str, Any]) -> dict[str, Any]:
+    """Return the borders of crops and windows, as the layers of an attached tower take them.
+
+    The tower computes the crops' own before and after it merges windows, and passes a keyword on
+    to both; under flash attention it needs none.
+    """
+    crops, lengths, longest = (taken[name] for name in ("cu_seqlens", "split_sizes", "max_seqlen"))
+    whole = tower_borders(tower, pixels, crops, longest, lengths)
+    if whole is None:
+        return {}
+    by_places: dict[int, Any] = {sum(lengths): whole}
+    windows = taken.get("cu_window_seqlens")
+    if windows is not None:
+        merged = [length // _WINDOW for length in lengths]
+        by_places[sum(merged)] = tower_borders(
+            tower, pixels, crops // _WINDOW, longest // _WINDOW, merged
+        )
+        windows.mrope_borders = tower_borders(
+            tower, pixels, windows, taken["max_window_seqlen"], taken["window_split_sizes"]
+        )
+    crops.mrope_borders = by_places
+    return {"cu_seqlens": crops}
+
+
+def encode_codes(self: Any, inputs: Tensors) -> dict[str, Any]:
+    """Turn GLM-Image's images into token ids, which replace their placeholders.
+
+    The codebook takes the images one by one, by sizes on the host.
+    """
+    # What its own forward reads to tell the images with pixels from those to be drawn.
+    if inputs.get(PIXELS["image"]) is None:
+        return {}
+    tower = vision_tower(self)
+    pixels, taken = inputs.pop(PIXELS["image"]).type(tower.dtype), take_added(inputs, "image")
+    known = {name: taken[name] for name in VISION_READ_SINCE if name in taken}
+    cu_seqlens = known["cu_seqlens"]
+    borders = tower_borders(tower, pixels, cu_seqlens, known["max_seqlen"], taken["split_sizes"])
+    known["cu_seqlens"] = given_borders(cu_seqlens, borders, reads=True)
+    output = tower(pixels, grid_thw=taken["source_grids"], return_dict=True, **known)
+    sizes = taken["grid_sizes"]
+    patches = torch.split(output.pooler_output, [t * h * w for t, h, w in sizes])
+    # (frames * hidden, height, width) of each image, as the codebook takes them.
+    output.pooler_output = [
+        one.view(*size, -1).permute(0, 3, 1, 2).flatten(0, 1).contiguous()
+        for one, size in zip(patches, sizes, strict=True)
+    ]
+    output.image_tokens = [
+        self.vqmodel.encode(one[None]).image_tokens for one in output.pooler_output
+    ]
+    ids = inputs["input_ids"]
+    tokens = torch.cat(output.image_tokens).to(ids.dtype)
+    inputs["input_ids"] = ids.flatten().index_copy(0, taken["scatter_index"], tokens).view_as(ids)
+    return {"image": output}
+
+
+def encode_audio(self: Any, inputs: Tensors) -> dict[str, Any]:
+    """Replace the placeholders of audio of an Omni thinker by its features.
+
+    The audio tower of transformers 5.23 picks frames by a boolean mask, counts tokens on the
+    device, and reads its borders back in every layer. Here it takes chunks that the worker cut, and
+    segment lengths that are host ints.
+    """
+    if inputs.get(SOUND) is None:
+        return {}
+    taken = take_added(inputs, "audio")
+    known: dict[str, Any] = {name: taken[name] for name in _AUDIO if name in taken}
+    cu_seqlens, lengths = taken["cu_seqlens"], taken["split_sizes"]
+    patches, longest = known["padded_feature"], known["max_seqlen"]
+    borders = tower_borders(self.audio_tower, patches, cu_seqlens, longest, lengths)
+    known["cu_seqlens"] = cu_seqlens if borders is None else borders
+    features: torch.Tensor = self.audio_tower(return_dict=True, **known).last_hidden_state
+    embeds = token_embeddings(self, inputs)
+    inputs["inputs_embeds"] = scatter_features(embeds, taken["scatter_index"], features)
+    return {}
