@@ -10,7 +10,6 @@ from mrope.collate.layouts import to_batch_layout, to_model_layout
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.rope_index import rope_index
 from mrope.prepare.sampler import TokenBudgetSampler
-from mrope.spec.references import use_proof
 from mrope.spec.spec import MRopeSpec
 from mrope.towers import VisionSpec
 from mrope.transforms.sharding import gather_sequence, shard_sequence
@@ -35,16 +34,6 @@ __all__ = [
     "to_model_layout",
 ]
 __version__ = "0.1.0"
-
-
-def _prove(feature: str, subject: Any) -> None:
-    from mrope.hf.proof import prove
-
-    prove(feature, subject)
-
-
-# Only the root may know both the tables of releases and `mrope.hf`, which imports transformers.
-use_proof(_prove)
 
 
 def __getattr__(name: str) -> Any:

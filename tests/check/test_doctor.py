@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from mrope import cli
 from mrope.check import doctor
-from mrope.hf.proof import Verdict
+from mrope.proof.comparisons import Verdict
 from mrope.spec.families import FAMILIES
 
 

@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 
 from mrope import MRopeSpec
 from mrope.check.source import check_config, open_rows
-from mrope.hf.random_batches import random_arguments
 from mrope.prepare import Precheck
+from mrope.proof.random_batches import random_arguments
 from mrope.spec import FAMILIES, example_config
 from support.specs import NEWEST
 

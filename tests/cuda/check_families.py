@@ -32,9 +32,9 @@ import torch
 from mrope import MRopeCollator
 from mrope.bench.harness import conditions
 from mrope.hf import attach, detach
-from mrope.hf.proof_models import _media, _plain_batch, _specs, default_model
 from mrope.hf.rows import ROWS
-from mrope.hf.tiny_examples import tiny_examples
+from mrope.proof.small_models import _media, _plain_batch, _specs, default_model
+from mrope.proof.tiny_examples import tiny_examples
 from mrope.training.step import to_device
 from support.models import PLAIN_FAMILIES, tiny_model
 from support.no_syncs import no_syncs

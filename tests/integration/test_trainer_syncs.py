@@ -21,8 +21,8 @@ from integration.common import BATCH, build_processor, loader, optimizer, prepar
 from integration.test_lightning import QUIET
 from integration.test_trl import FAMILY as SFT_FAMILY
 from integration.test_trl import conversations, inner
+from mrope.guard.sync_places import KNOWN, KnownPlace
 from mrope.hf import SyncReport
-from mrope.hf.sync_places import KNOWN, KnownPlace
 
 FAMILY, STEPS, WARMUP = "qwen3_vl", 3, 2
 ALL = WARMUP + STEPS + 1

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import pickle
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -174,10 +175,11 @@ def test_auto_is_the_era_of_the_installed_release(installed: str, reference: str
 def test_auto_is_the_newest_for_a_newer_release_and_is_compared_with_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Only for "auto": a reference that is named was chosen. tests/hf/test_proof.py compares."""
+    """Only for "auto": a reference that is named was chosen. tests/proof/test_comparisons.py compares."""
     assert resolve_reference("auto", installed="6.0.1") == NEW
     compared: list[Any] = []
-    monkeypatch.setattr("mrope.spec.references._PROOF", [lambda *call: compared.append(call)])
+    proof = types.SimpleNamespace(prove=lambda *call: compared.append(call))
+    monkeypatch.setitem(sys.modules, "mrope.proof", proof)
     monkeypatch.setattr("mrope.spec.references.installed_transformers", lambda: "6.0.1")
     spec = MRopeSpec.from_config(example_config("qwen3_vl"))
     assert compared == [("positions", spec)]

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from mrope import MRopeSpec
-from mrope.hf.tiny_examples import tiny_examples as made_up
+from mrope.proof.tiny_examples import tiny_examples as made_up
 from mrope.spec.families import FAMILIES, find_family
 
 TINY = Path(__file__).parent / "tiny"

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from mrope.hf.tiny_examples import tiny_examples
+from mrope.proof.tiny_examples import tiny_examples
 from mrope.spec import MRopeSpec
 from mrope.training.dataloader import TensorRows, _tokenized
 from support.models import model_config

@@ -21,7 +21,7 @@ from mrope.collate.collator import MRopeCollator
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach
 from mrope.hf.rows import ROWS
-from mrope.hf.tiny_examples import tiny_examples
+from mrope.proof.tiny_examples import tiny_examples
 from mrope.spec.families import Family
 from mrope.towers import VisionSpec
 from mrope.training.config import load_config, model_table

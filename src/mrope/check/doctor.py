@@ -10,9 +10,9 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from mrope.hf.proof import Verdict, compare
-from mrope.hf.proof_models import FAILURES, default_model, describe_error
 from mrope.hf.rows import ROWS
+from mrope.proof.comparisons import Verdict, compare
+from mrope.proof.small_models import FAILURES, default_model, describe_error
 from mrope.spec.families import FAMILIES
 from mrope.spec.references import resolve_reference
 from mrope.spec.spec import MRopeSpec, example_config

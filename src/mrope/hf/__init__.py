@@ -8,10 +8,10 @@ This wing calls transformers' modelling code; nothing that runs in a DataLoader 
 to process the demo's rows. No other wing does, except through these three.
 """
 
+from mrope.guard.sync_places import SyncPlace
+from mrope.guard.sync_report import SyncReport
 from mrope.hf.attaching import attach, detach, explain_attention
 from mrope.hf.rope_deltas import drop_rope_deltas, keep_rope_deltas
-from mrope.hf.sync_places import SyncPlace
-from mrope.hf.sync_report import SyncReport
 
 __all__ = [
     "SyncPlace",

@@ -13,7 +13,7 @@ import difflib
 import importlib.metadata
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,17 +113,6 @@ A later release that ignored one would compute it again: slower, not wrong. `att
 AUDIO_READ_SINCE: Release = (5, 23)
 """First release whose audio towers are known to read every tensor."""
 
-Proof = Callable[[str, Any], None]
-_PROOF: list[Proof] = []
-
-
-def use_proof(proof: Proof) -> None:
-    """Set what `prove_if_unknown` calls; `mrope/__init__.py` does, once.
-
-    Comparing needs transformers, which only `mrope.hf` imports; imports point from there to here.
-    """
-    _PROOF[:] = [proof]
-
 
 def prove_if_unknown(feature: str, subject: Any) -> None:
     """Compare a feature with the installed transformers, unless that release is in the tables.
@@ -141,8 +130,10 @@ def prove_if_unknown(feature: str, subject: Any) -> None:
     version = installed_transformers()
     if version is None or is_known(feature, version) or _in_worker():
         return
-    for proof in _PROOF:
-        proof(feature, subject)
+    # Comparing needs transformers and every wing that is compared, and so stands above them all.
+    from mrope.proof import prove
+
+    prove(feature, subject)
 
 
 def is_known(feature: str, version: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mrope.hf.tiny_examples import TEXT_IDS
+from mrope.proof.tiny_examples import TEXT_IDS
 
 _LAYERS, _HEADS, _TOWER_WIDTH = 2, 2, 64
 # Large enough that positions matter: with the usual 0.02 attention is almost uniform.

@@ -11,8 +11,8 @@ from mrope.collate.collator import MRopeCollator
 from mrope.collate.padding import PaddingCollator
 from mrope.errors import MRopeError
 from mrope.hf.attaching import attach, base_model, detach
-from mrope.hf.shrunken import build_model, shrink_config
-from mrope.hf.tiny_examples import tiny_examples
+from mrope.proof.shrunken import build_model, shrink_config
+from mrope.proof.tiny_examples import tiny_examples
 from mrope.spec.references import resolve_reference
 from mrope.spec.spec import MRopeSpec, example_config
 from mrope.towers import AudioSpec, VisionSpec, audio_tokens

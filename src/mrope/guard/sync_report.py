@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from mrope.errors import MRopeError
 from mrope.guard import Judge, LoaderRecord, watching_loop
-from mrope.hf.sync_places import Kind, Stack, SyncPlace, find_place
+from mrope.guard.sync_places import Kind, Stack, SyncPlace, find_place
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -19,7 +19,9 @@ import numpy as np
 from mrope.errors import MRopeError
 from mrope.hf.attaching import base_model
 from mrope.hf.get_rope_index import has_rope_index, reference_rope_index
-from mrope.hf.proof_models import (
+from mrope.positions.rope_index import rope_index
+from mrope.proof.random_batches import random_arguments
+from mrope.proof.small_models import (
     FAILURES,
     compare_packing,
     compare_steps,
@@ -27,8 +29,6 @@ from mrope.hf.proof_models import (
     describe_error,
     small_copy,
 )
-from mrope.hf.random_batches import random_arguments
-from mrope.positions.rope_index import rope_index
 from mrope.spec import references
 from mrope.spec.spec import MRopeSpec
 

@@ -21,8 +21,8 @@ from mrope import MRopeCollator, MRopeError, VisionSpec
 from mrope.collate.padding import PaddingCollator
 from mrope.guard import cuda_debug
 from mrope.guard.calls import outer_calls
+from mrope.guard.sync_places import find_place
 from mrope.hf import SyncReport, attach
-from mrope.hf.sync_places import find_place
 from support.models import model_config, tiny_examples, tiny_model, tiny_spec
 
 FAMILY, STEPS, WARMUP = "qwen3_vl", 3, 2

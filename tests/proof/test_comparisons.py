@@ -14,11 +14,12 @@ import torch
 pytest.importorskip("transformers")
 
 from mrope import MRopeCollator, MRopeError, MRopeSpec
-from mrope.hf import attach, detach, proof
+from mrope.hf import attach, detach
 from mrope.hf.get_rope_index import reference_class
-from mrope.hf.random_batches import random_arguments
 from mrope.hf.rows import ROWS
-from mrope.hf.shrunken import shrink_config
+from mrope.proof import comparisons as proof
+from mrope.proof.random_batches import random_arguments
+from mrope.proof.shrunken import shrink_config
 from mrope.spec.families import FAMILIES
 from mrope.spec.references import describe_known
 from support.models import MODEL_FAMILIES, TINY_FAMILIES, model_config, tiny_model, tiny_spec
@@ -191,7 +192,7 @@ def test_flatten_cannot_be_compared_without_the_class(monkeypatch: pytest.Monkey
 
 def test_wrong_positions_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small random weights attend almost uniformly: those of the proof must not."""
-    import mrope.hf.proof_models as models
+    import mrope.proof.small_models as models
 
     small = models.default_model("qwen3_vl")
     specs = models._specs(small)
