@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mrope.columns import MODALITIES, columns
 from mrope.positions.custom.minicpm import minicpm_tokens
 from mrope.positions.custom.omni import omni_tokens
 from mrope.positions.sample_rows import clip_tokens, image_tokens
@@ -20,12 +21,12 @@ from mrope.spec.spec import MRopeSpec
 
 _TEXT_IDS = 90
 _NO_MASK = 0.3
+# Which count of each row a size adds to.
 _COUNTERS = {
-    "image_grid_thw": "images_per_sample",
-    "target_sizes": "images_per_sample",
-    "video_grid_thw": "videos_per_sample",
-    "target_sizes_videos": "videos_per_sample",
-    "audio_seqlens": "audios_per_sample",
+    size: count
+    for modality in MODALITIES
+    for size in columns("item", modality=modality, means="size")
+    for count in columns("row", modality=modality, means="count")
 }
 
 

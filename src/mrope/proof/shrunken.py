@@ -33,6 +33,7 @@ _TEXT: Mapping[str, Any] = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
     "mlp_only_layers": [],
+    "linear_num_heads": _HEADS,
     "linear_num_key_heads": _HEADS,
     "linear_num_value_heads": 2 * _HEADS,
     "linear_key_head_dim": 16,
