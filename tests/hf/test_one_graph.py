@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from support.models import media_of, model_config, tiny_examples, tiny_model, ti
 SHAPES = Shapes(
     tokens=(128, 256), patches=(128, 512), longest=128, patches_per_segment=8, tokens_per_example=8
 )
+# Of one rung: batches that are to be run by one graph, and by no other.
+ONE_RUNG = replace(SHAPES, tokens=SHAPES.tokens[-1:], patches=SHAPES.patches[-1:])
 PADDED = (
     "qwen2_vl",
     "qwen2_5_vl",
@@ -66,6 +69,24 @@ def unmodified_loss(model: Any, family: str, examples: Any) -> torch.Tensor:
     with torch.no_grad():
         loss: torch.Tensor = model(**batch).loss
     return loss
+
+
+def model_of_depth(layers: int, family: str) -> Any:
+    """Return a small model with so many layers in its tower and its text model, in training mode.
+
+    Two compile in half the time of the shipped configs' four.
+    """
+    live: Any = tiny_model(family).config
+    text, vision = live.text_config, live.vision_config
+    if getattr(text, "layer_types", None):
+        text.layer_types = (text.layer_types[-2:] * layers)[:layers]
+    text.num_hidden_layers = layers
+    for name in ("depth", "num_hidden_layers"):
+        if hasattr(vision, name):
+            setattr(vision, name, layers)
+    torch.manual_seed(0)
+    auto: Any = AutoModelForImageTextToText
+    return auto.from_config(live, attn_implementation="sdpa").train()
 
 
 @pytest.mark.parametrize(("family", "packing"), CASES)
@@ -115,7 +136,7 @@ def fresh_dynamo() -> Iterator[Any]:
 
 def test_two_hundred_batches_share_as_many_graphs_as_rungs() -> None:
     family = "qwen3_vl"
-    plain, model = tiny_model(family).train(), attach(tiny_model(family).train())
+    plain, model = model_of_depth(2, family), attach(model_of_depth(2, family))
     compiled: Any = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
     with fresh_dynamo() as counted, torch.inference_mode():
         for seed in range(200):
@@ -123,7 +144,8 @@ def test_two_hundred_batches_share_as_many_graphs_as_rungs() -> None:
             examples = examples_of(family, seed, **media)[: 1 + (seed % 2)]
             examples += examples_of(family, seed, **ALONE)[: 2 - len(examples)]
             loss = compiled(**collate(family, examples, None, SHAPES)).loss
-            assert (loss - unmodified_loss(plain, family, examples)).abs() < 1e-5
+            if seed % 10 == 0:
+                assert (loss - unmodified_loss(plain, family, examples)).abs() < 1e-5
         assert counted["stats"]["unique_graphs"] <= 4
         assert not counted["graph_break"]
 
@@ -131,10 +153,10 @@ def test_two_hundred_batches_share_as_many_graphs_as_rungs() -> None:
 # torch raises it while it traces the vmap of a packed mask.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_flattened_batches_share_graphs() -> None:
-    model = attach(tiny_model("qwen2_5_vl").train())
+    model = attach(model_of_depth(2, "qwen2_5_vl"))
     compiled: Any = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
     with fresh_dynamo() as counted, torch.inference_mode():
-        for seed in range(12):
+        for seed in range(6):
             batch = collate("qwen2_5_vl", examples_of("qwen2_5_vl", seed), "flatten", SHAPES)
             assert (compiled(**dict(batch)).loss - model(**batch).loss).abs() < 1e-5
         assert counted["stats"]["unique_graphs"] <= 4
@@ -142,17 +164,17 @@ def test_flattened_batches_share_graphs() -> None:
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_forward_and_backward_compile_to_one_graph(family: str) -> None:
-    model: Any = attach(tiny_model(family).train())
+    model: Any = attach(model_of_depth(2, family))
     compiled: Any = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     with fresh_dynamo() as counted:
         for seed in range(2):
-            batch = collate(family, examples_of(family, seed), None, SHAPES)
+            batch = collate(family, examples_of(family, seed), None, ONE_RUNG)
             want, wanted = step(model, dict(batch))
             loss, grads = step(compiled, dict(batch))
             assert (loss - want).abs() < 1e-5
             for one, other in zip(grads.values(), wanted.values(), strict=True):
                 assert torch.allclose(one, other, atol=2e-6)
-        assert counted["stats"]["unique_graphs"] <= 2
+        assert counted["stats"]["unique_graphs"] == 1
 
 
 # Qwen4-Exp's layers attend to the keys that its indexer selects: always under a mask.
@@ -167,7 +189,7 @@ def test_compiled_text_layers_attend_without_a_mask(family: str) -> None:
                 causal.append(options["is_causal"] and options["attn_mask"] is None)
         return graph
 
-    model: Any = attach(tiny_model(family).train())
+    model: Any = attach(model_of_depth(2, family))
     layers = [one for one in model.modules() if getattr(one, "is_causal", False)]
     with fresh_dynamo():
         compiled: Any = torch.compile(model, fullgraph=True, dynamic=False, backend=find_causal)
@@ -182,7 +204,7 @@ def test_compiled_text_layers_attend_without_a_mask(family: str) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_layers_compile_one_by_one_and_share_graphs(family: str, checkpointing: bool) -> None:
     """As trainers compile under FSDP2, whose hooks stand between layers."""
-    model: Any = attach(deep_model(family))
+    model: Any = attach(model_of_depth(12, family))
     if checkpointing:
         model.gradient_checkpointing_enable()
     batch = collate(family, examples_of(family), "flatten", SHAPES)
@@ -196,18 +218,8 @@ def test_layers_compile_one_by_one_and_share_graphs(family: str, checkpointing: 
         assert counted["stats"]["unique_graphs"] <= 5
 
 
-def deep_model(family: str) -> Any:
-    """Return a small model of more layers than dynamo compiles of one function."""
-    live: Any = tiny_model(family).config
-    live.text_config.num_hidden_layers = live.vision_config.depth = 12
-    if hasattr(live.text_config, "layer_types"):
-        live.text_config.layer_types = ["full_attention"] * 12
-    auto: Any = AutoModelForImageTextToText
-    return auto.from_config(live, attn_implementation="sdpa").train()
-
-
 def checkpointed() -> Any:
-    model: Any = attach(tiny_model("qwen3_vl").train())
+    model: Any = attach(model_of_depth(2, "qwen3_vl"))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
@@ -215,11 +227,11 @@ def checkpointed() -> Any:
 def with_lora() -> Any:
     peft = pytest.importorskip("peft")
     targets = peft.LoraConfig(target_modules=["q_proj", "v_proj", "qkv"])
-    return attach(peft.get_peft_model(tiny_model("qwen3_vl").train(), targets))
+    return attach(peft.get_peft_model(model_of_depth(2, "qwen3_vl"), targets))
 
 
 def under_autocast() -> Any:
-    return attach(tiny_model("qwen3_vl").train())
+    return attach(model_of_depth(2, "qwen3_vl"))
 
 
 @pytest.mark.parametrize("make", [checkpointed, with_lora, under_autocast])
@@ -229,13 +241,13 @@ def test_one_graph_for_checkpointing_peft_and_autocast(make: Any) -> None:
     half = make is under_autocast
     with fresh_dynamo() as counted:
         for seed in range(2):
-            batch = collate("qwen3_vl", examples_of("qwen3_vl", seed), None, SHAPES)
+            batch = collate("qwen3_vl", examples_of("qwen3_vl", seed), None, ONE_RUNG)
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 want = model(**dict(batch)).loss
                 loss: Any = compiled(**dict(batch)).loss
             loss.backward()
             assert (loss - want).abs() < (2e-2 if half else 1e-5)
-        assert counted["stats"]["unique_graphs"] <= 2
+        assert counted["stats"]["unique_graphs"] == 1
 
 
 class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -333,7 +345,7 @@ def test_a_compiled_step_has_no_sync(packing: Any) -> None:
 
         return run
 
-    model: Any = attach(tiny_model("qwen3_vl").train())
+    model: Any = attach(model_of_depth(2, "qwen3_vl"))
     compiled: Any = torch.compile(model, fullgraph=True, dynamic=False, backend=watched)
     with fresh_dynamo():
         loss = compiled(**collate("qwen3_vl", examples_of("qwen3_vl"), packing, SHAPES)).loss

@@ -27,24 +27,6 @@ from support.models import (
 from support.steps import MEDIA, assert_attached_as_plain, make_batches, tensor_collator
 
 FAMILIES = [family for family in TINY_FAMILIES if family in ROWS]
-CASES = [(family, media) for family in FAMILIES for media in [*media_of(family), MEDIA["text"]]]
-
-
-def test_these_are_the_families() -> None:
-    assert [family for family in TINY_FAMILIES if family not in ROWS] == []
-
-
-@pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("family", "media"), CASES)
-def test_the_same_step_without_a_sync(
-    family: str, media: dict[str, bool], attention: str, padded: bool
-) -> None:
-    """Frames that are taken together, and all images merged at once, round differently."""
-    plain, batch = make_batches(family, media, padded)
-    exact = attention == "sdpa" and family != "paddleocr_vl"
-    model = tiny_model(family, attention).train()
-    assert_attached_as_plain(model, plain, batch, 0.0 if exact else 2e-6)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.startswith("glm")])

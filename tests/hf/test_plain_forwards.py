@@ -16,10 +16,9 @@ from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach
 from mrope.spec import ONE_DIMENSIONAL
 from mrope.training.step import guarded_step
-from support.models import CONFIGS, PLAIN_FAMILIES, media_of, tiny_examples, tiny_model, tiny_spec
+from support.models import CONFIGS, PLAIN_FAMILIES, tiny_examples, tiny_model, tiny_spec
 from support.steps import (
     MEDIA,
-    assert_attached_as_plain,
     assert_same_step,
     logits_of,
     make_batches,
@@ -27,24 +26,9 @@ from support.steps import (
     tensor_collator,
 )
 
-CASES = [
-    (family, media) for family in PLAIN_FAMILIES for media in [*media_of(family), MEDIA["text"]]
-]
-
 
 def test_these_are_the_families() -> None:
     assert set(PLAIN_FAMILIES) == set(ONE_DIMENSIONAL)
-
-
-@pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("family", "media"), CASES)
-def test_the_same_step_without_a_sync(
-    family: str, media: dict[str, bool], attention: str, padded: bool
-) -> None:
-    """To the last bit. The plain batch has no position ids: the collator's are the model's own."""
-    plain, batch = make_batches(family, media, padded)
-    assert_attached_as_plain(tiny_model(family, attention).train(), plain, batch)
 
 
 @pytest.mark.parametrize("family", PLAIN_FAMILIES)
