@@ -10,10 +10,11 @@ import torch
 
 peft = pytest.importorskip("peft")
 
+from mrope import MRopeError
 from mrope.hf import attach, detach, explain_attention
 from mrope.hf.attaching import base_model
 from support.models import media_of, tiny_model
-from support.steps import logits_of, make_batches
+from support.steps import MEDIA, logits_of, make_batches
 
 # Projections of text and tower, and modules that PEFT copies whole.
 TARGETS = {
@@ -162,3 +163,53 @@ def test_every_copy_has_the_config_that_its_attention_needs() -> None:
     assert {one.config._attn_implementation for one in layers} == {"mrope_varlen"}
     detach(model)
     assert {one.config._attn_implementation for one in layers} == {"sdpa"}
+
+
+def prompts(kind: str) -> Any:
+    """Return a config of a kind of prompt learning."""
+    configs = {
+        "prompt": peft.PromptTuningConfig,
+        "p-tuning": peft.PromptEncoderConfig,
+        "prefix": peft.PrefixTuningConfig,
+    }
+    return configs[kind](task_type="CAUSAL_LM", num_virtual_tokens=3)
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning")
+@pytest.mark.parametrize("kind", ["prompt", "p-tuning"])
+@pytest.mark.parametrize("media", ["both", "text"])
+def test_prompt_learning_is_refused_by_name(kind: str, media: str) -> None:
+    """PEFT removes position ids, and puts tokens in front of those that they number."""
+    _, batch = make_batches("qwen3_vl", MEDIA[media])
+    model = peft.get_peft_model(attach(tiny_model("qwen3_vl")), prompts(kind))
+    with pytest.raises(MRopeError, match="prompt learning .* is not supported for attached"):
+        model(**batch)
+    model = peft.get_peft_model(tiny_model("qwen3_vl"), prompts(kind))
+    with pytest.raises(MRopeError, match="Config: PEFT's prompt learning is not supported"):
+        attach(model)
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning")
+def test_prompt_learning_of_an_unmodified_model_is_warned_of() -> None:
+    _, batch = make_batches("qwen3_vl", MEDIA["text"])
+    model = peft.get_peft_model(tiny_model("qwen3_vl"), prompts("prompt"))
+    with pytest.warns(UserWarning, match="without its position_ids, as by PEFT's prompt learning"):
+        model(**batch)
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize("order", ["attach first", "attach last"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_prefix_tuning(family: str, order: str) -> None:
+    """PEFT fills the cache, and shifts the position ids: the unmodified model takes them, too."""
+    _, batch = make_batches(family)
+
+    def tuned(model: Any) -> Any:
+        torch.manual_seed(1)
+        return peft.get_peft_model(model, prompts("prefix")).eval()
+
+    expected = logits_of(tuned(tiny_model(family)), batch)
+    first = order == "attach first"
+    model = tuned(attach(tiny_model(family))) if first else attach(tuned(tiny_model(family)))
+    assert torch.equal(logits_of(model, batch), expected)
+    assert not torch.allclose(expected, logits_of(tiny_model(family), batch))

@@ -15,8 +15,9 @@ from mrope.hf.attention_choice import (
     choose_attention,
     forget_attention,
 )
-from mrope.hf.methods import unbind_all
+from mrope.hf.methods import unbind
 from mrope.hf.patches import (
+    METHODS,
     bind_patches,
     find_patches,
     is_base,
@@ -59,11 +60,13 @@ def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> 
 
     Raises:
         MRopeError: no base model of a known family inside or more than one; a wrapped or an
-            attached model; a method that another library or a subclass replaced, where the
-            attached forward would not call it; a text model with sliding windows; or an unknown
-            release of transformers under which the small model differs.
+            attached model; one with prompts of PEFT's in front of its tokens; a method that another
+            library or a subclass replaced, where the attached forward would not call it; a text
+            model with sliding windows; or an unknown release of transformers under which the small
+            model differs.
     """
     _refuse_wrapped(model)
+    _refuse_prompts(model)
     base = base_model(model)
     if _is_attached(base):
         raise MRopeError(
@@ -101,7 +104,8 @@ def detach(model: Model) -> Model:
     for module in base.modules():
         if module not in held:
             forget_attention(module)
-            unbind_all(module)
+            for name in METHODS:
+                unbind(module, name)
     return model
 
 
@@ -155,6 +159,7 @@ class _Owner:
 
 
 _OWNERS: WeakSet[_Owner] = WeakSet()
+_FILL_THE_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
 
 
 def _is_attached(base: torch.nn.Module) -> bool:
@@ -171,6 +176,21 @@ def _attached_base(model: torch.nn.Module) -> Any:
     if not _is_attached(base):
         raise MRopeError(f"{type(base).__name__} is not attached")
     return base
+
+
+def _refuse_prompts(model: torch.nn.Module) -> None:
+    """Raise for PEFT's prompt learning, which removes position ids and adds tokens to rows.
+
+    With prefix tuning and cartridges, which fill the cache, PEFT shifts the position ids.
+    """
+    configs = getattr(model, "peft_config", None)
+    for config in configs.values() if isinstance(configs, dict) else ():
+        kind = str(getattr(config, "peft_type", None)).rpartition(".")[2]
+        if getattr(config, "is_prompt_learning", False) and kind not in _FILL_THE_CACHE:
+            raise MRopeError(
+                f"{type(config).__name__}: PEFT's prompt learning is not supported for attached "
+                "models: it removes position_ids, and adds tokens that they do not number"
+            )
 
 
 def _refuse_sliding(base: Any) -> None:

@@ -62,7 +62,7 @@ def attend_within(
     borders: Borders,
     options: dict[str, Any],
     eager: Any,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
     """Attend within segments, in one call where that is possible.
 
     Args:
@@ -74,12 +74,13 @@ def attend_within(
         eager: the attention function for "eager".
 
     Returns:
-        (N, heads * dimension).
+        (N, heads * dimension), and of an implementation that gives them the weights of each
+        segment, (1, heads, length, length).
     """
     if borders.varlen and can_attend(query):
         cu_seqlens, longest = borders.cu_seqlens, borders.longest
         scale = options["scaling"]
-        return attend_varlen(query, key, value, cu_seqlens, longest, scale).flatten(1)
+        return attend_varlen(query, key, value, cu_seqlens, longest, scale).flatten(1), None
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
         layer.config._attn_implementation,  # noqa: SLF001 - no public name
         eager,
@@ -91,28 +92,30 @@ def attend_within(
         if mask is None:  # float32 on CUDA: the kernel does not take it
             mask = _block_mask(borders.cu_seqlens, query, layer.config)
         output: torch.Tensor = attend(layer, *whole, attention_mask=mask, **options)[0]
-        return output.reshape(len(query), -1)
+        return output.reshape(len(query), -1), None
     return _attend_pairs(attend, layer, (query, key, value), borders.pairs, options)
 
 
 def _attend_pairs(
     attend: Any, layer: Any, heads: tuple[torch.Tensor, ...], pairs: Pairs, options: dict[str, Any]
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
     """Attend with one call for adjacent segments of equal length.
 
     transformers makes a call for each segment: 256 frames of equal size in 24 layers are 6,144
     calls there, and 24 here.
     """
-    outputs = []
+    outputs: list[torch.Tensor] = []
+    weights: list[torch.Tensor] = []
     # torch.split needs host ints. From a device tensor they would be read back in every layer.
     sizes = [count * length for count, length in pairs]
     pieces = (torch.split(tensor, sizes) for tensor in heads)
     for (count, length), *piece in zip(pairs, *pieces, strict=True):
         # Equal segments become a batch dimension, so that no mask is needed to keep them apart.
         batched = (one.unflatten(0, (count, length)).transpose(1, 2) for one in piece)
-        output, _ = attend(layer, *batched, attention_mask=None, **options)
+        output, shares = attend(layer, *batched, attention_mask=None, **options)
         outputs.append(output.reshape(count * length, -1))
-    return torch.cat(outputs)
+        weights += [] if shares is None else shares.split(1)
+    return torch.cat(outputs), weights or None
 
 
 def tower_borders(

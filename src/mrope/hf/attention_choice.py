@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from mrope.hf.attention import has_layers, undo_varlen, use_varlen
-from mrope.hf.methods import bind, copies, find_foreign, is_wrapper
+from mrope.hf.methods import as_method_of, bind, copies, find_foreign, is_wrapper
 from mrope.hf.rows import row_of
 from mrope.hf.tower_layers import (
     AUDIO,
@@ -62,7 +62,7 @@ def choose_attention(name: str, part: Any, attention: Attention) -> None:
         layer = part.get_submodule(path)
         if parts is not None:
             layer.mrope_parts = parts.bound_to(layer)
-            bind(layer, "forward", tower_forward)
+            bind(layer, "forward", as_method_of(type(layer), "forward", tower_forward))
         elif how == "varlen":
             use_varlen(layer)
 

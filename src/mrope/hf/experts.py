@@ -8,6 +8,7 @@ import torch
 
 from mrope.errors import MRopeError
 from mrope.hf.inputs import Tensors
+from mrope.hf.outputs import Encoded
 
 
 class Experts(NamedTuple):
@@ -22,7 +23,7 @@ class Experts(NamedTuple):
     vision: torch.Tensor
 
 
-def give_experts(_: Any, inputs: Tensors) -> dict[str, Any]:
+def give_experts(_: Any, inputs: Tensors) -> dict[str, Encoded]:
     """Put `Experts` in the place of ERNIE's token types."""
     text, vision = (inputs.pop(f"moe_{name}_index", None) for name in ("text", "vision"))
     if vision is not None:
@@ -32,7 +33,7 @@ def give_experts(_: Any, inputs: Tensors) -> dict[str, Any]:
     return {}
 
 
-def give_ngrams(self: Any, inputs: Tensors) -> dict[str, Any]:
+def give_ngrams(self: Any, inputs: Tensors) -> dict[str, Encoded]:
     """Give Qwen4-Exp's layers, which embed n-grams of token ids too, these ids.
 
     Raises:

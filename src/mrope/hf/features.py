@@ -14,6 +14,9 @@ import torch
 Features = Callable[[Any, Any, dict[str, Any]], torch.Tensor]
 """(base model, the tower's output, what else the stage added) -> features, (N, hidden)."""
 
+Counts = Callable[[Any, list[list[int]], int], list[int]]
+"""(base model, sizes of images or clips, number of features) -> features of each."""
+
 # Patches that MiniCPM-V's mergers make one of.
 _MERGED = 4
 
@@ -30,49 +33,52 @@ def first(_: Any, output: Any, _taken: dict[str, Any]) -> torch.Tensor:
     return features
 
 
-def projected(self: Any, output: Any, _: dict[str, Any]) -> torch.Tensor:
-    """Project what the tower returns for each patch."""
-    features: torch.Tensor = self.projector(output.last_hidden_state)
-    return features
+def behind(module: str, *, of: str = "last_hidden_state", **by: str) -> Features:
+    """Say that features pass a module behind the tower.
+
+    Args:
+        module: its name in the base model.
+        of: what of the tower's output it takes.
+        by: what else it takes: keywords, and the stage's tensors for them.
+    """
+
+    def pass_on(self: Any, output: Any, taken: dict[str, Any]) -> torch.Tensor:
+        more = {keyword: taken[name] for keyword, name in by.items()}
+        features: torch.Tensor = getattr(self, module)(getattr(output, of), **more)
+        return features
+
+    return pass_on
 
 
-def projected_multi_modal(self: Any, output: Any, _: dict[str, Any]) -> torch.Tensor:
-    """Project the same by a module of another name."""
-    features: torch.Tensor = self.multi_modal_projector(output.last_hidden_state)
-    return features
-
-
-def projected_pooled(self: Any, output: Any, _: dict[str, Any]) -> torch.Tensor:
-    """Project the features of a tower that merges patches itself."""
-    features: torch.Tensor = self.projector(output.pooler_output)
-    return features
-
-
-def projected_kept(self: Any, output: Any, taken: dict[str, Any]) -> torch.Tensor:
+def kept(self: Any, output: Any, taken: dict[str, Any]) -> torch.Tensor:
     """Project, and keep of a clip what changes, where the worker has said what that is."""
-    features = projected(self, output, taken)
-    kept = taken.get("feature_index")
-    return features if kept is None else features.index_select(0, kept)
+    features: torch.Tensor = self.projector(output.last_hidden_state)
+    places = taken.get("feature_index")
+    return features if places is None else features.index_select(0, places)
 
 
-def projected_blocks(self: Any, output: Any, taken: dict[str, Any]) -> torch.Tensor:
-    """Merge the patches of all images at once by their index: see `merge_patches`."""
-    features: torch.Tensor = self.projector(output.last_hidden_state, taken["block_index"])
-    return features
+def evenly(_: Any, sizes: list[list[int]], total: int) -> list[int]:
+    """Return how many features each image or clip has, if all patches count alike.
+
+    Args:
+        sizes: frames, height and width of each in patches.
+        total: number of features.
+    """
+    cells = [frames * height * width for frames, height, width in sizes]
+    return [total * one // sum(cells) for one in cells]
 
 
-def paired(self: Any, output: Any, taken: dict[str, Any]) -> torch.Tensor:
-    """Merge the frames of clips in pairs: see `pair_frames`."""
-    features: torch.Tensor = self.resampler_model(
-        output.last_hidden_state, pairs=taken["pair_index"]
-    )
-    return features
+def evenly_in_pairs(self: Any, sizes: list[list[int]], total: int) -> list[int]:
+    """Return the same where frames of a clip are joined in pairs, and a last one is left out."""
+    return evenly(self, [[max(frames // 2, 1), *size] for frames, *size in sizes], total)
 
 
-def merged_crops(self: Any, output: Any, taken: dict[str, Any]) -> torch.Tensor:
-    """Merge the patches of all crops at once by their index: see `merge_crops`."""
-    features: torch.Tensor = self.merger(output.last_hidden_state, blocks=taken["block_index"])
-    return features
+def with_newlines(self: Any, sizes: list[list[int]], total: int) -> list[int]:
+    """Return the same where each line ends with a newline, and images may have two more tokens."""
+    side = self.config.vision_config.spatial_merge_size
+    counts = [t * (h // side) * (w // side + 1) for t, h, w in sizes]
+    around = (total - sum(counts)) // len(counts)
+    return [count + around for count in counts]
 
 
 def merge_patches(self: Any, image_features: torch.Tensor, image_grid_thw: torch.Tensor) -> Any:

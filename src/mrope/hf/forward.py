@@ -46,9 +46,9 @@ def attached_forward(self: Any, **inputs: Any) -> Any:
     embeds = token_embeddings(self, inputs)
     levels = []
     for modality in modalities_of(inputs):
-        places, output = row.encode(self, row, modality, inputs)
+        places, encoded[modality] = row.encode(self, row, modality, inputs)
+        output = encoded[modality].output
         embeds = scatter_features(embeds, places, output.pooler_output)
-        encoded[modality] = output
         deeper = getattr(output, "deepstack_features", None)
         if deeper is not None:
             levels.append((places, deeper))

@@ -61,7 +61,11 @@ def is_precomputed(self: Any, inputs: Tensors, audio: bool) -> bool:
     # The collator adds `has_padding` to every batch, also to one of text alone.
     if inputs.get("has_padding") is not None and not missing and not missing_audio:
         if inputs.get("position_ids") is None:
-            raise MRopeError("the batch has vision tensors of a MRopeCollator, but no position_ids")
+            raise MRopeError(
+                "the batch has vision tensors of a MRopeCollator, but no position_ids; PEFT's "
+                "prompt learning (prompt tuning, p-tuning) removes them, and adds tokens that they "
+                "do not number: it is not supported for attached models"
+            )
         if sound and not audio and self.mrope_strict:
             raise MRopeError(
                 f"an attached {self.config.model_type} takes no audio, whose tower takes no "
@@ -131,6 +135,12 @@ def take_sizes(inputs: Tensors, modality: str) -> Any:
     """Remove and return the sizes of a modality on the device: grids, or crops' sizes."""
     found = [value for key in _SIZES[modality] if (value := inputs.pop(key, None)) is not None]
     return found[0] if found else None
+
+
+def asked_of_towers(inputs: Tensors) -> dict[str, Any]:
+    """Return which outputs of each layer the caller asks for, of towers and text model alike."""
+    names = ("output_hidden_states", "output_attentions")
+    return {name: inputs[name] for name in names if inputs.get(name) is not None}
 
 
 def take_mask(inputs: Tensors) -> Any:

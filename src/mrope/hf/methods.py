@@ -31,7 +31,7 @@ def bind(module: torch.nn.Module, name: str, function: Method) -> None:
 
 
 def as_method_of(cls: type, name: str, function: Method) -> Method:
-    """Return `function`, which takes keywords alone, under the signature of a class's method.
+    """Return `function`, which is called by keywords, under the signature of a class's method.
 
     transformers' heads call their base model with arguments by position, and trainers read from the
     signature which columns a model takes. The same for the same class.
@@ -39,7 +39,7 @@ def as_method_of(cls: type, name: str, function: Method) -> Method:
     key = cls, name, function
     if key not in _UNDER_SIGNATURE:
         own = getattr(cls, name)
-        _, *names = inspect.signature(own).parameters
+        names = _positional(own)[1:]  # without `self`
 
         @wraps(own)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -48,23 +48,32 @@ def as_method_of(cls: type, name: str, function: Method) -> Method:
             return function(self, **dict(zip(names, args, strict=False)), **kwargs)
 
         method.__module__ = function.__module__
-        method.mrope_function = function  # type: ignore[attr-defined]
+        # Not `__wrapped__`, by which accelerate finds the way back to what it has wrapped.
+        del method.__wrapped__
+        method.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+        method.mrope_made_of = function, name  # type: ignore[attr-defined]
         _UNDER_SIGNATURE[key] = method
     return _UNDER_SIGNATURE[key]
+
+
+def _positional(function: Method) -> tuple[str, ...]:
+    """Return the names of what a function takes by position."""
+    taken = inspect.signature(function).parameters.values()
+    return tuple(one.name for one in taken if one.kind is one.POSITIONAL_OR_KEYWORD)
 
 
 _UNDER_SIGNATURE: dict[tuple[type, str, Method], Method] = {}
 
 
-def unbind_all(module: torch.nn.Module) -> None:
-    """Undo every `bind` on an instance; leave what others have replaced since."""
-    for slot, found in list(vars(module).items()):
-        if not is_bound(found) or found.__self__ is not module:
-            continue
-        if slot == "_old_forward":  # accelerate's hook calls it, so that it must not be empty
-            setattr(module, slot, MethodType(type(module).forward, module))
-        else:
-            delattr(module, slot)
+def unbind(module: torch.nn.Module, name: str) -> None:
+    """Undo `bind`; leave what another library has put in its place since."""
+    slot = _slot(module, name)
+    if not is_bound(vars(module).get(slot)):
+        return
+    if slot == name:
+        delattr(module, name)
+    else:  # the hook calls what is in its slot, so the slot must not be empty
+        setattr(module, slot, MethodType(getattr(type(module), name), module))
 
 
 def is_bound(found: Any) -> bool:
@@ -82,13 +91,13 @@ def _reduce(method: MethodType) -> Any:
     function: Any = method.__func__
     if not _is_ours(function):
         return method.__reduce__()
-    if hasattr(function, "mrope_function"):
-        return _make_method, (function.mrope_function, method.__self__, function.__name__)
-    return _make_method, (function, method.__self__)
+    if hasattr(function, "mrope_made_of"):
+        return _make_method, (method.__self__, *function.mrope_made_of)
+    return _make_method, (method.__self__, function)
 
 
 def _make_method(
-    function: Method, module: torch.nn.Module, signature_of: str | None = None
+    module: torch.nn.Module, function: Method, signature_of: str | None = None
 ) -> MethodType:
     if signature_of is not None:
         function = as_method_of(type(module), signature_of, function)

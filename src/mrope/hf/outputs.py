@@ -4,23 +4,52 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 
-def own_output(self: Any, outputs: Any, encoded: Mapping[str, Any]) -> Any:
+class Encoded(NamedTuple):
+    """What a tower returned for one modality.
+
+    Attributes:
+        output: with the features in `pooler_output`, and those of deeper layers, if any, in
+            `deepstack_features`.
+        counts: features of each image or clip; None where the host does not know them, as with
+            fixed shapes, whose images and clips come out of one tower call.
+        parts: in what the plain model returns the features of each.
+    """
+
+    output: Any
+    counts: list[int] | None = None
+    parts: type[list[Any] | tuple[Any, ...]] = tuple
+
+    def by_item(self) -> Any:
+        """Return the output with the features of each image or clip apart, as a plain model's."""
+        if self.counts is not None:
+            features, deeper = self.output.pooler_output, _deeper(self.output)
+            self.output.pooler_output = self.parts(torch.split(features, self.counts))
+            if deeper is not None:
+                split = [torch.split(level, self.counts) for level in deeper]
+                self.output.deepstack_features = split
+        return self.output
+
+
+def _deeper(output: Any) -> Any:
+    return getattr(output, "deepstack_features", None)
+
+
+def own_output(self: Any, outputs: Any, encoded: Mapping[str, Encoded]) -> Any:
     """Return the text model's outputs as the base model returns them."""
     multimodal = _multimodal_output(type(self))
     if multimodal is None:
         return outputs
-    # Images and clips of fixed shapes come out of one tower call.
-    named = {"image" if name == "vision" else name: tower for name, tower in encoded.items()}
     own = {"rope_deltas": getattr(self, "rope_deltas", None)}
-    for name, tower in named.items():
-        own[f"{name}_outputs"] = tower
+    for modality, tower in encoded.items():
+        name = "image" if modality == "vision" else modality
         # Their names up to 5.23, of LFM3-VL and of VideoLLaMA 3.
-        own[f"{name}_pooler_output"] = own[f"{name}_hidden_states"] = tower.pooler_output
+        own[f"{name}_pooler_output"] = own[f"{name}_hidden_states"] = tower.output.pooler_output
+        own[f"{name}_outputs"] = tower.by_item()
     for name in _unknown_fields(type(self)):
         own.pop(name, None)
     return multimodal(**outputs, **own)

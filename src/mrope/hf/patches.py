@@ -35,7 +35,8 @@ class Patch(NamedTuple):
         replacement: the function in place of the method; its first argument is the module.
         method: the method's name.
         calls_own: the replacement calls the method of the class, which may be another library's.
-        by_name: the replacement takes keywords alone, and gets the signature of the method.
+        by_name: the replacement's arguments stand in another order than the method's, or are
+            keywords alone: it gets the signature of the method.
     """
 
     where: Callable[[torch.nn.Module], bool]
@@ -95,11 +96,15 @@ PATCHES = (
     ),
     # In text models: ERNIE's experts, linear attention, Qwen4-Exp's indexer and GLM-5-Next's.
     Patch(_holding("text_moe", "vision_moe"), route),
-    Patch(_holding("conv1d", "in_proj_qkv", "out_proj"), mix_by_segment, calls_own=True),
+    Patch(
+        _holding("conv1d", "in_proj_qkv", "out_proj"), mix_by_segment, calls_own=True, by_name=True
+    ),
     Patch(_holding("index_qk_proj"), select_tokens),
     Patch(_defining("get_pooled_states"), pool_states, "get_pooled_states"),
 )
 """What `attach` replaces in a base model."""
+
+METHODS = frozenset(patch.method for patch in PATCHES)
 
 
 def find_patches(base: torch.nn.Module) -> list[tuple[torch.nn.Module, Patch]]:

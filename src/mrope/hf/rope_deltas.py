@@ -1,4 +1,4 @@
-"""Let transformers models keep the `rope_deltas` of a batch, for decoding from the cache.
+"""Let transformers models take batches of the stage to `forward` and `generate`.
 
 A model that computes position ids stores the `rope_deltas` of the rows on its base model, and adds
 them to the positions of the tokens that it decodes. Given `position_ids`, it computes nothing and
@@ -8,10 +8,14 @@ stores nothing: the next token then gets a 1-D position, or one with an earlier 
 from __future__ import annotations
 
 import inspect
+import warnings
+from functools import wraps
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
+
+from mrope.hf.generation import for_generate, of_the_stage
 
 
 def keep_rope_deltas() -> None:
@@ -19,7 +23,12 @@ def keep_rope_deltas() -> None:
 
     `import mrope.hf` calls this. It replaces `PreTrainedModel.__call__`, through which whole models
     and towers are called, not their layers. A model without the attribute `rope_deltas`, and a call
-    without that keyword, go on as before.
+    without that keyword, go on as before. `GenerationMixin.generate` is replaced too: given a batch
+    of the stage, it takes of it what `for_generate` returns.
+
+    Warns:
+        UserWarning: a model is called with `rope_deltas` and without position ids: PEFT's prompt
+            learning removes them.
     """
     own = vars(PreTrainedModel).get("__call__")
     if hasattr(own, "mrope_own"):
@@ -28,23 +37,57 @@ def keep_rope_deltas() -> None:
     def call(self: Any, *args: Any, **inputs: Any) -> Any:
         deltas = inputs.get("rope_deltas")
         if deltas is not None and _keeps_deltas(type(self)):
+            if _lacks_positions(self, args, inputs):
+                _warn_of_dropped_positions()
             self.rope_deltas = deltas
         # Module's is looked up at each call: torch.fx replaces it for as long as it traces.
         return (own or torch.nn.Module.__call__)(self, *args, **inputs)
 
     call.mrope_own = own  # type: ignore[attr-defined]
     PreTrainedModel.__call__ = call
+    _generate_from_batches()
 
 
 def drop_rope_deltas() -> None:
-    """Undo `keep_rope_deltas`, unless another library replaced `PreTrainedModel.__call__` since."""
+    """Undo `keep_rope_deltas`, where no other library has replaced the same method since."""
     call = vars(PreTrainedModel).get("__call__")
-    if not hasattr(call, "mrope_own"):
+    if hasattr(call, "mrope_own"):
+        if call.mrope_own is None:
+            del PreTrainedModel.__call__
+        else:
+            PreTrainedModel.__call__ = call.mrope_own
+    generate = GenerationMixin.generate
+    if hasattr(generate, "mrope_own"):
+        GenerationMixin.generate = generate.mrope_own
+
+
+def _generate_from_batches() -> None:
+    """Let `generate` take batches of the stage."""
+    own = GenerationMixin.generate
+    if hasattr(own, "mrope_own"):
         return
-    if call.mrope_own is None:
-        del PreTrainedModel.__call__
-    else:
-        PreTrainedModel.__call__ = call.mrope_own
+
+    @wraps(own)
+    def generate(self: Any, *args: Any, **inputs: Any) -> Any:
+        return own(self, *args, **(for_generate(inputs) if of_the_stage(inputs) else inputs))
+
+    generate.mrope_own = own  # type: ignore[attr-defined]
+    GenerationMixin.generate = generate
+
+
+def _lacks_positions(self: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> bool:
+    """Whether position ids were dropped; an attached model raises, and says more."""
+    given = args or inputs.get("position_ids") is not None  # by position they may be among others
+    return not given and getattr(self, "mrope_strict", None) is None
+
+
+def _warn_of_dropped_positions() -> None:
+    warnings.warn(
+        "a model was called with what the stage computed, and without its position_ids, as by "
+        "PEFT's prompt learning: it trains on 1-D positions",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 # A constant under torch.compile. Asked of the instance, the attribute would be guarded, and its

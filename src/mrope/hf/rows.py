@@ -11,10 +11,20 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from mrope.hf import features
 from mrope.hf.experts import give_experts, give_ngrams
-from mrope.hf.features import Features
+from mrope.hf.features import (
+    Counts,
+    Features,
+    behind,
+    evenly,
+    evenly_in_pairs,
+    first,
+    kept,
+    pooled,
+    with_newlines,
+)
 from mrope.hf.inputs import Tensors
+from mrope.hf.outputs import Encoded
 from mrope.hf.scatter import Places
 from mrope.hf.text import run_plain, run_pooled, run_rope
 from mrope.hf.towers import encode, encode_audio, encode_codes, encode_crops
@@ -25,9 +35,11 @@ class Row(NamedTuple):
 
     Attributes:
         features: how features leave the vision tower, a function of `mrope.hf.features`.
+        counts: how many of the features each image or clip has, likewise.
         grids: where the tower takes its grids: "device", as the batch has them; "host", for a tower
             that reads them whatever else it is given; "frames", on the device, one for each frame.
         reads_borders: the tower computes with `cu_seqlens` beside passing it to its layers.
+        passes_on: the base model's own forward passes on to the tower which outputs are asked for.
         batched: the tower takes pixels as a batch of one.
         before: what is done with a batch before the tokens are embedded; returns the outputs of
             towers that it ran, by modality.
@@ -36,20 +48,22 @@ class Row(NamedTuple):
         text: runs the text model.
     """
 
-    features: Features = features.pooled
+    features: Features = pooled
+    counts: Counts = evenly
     grids: Literal["device", "host", "frames"] = "device"
     reads_borders: bool = False
+    passes_on: bool = True
     batched: bool = False
-    before: Callable[[Any, Tensors], dict[str, Any]] | None = None
+    before: Callable[[Any, Tensors], dict[str, Encoded]] | None = None
     audio: bool = False
-    encode: Callable[[Any, Row, str, Tensors], tuple[Places, Any]] = encode
+    encode: Callable[[Any, Row, str, Tensors], tuple[Places, Encoded]] = encode
     text: Callable[[Any, torch.Tensor, Tensors], Any] = run_rope
 
 
 _ROW = Row()
 _FRAMES = Row(grids="frames", reads_borders=True)
 _OMNI = Row(before=encode_audio, audio=True)
-_ONE = Row(features.first, grids="host")
+_ONE = Row(first, with_newlines, grids="host")
 _PLAIN = Row(text=run_plain)
 
 ROWS: dict[str, Row] = {
@@ -66,21 +80,23 @@ ROWS: dict[str, Row] = {
     "glm_ocr": _ROW,
     "cohere_compass": _ROW,
     "cosmos3_omni": _ROW,
-    "paddleocr_vl": Row(features.projected_blocks, batched=True),
-    "ernie4_5_vl_moe": Row(features.paired, before=give_experts),
-    "cosmos3_edge": Row(features.projected, grids="host"),
+    "paddleocr_vl": Row(behind("projector", image_grid_thw="block_index"), batched=True),
+    "ernie4_5_vl_moe": Row(
+        behind("resampler_model", pairs="pair_index"), evenly_in_pairs, before=give_experts
+    ),
+    "cosmos3_edge": Row(behind("projector"), grids="host"),
     "qwen2_5_omni_thinker": _OMNI,
     "qwen3_omni_moe_thinker": _OMNI,
     "dots3_note": _PLAIN,
     "exaone4_5": _PLAIN,
     "glm5_next": _PLAIN._replace(text=run_pooled),
-    "hyperclovax_vision_v2": _PLAIN._replace(features=features.projected_pooled),
-    "lfm3_vl": _PLAIN._replace(features=features.projected_multi_modal, grids="host"),
-    "video_llama_3": _PLAIN._replace(features=features.projected_kept, grids="host"),
+    "hyperclovax_vision_v2": _PLAIN._replace(features=behind("projector", of="pooler_output")),
+    "lfm3_vl": _PLAIN._replace(features=behind("multi_modal_projector"), grids="host"),
+    "video_llama_3": _PLAIN._replace(features=kept, grids="host"),
     "glm_image": Row(before=encode_codes),
-    "hunyuan_vl": _ONE,
+    "hunyuan_vl": _ONE._replace(passes_on=False),
     "hy_v4_vl": _ONE,
-    "minicpmv4_7": Row(features.merged_crops, encode=encode_crops),
+    "minicpmv4_7": Row(behind("merger", blocks="block_index"), encode=encode_crops),
 }
 
 

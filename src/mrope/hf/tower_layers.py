@@ -21,7 +21,8 @@ class TowerLayer:
         rotary: whether query and key are rotated by `position_embeddings`.
         scale: attribute with the factor of the scores.
         dropout: attribute with the rate of attention dropout; a layer without it has none.
-        returns_pair: whether the layer returns (output, attention weights); the weights are None.
+        returns_pair: whether the layer returns (output, attention weights).
+        weights: in what it returns the weights of the segments; None: it returns None for them.
         rotate, attend: functions of the modelling file that defines the layer's forward, so that
             rounding is that of its own: of query and key by `position_embeddings`, and eager
             attention. Bound by `bound_to`, since `torch.compile` cannot trace the search for them.
@@ -34,6 +35,7 @@ class TowerLayer:
     scale: str = "scaling"
     dropout: str = "attention_dropout"
     returns_pair: bool = False
+    weights: type[list[Any] | tuple[Any, ...]] | None = None
     rotate: Any = None
     attend: Any = None
 
@@ -53,11 +55,15 @@ class TowerLayer:
 FUSED = TowerLayer(("qkv",), "proj")
 FUSED_NORMED = TowerLayer(("qkv",), "proj", norms=("q_norm", "k_norm"))
 OMNI_2_5_VISION = TowerLayer(("q", "k", "v"), "proj")
-PADDLEOCR = TowerLayer(("q_proj", "k_proj", "v_proj"), "out_proj", returns_pair=True)
+PADDLEOCR = TowerLayer(("q_proj", "k_proj", "v_proj"), "out_proj", returns_pair=True, weights=list)
 AUDIO = TowerLayer(("q_proj", "k_proj", "v_proj"), "out_proj", rotary=False)
 HUNYUAN = TowerLayer(("q_proj", "k_proj", "v_proj"), "o_proj", rotary=False, returns_pair=True)
 NORMED = TowerLayer(
-    ("q_proj", "k_proj", "v_proj"), "out_proj", norms=("q_norm", "k_norm"), returns_pair=True
+    ("q_proj", "k_proj", "v_proj"),
+    "out_proj",
+    norms=("q_norm", "k_norm"),
+    returns_pair=True,
+    weights=tuple,
 )
 SIGLIP = TowerLayer(
     ("q_proj", "k_proj", "v_proj"), "out_proj", rotary=False, scale="scale", dropout="dropout"
@@ -95,9 +101,11 @@ def tower_forward(
     heads = _project(self, parts, hidden_states, rotary)
     kwargs["scaling"] = getattr(self, parts.scale)
     kwargs["dropout"] = getattr(self, parts.dropout, 0.0) if self.training else 0.0
-    attended = attend_within(self, *heads, within, kwargs, parts.attend)
+    attended, weights = attend_within(self, *heads, within, kwargs, parts.attend)
     output = getattr(self, parts.output)(attended.view(*hidden_states.shape[:-1], -1))
-    return (output, None) if parts.returns_pair else output
+    if not parts.returns_pair:
+        return output
+    return output, None if weights is None or parts.weights is None else parts.weights(weights)
 
 
 def _project(

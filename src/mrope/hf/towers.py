@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from mrope.hf.attention import tower_borders
-from mrope.hf.inputs import PIXELS, SOUND, Tensors, take_added, take_sizes, token_embeddings
+from mrope.hf.inputs import (
+    PIXELS,
+    SOUND,
+    Tensors,
+    asked_of_towers,
+    take_added,
+    take_sizes,
+    token_embeddings,
+)
+from mrope.hf.outputs import Encoded
 from mrope.hf.scatter import Gather, Places, scatter_features
 from mrope.spec.references import VISION_READ_SINCE
 
@@ -35,12 +44,14 @@ class Call(NamedTuple):
         keywords: of the tower.
         places: where the features go.
         taken: what else the stage added for the modality, by name.
+        items: number of images or clips.
     """
 
     pixels: torch.Tensor
     keywords: dict[str, Any]
     places: Places
     taken: dict[str, Any]
+    items: int
 
 
 def vision_tower(self: Any) -> Any:
@@ -48,18 +59,33 @@ def vision_tower(self: Any) -> Any:
     return getattr(self, next(name for name in VISION_TOWERS if hasattr(self, name)))
 
 
-def encode(self: Any, row: Row, modality: str, inputs: Tensors) -> tuple[Places, Any]:
+def encode(self: Any, row: Row, modality: str, inputs: Tensors) -> tuple[Places, Encoded]:
     """Run the vision tower on a modality's pixels.
 
     Removes from `inputs` what it uses.
 
     Returns:
-        Where the features go, and the tower's output with the features in `pooler_output`.
+        Where the features go, and the tower's output.
     """
     call = _take_call(self, row, modality, inputs)
     output = vision_tower(self)(call.pixels, return_dict=True, **call.keywords)
     output.pooler_output = row.features(self, output, call.taken)
-    return call.places, output
+    return call.places, Encoded(output, _counts(self, row, output, call.taken, call.items))
+
+
+def _counts(
+    self: Any, row: Row, output: Any, taken: dict[str, Any], items: int
+) -> list[int] | None:
+    """Return how many features each image or clip has; None where the host cannot tell."""
+    segments = taken.get("split_sizes", ())
+    sizes = taken.get("grid_sizes")
+    if sizes is None and len(segments) == items:  # each of them is one frame
+        sizes = [[1, 1, length] for length in segments]
+    if sizes is None:
+        return None
+    total = len(output.pooler_output)
+    counts = row.counts(self, sizes, total)
+    return counts if sum(counts) == total else None
 
 
 def _take_call(self: Any, row: Row, modality: str, inputs: Tensors) -> Call:
@@ -80,10 +106,12 @@ def _take_call(self: Any, row: Row, modality: str, inputs: Tensors) -> Call:
         if name in keywords:
             cu_seqlens = keywords[name]
             borders = tower_borders(
-                tower, pixels, cu_seqlens, keywords[longest], taken.pop(lengths, None)
+                tower, pixels, cu_seqlens, keywords[longest], taken.get(lengths)
             )
             keywords[name] = given_borders(cu_seqlens, borders, row.reads_borders)
-    return Call(pixels[None] if row.batched else pixels, keywords, places, taken)
+    keywords |= asked_of_towers(inputs) if row.passes_on else {}
+    pixels = pixels[None] if row.batched else pixels
+    return Call(pixels, keywords, places, taken, len(grid_thw))
 
 
 def given_borders(cu_seqlens: torch.Tensor, borders: Any, reads: bool) -> Any:
@@ -119,7 +147,7 @@ def _grids(
     return torch.cat((torch.ones_like(rows[:, :1]), rows[:, 1:]), dim=1)
 
 
-def encode_crops(self: Any, row: Row, modality: str, inputs: Tensors) -> tuple[Places, Any]:
+def encode_crops(self: Any, row: Row, modality: str, inputs: Tensors) -> tuple[Places, Encoded]:
     """Run MiniCPM-V's tower on all crops of one modality, and merge what it returns by one index.
 
     The model's own forward passes no keywords on to its tower, which then asks the sizes of the
@@ -138,7 +166,8 @@ def encode_crops(self: Any, row: Row, modality: str, inputs: Tensors) -> tuple[P
         pixels, target_sizes=sizes, use_vit_merger=mode != "4x", return_dict=True, **known
     )
     output.pooler_output = row.features(self, output, taken)
-    return taken["scatter_index"], output
+    counts = _counts(self, row, output, taken, len(sizes))
+    return taken["scatter_index"], Encoded(output, counts, parts=list)
 
 
 def _crop_borders(tower: Any, pixels: torch.Tensor, taken: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +194,7 @@ def _crop_borders(tower: Any, pixels: torch.Tensor, taken: dict[str, Any]) -> di
     return {"cu_seqlens": crops}
 
 
-def encode_codes(self: Any, inputs: Tensors) -> dict[str, Any]:
+def encode_codes(self: Any, inputs: Tensors) -> dict[str, Encoded]:
     """Turn GLM-Image's images into token ids, which replace their placeholders.
 
     The codebook takes the images one by one, by sizes on the host.
@@ -176,6 +205,7 @@ def encode_codes(self: Any, inputs: Tensors) -> dict[str, Any]:
     tower = vision_tower(self)
     pixels, taken = inputs.pop(PIXELS["image"]).type(tower.dtype), take_added(inputs, "image")
     known = {name: taken[name] for name in VISION_READ_SINCE if name in taken}
+    known |= asked_of_towers(inputs)
     cu_seqlens = known["cu_seqlens"]
     borders = tower_borders(tower, pixels, cu_seqlens, known["max_seqlen"], taken["split_sizes"])
     known["cu_seqlens"] = given_borders(cu_seqlens, borders, reads=True)
@@ -193,10 +223,10 @@ def encode_codes(self: Any, inputs: Tensors) -> dict[str, Any]:
     ids = inputs["input_ids"]
     tokens = torch.cat(output.image_tokens).to(ids.dtype)
     inputs["input_ids"] = ids.flatten().index_copy(0, taken["scatter_index"], tokens).view_as(ids)
-    return {"image": output}
+    return {"image": Encoded(output)}
 
 
-def encode_audio(self: Any, inputs: Tensors) -> dict[str, Any]:
+def encode_audio(self: Any, inputs: Tensors) -> dict[str, Encoded]:
     """Replace the placeholders of audio of an Omni thinker by its features.
 
     The audio tower of transformers 5.23 picks frames by a boolean mask, counts tokens on the
