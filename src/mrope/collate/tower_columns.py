@@ -52,6 +52,8 @@ def vision_columns(
     if not len(size_N3) or (modality == "video" and not tower.videos):
         return {}
     tensors |= tower_tensors(vision, size_N3)
+    # Which features are of which image, for the outputs of an attached model.
+    tensors["grid_sizes"] = size_N3.tolist()
     return _of_modality(modality, tensors, located.kind_T == _KINDS[modality], placement)
 
 
