@@ -30,18 +30,14 @@ from mrope.prepare.ranks import find_rank
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
 
+Earlier = tuple[tuple[int, int], ...]
+"""(ranks, steps): how many ranks took how many steps of an epoch, before others went on."""
+
 # What a saved position depends on. The rank is absent: any rank can resume from any rank's state.
-_SETTINGS = (
-    "max_tokens",
-    "max_examples",
-    "pad_to_multiple_of",
-    "shuffle",
-    "seed",
-    "drop_last",
-    "num_replicas",
-)
-# States of samplers that have neither may lack them.
+_SETTINGS = ("max_tokens", "max_examples", "pad_to_multiple_of", "shuffle", "seed", "drop_last")
+# States of samplers that have none may lack them.
 _LATER_SETTINGS = ("max_patches", "shapes")
+_STATE = ("epoch", "yielded", "num_replicas", "digest", "examples", *_SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -59,6 +55,12 @@ class EpochPlan:
     borders: _Ints
     grid_SR: _Ints
     identity: Mapping[str, int | str | None]
+
+    def left(self, steps: int) -> _Ints:
+        """Return the examples that no rank has taken after so many steps, int64, ascending."""
+        left_B = np.ones(len(self.borders) - 1, bool)
+        left_B[self.grid_SR[:steps]] = False
+        return np.sort(self.examples_N[left_B.repeat(np.diff(self.borders))])
 
     def batch(self, step: int, rank: int) -> list[int]:
         """Return the indices of the examples that `rank` takes at `step`."""
@@ -170,7 +172,8 @@ class TokenBudgetSampler(Sampler[list[int]]):
         lengths_N = self.budgets["tokens"].sizes_N
         self.work_N = None if cost is None else read_work(cost, lengths_N, patches, patch_pairs)
         self.epoch = 0
-        self._made: tuple[int, EpochPlan] | None = None
+        self._made: tuple[Any, EpochPlan] | None = None
+        self.resumed: Mapping[str, Any] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, and so the order, of later iterators, as in `DistributedSampler`."""
@@ -183,14 +186,40 @@ class TokenBudgetSampler(Sampler[list[int]]):
     def __iter__(self) -> TokenBudgetIterator:
         return TokenBudgetIterator(self)
 
-    def plan(self, epoch: int) -> EpochPlan:
+    def resume(self, state: Mapping[str, Any] | None) -> None:
+        """Let the next pass go on from a saved position, on any number of ranks and workers.
+
+        Args:
+            state: `state_dict()` of an iterator, or that of a `StatefulDataLoader`, which itself
+                refuses the state of another number of workers. Any rank's; None: from the start.
+
+        Raises:
+            MRopeError: as `TokenBudgetIterator.load_state_dict`.
+        """
+        self.resumed = None
+        if state is not None:
+            batches = iter(self)
+            batches.load_state_dict(state)
+            # At the end of its epoch nothing is left, and the next pass is a whole one.
+            self.resumed = state if batches.has_more() else None
+
+    def plan(
+        self, epoch: int, earlier: Earlier = (), num_replicas: int | None = None
+    ) -> EpochPlan:
         """Compute the batches of all ranks in an epoch; the last plan is cached.
+
+        Args:
+            epoch: the epoch.
+            earlier: what other numbers of ranks took of it, in turn. The plan is then that of the
+                rest: no example that they took, and every other.
+            num_replicas: the number of ranks; None: the sampler's.
 
         Raises:
             MRopeError: `drop_last` leaves no batch at all.
         """
-        if self._made is None or self._made[0] != epoch:
-            self._made = epoch, self._make(epoch)
+        key = epoch, earlier, num_replicas or self.num_replicas
+        if self._made is None or self._made[0] != key:
+            self._made = key, self._make(*key)
         return self._made[1]
 
     @property
@@ -210,26 +239,43 @@ class TokenBudgetSampler(Sampler[list[int]]):
             "num_processes=1, process_index=0), or do not prepare the loader"
         )
 
-    def _make(self, epoch: int) -> EpochPlan:
+    def _make(self, epoch: int, earlier: Earlier, ranks: int) -> EpochPlan:
         # Seed and epoch as a pair: as a sum, epoch 1 of seed 0 would equal epoch 0 of seed 1.
-        rng = np.random.default_rng((self.seed, epoch)) if self.shuffle else None
+        key = (self.seed, epoch, *(number for pair in earlier for number in pair))
+        rng = np.random.default_rng(key) if self.shuffle else None
+        left_N = self._left(epoch, earlier)
         lengths_N = self.budgets["tokens"].sizes_N
-        order_N = np.arange(len(lengths_N)) if rng is None else rng.permutation(len(lengths_N))
-        batch_N = self._fill(order_N, rng)
+        order_N = left_N if rng is None else rng.permutation(left_N)
+        # After the last step of ranks before these, nothing is left to fill a batch with.
+        batch_N = self._fill(order_N, ranks, rng) if len(order_N) else order_N
         # Stable, so that examples keep their order within a batch, and all platforms agree.
         examples_N = order_N[np.argsort(batch_N, kind="stable")]
         tokens_N = lengths_N[examples_N]
         borders = np.concatenate(([0], np.bincount(batch_N).cumsum()))
         if not self.drop_last:
-            borders = split_largest(tokens_N, borders, (1 - len(borders)) % self.num_replicas)
+            borders = split_largest(tokens_N, borders, (1 - len(borders)) % ranks)
         tokens_B = np.add.reduceat(tokens_N, borders[:-1])
         if self.work_N is None:
             work_B = tokens_B.astype(np.float64)
         else:
             work_B = np.add.reduceat(self.work_N[examples_N], borders[:-1])
-        grid_SR = self._grid(tokens_B, work_B, rng)
-        identity = {**self._settings(), "digest": self._digest(examples_N, borders, grid_SR)}
+        grid_SR = self._grid(tokens_B, work_B, ranks, rng)
+        if not len(grid_SR) and not earlier:
+            raise MRopeError(
+                f"drop_last=True leaves no batch: {len(left_N)} examples fill {len(tokens_B)} "
+                f"batches of {self.max_tokens} tokens, for {ranks} ranks; lower max_tokens, or use "
+                "drop_last=False"
+            )
+        digest = self._digest(examples_N, borders, grid_SR)
+        identity = {**self._settings(), "num_replicas": ranks, "digest": digest}
         return EpochPlan(examples_N, borders, grid_SR, identity)
+
+    def _left(self, epoch: int, earlier: Earlier) -> _Ints:
+        """Return the examples that earlier ranks have not taken in an epoch, ascending."""
+        if not earlier:
+            return np.arange(len(self.budgets["tokens"].sizes_N))
+        ranks, steps = earlier[-1]
+        return self.plan(epoch, earlier[:-1], ranks).left(steps)
 
     def _digest(self, *plan: _Ints) -> str:
         """Return a digest of what the batches follow from, and of the batches."""
@@ -240,7 +286,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
-    def _fill(self, order_N: _Ints, rng: np.random.Generator | None) -> _Ints:
+    def _fill(self, order_N: _Ints, ranks: int, rng: np.random.Generator | None) -> _Ints:
         """Return the batch of each example, int64 (N,), in the order given."""
         budgets = self.budgets
         if self.work_N is None and not budgets.keys() - {"tokens", "examples"}:
@@ -251,21 +297,18 @@ class TokenBudgetSampler(Sampler[list[int]]):
         capacity_K = np.array([budget.capacity for budget in budgets.values()])
         if rng is None:
             return first_fit_budgets(sizes_KN, capacity_K)
-        work_N = sizes_KN[0].astype(np.float64) if self.work_N is None else self.work_N[order_N]
-        multiple = 1 if self.drop_last else self.num_replicas
+        # Those that are left of an epoch may have no work.
+        by_work = self.work_N is not None and self.work_N[order_N].any()
+        work_N = self.work_N[order_N] if by_work else sizes_KN[0].astype(np.float64)
+        multiple = 1 if self.drop_last else ranks
         return deal_evenly(sizes_KN, capacity_K, work_N, multiple, rng)
 
-    def _grid(self, tokens_B: _Ints, work_B: _Floats, rng: np.random.Generator | None) -> _Ints:
+    def _grid(
+        self, tokens_B: _Ints, work_B: _Floats, ranks: int, rng: np.random.Generator | None
+    ) -> _Ints:
         """Return the batch that each rank takes at each step, int64 (S, R)."""
-        batches, ranks = len(tokens_B), self.num_replicas
+        batches = len(tokens_B)
         steps = batches // ranks if self.drop_last else -(-batches // ranks)
-        if not steps:
-            examples = len(self.budgets["tokens"].sizes_N)
-            raise MRopeError(
-                f"drop_last=True leaves no batch: {examples} examples fill {batches} "
-                f"batches of {self.max_tokens} tokens, for {ranks} ranks; lower max_tokens, or use "
-                "drop_last=False"
-            )
         kept = np.argsort(-tokens_B, kind="stable")[: steps * ranks]
         # Neighbours in this order have similar work, and share a step.
         kept = kept[np.argsort(-work_B[kept], kind="stable")]
@@ -274,8 +317,20 @@ class TokenBudgetSampler(Sampler[list[int]]):
             return np.resize(np.sort(kept), (steps, ranks))
         return rng.permuted(rng.permutation(np.resize(kept, (steps, ranks))), axis=1)
 
+    def require_same_settings(self, saved: Mapping[str, Any]) -> None:
+        """Check that the settings of a saved state are the sampler's; rank and ranks may change.
+
+        Raises:
+            MRopeError: one is not.
+        """
+        for name, value in self._settings().items():
+            if saved[name] != value:
+                raise MRopeError(
+                    f"cannot resume: the state was saved with {name} {saved[name]}, the sampler "
+                    f"has {value}; its batches are not the same"
+                )
+
     def _settings(self) -> dict[str, int | str | None]:
-        """Return the settings that must be equal when resuming; the rank may change."""
         names = (*_SETTINGS, *_LATER_SETTINGS)
         return {
             "examples": len(self.budgets["tokens"].sizes_N),
@@ -294,61 +349,92 @@ class TokenBudgetIterator(Iterator[list[int]]):
     def __init__(self, sampler: TokenBudgetSampler) -> None:
         self._sampler = sampler
         self._epoch = sampler.epoch
+        self._earlier: Earlier = ()
         self._plan: EpochPlan | None = None
         self._yielded = 0
 
     def __next__(self) -> list[int]:
-        plan = self._planned()
-        if self._yielded == len(plan.grid_SR):
+        if not self.has_more():
             raise StopIteration
         self._yielded += 1
-        return plan.batch(self._yielded - 1, self._sampler.rank)
+        return self._planned().batch(self._yielded - 1, self._sampler.rank)
+
+    def has_more(self) -> bool:
+        """Return whether any batch of the epoch is left."""
+        return self._yielded < len(self._planned().grid_SR)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch, the number of batches drawn, and the plan's identity."""
-        return {"epoch": self._epoch, "yielded": self._yielded, **self._planned().identity}
+        """Return the epoch, the number of batches drawn, and the plan's identity; plain values."""
+        plan = self._planned()
+        # Where other numbers of ranks went before, what each took, as JSON would hold it.
+        earlier = {"earlier": [list(one) for one in self._earlier]} if self._earlier else {}
+        return {"epoch": self._epoch, "yielded": self._yielded, **plan.identity, **earlier}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a saved position, in its epoch, regardless of the sampler's epoch.
 
+        A state of another number of ranks is taken too: what all of them took is left out, and the
+        rest of the epoch is dealt to the ranks of now.
+
         Raises:
-            MRopeError: the state has other lengths, another seed, another number of ranks or
-                another setting, with which the remaining batches would differ.
+            MRopeError: the state has other lengths, another seed or another setting, with which
+                the remaining batches would differ.
         """
-        own = self._sampler.plan(_saved(state_dict, "epoch"))
-        state = {**dict.fromkeys(_LATER_SETTINGS), **state_dict}
-        for name, value in own.identity.items():
-            saved = _saved(state, name)
-            if saved == value:
-                continue
-            if name == "digest":
-                raise MRopeError(
-                    "cannot resume: since the state was saved, the lengths of some examples, or "
-                    "their order, changed (or their patches or cost; or numpy's way of shuffling, "
-                    "with its release)"
-                )
+        sampler = self._sampler
+        saved = _read_state(state_dict)
+        epoch, ranks, yielded = (saved[name] for name in ("epoch", "num_replicas", "yielded"))
+        earlier: Earlier = tuple((int(of), int(steps)) for of, steps in saved["earlier"])
+        sampler.require_same_settings(saved)
+        plan = sampler.plan(epoch, earlier, ranks)
+        if saved["digest"] != plan.identity["digest"]:
             raise MRopeError(
-                f"cannot resume: the state was saved with {name} {saved}, the sampler has {value}; "
-                "its batches are not the same"
+                "cannot resume: since the state was saved, the lengths of some examples, or "
+                "their order, changed (or their patches or cost; or numpy's way of shuffling, "
+                "with its release)"
             )
-        yielded = _saved(state_dict, "yielded")
-        if not 0 <= yielded <= len(own.grid_SR):
+        if not 0 <= yielded <= len(plan.grid_SR):
             raise MRopeError(
-                f"cannot resume after batch {yielded} of an epoch of {len(own.grid_SR)} batches"
+                f"cannot resume after batch {yielded} of an epoch of {len(plan.grid_SR)} batches"
             )
-        self._epoch, self._plan, self._yielded = state_dict["epoch"], own, yielded
+        if ranks != sampler.num_replicas:
+            # Before the first step nothing is taken, and the plan of these ranks is a whole one.
+            earlier += ((ranks, yielded),) if yielded else ()
+            plan, yielded = sampler.plan(epoch, earlier), 0
+        self._epoch, self._earlier, self._plan, self._yielded = epoch, earlier, plan, yielded
+        sampler.resume(None)
 
     def _planned(self) -> EpochPlan:
-        # Not at construction: a loader calls `iter` before it restores a state of another epoch.
+        # Not at construction: a loader calls `iter` before it restores a state of another epoch,
+        # and twice if it has workers.
+        if self._plan is None and (state := self._sampler.resumed) is not None:
+            self.load_state_dict(state)
         if self._plan is None:
             self._plan = self._sampler.plan(self._epoch)
         return self._plan
 
 
-def _saved(state_dict: Mapping[str, Any], name: str) -> Any:
-    if name not in state_dict:
-        raise MRopeError(f"not a state of TokenBudgetSampler: it has no {name}")
-    return state_dict[name]
+def _read_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of an iterator, from it or from that of a `StatefulDataLoader`.
+
+    Raises:
+        MRopeError: it is neither.
+    """
+    later = 0
+    # Names of torchdata: with workers the state may be some batches old.
+    if "_snapshot" in state:
+        later, state = state["_steps_since_snapshot"], state["_snapshot"]["_main_snapshot"]
+    state = state.get("_sampler_iter_state") or state
+    found = {"earlier": (), **dict.fromkeys(_LATER_SETTINGS), **state}
+    for name in _STATE:
+        if name not in found:
+            raise MRopeError(f"not a state of TokenBudgetSampler: it has no {name}")
+    counts = [found["epoch"], found["num_replicas"], *(one for pair in found["earlier"] for one in pair)]
+    if any(type(count) is not int or count < 0 for count in counts) or not found["num_replicas"]:
+        raise MRopeError(
+            "not a state of TokenBudgetSampler: epoch, num_replicas and earlier are "
+            f"{found['epoch']!r}, {found['num_replicas']!r} and {found['earlier']!r}"
+        )
+    return found | {"yielded": found["yielded"] + later}
 
 
 def _require(name: str, value: object, **without: object) -> None:
