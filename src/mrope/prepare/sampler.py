@@ -26,6 +26,7 @@ from mrope.prepare.binning import first_fit, first_fit_budgets, split_largest
 from mrope.prepare.budgets import Cost, Lengths, read_budgets, read_work
 from mrope.prepare.dealing import deal_evenly
 from mrope.prepare.ranks import find_rank
+from mrope.prepare.saved import find_states
 
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
@@ -419,12 +420,8 @@ def _read_state(state: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         MRopeError: it is neither.
     """
-    later = 0
-    # Names of torchdata: with workers the state may be some batches old.
-    if "_snapshot" in state:
-        later, state = state["_steps_since_snapshot"], state["_snapshot"]["_main_snapshot"]
-    state = state.get("_sampler_iter_state") or state
-    found = {"earlier": (), **dict.fromkeys(_LATER_SETTINGS), **state}
+    found, late = find_states(state, "TokenBudgetSampler", {"epoch", "yielded"})[0]
+    found = {"earlier": (), **dict.fromkeys(_LATER_SETTINGS), **found}
     for name in _STATE:
         if name not in found:
             raise MRopeError(f"not a state of TokenBudgetSampler: it has no {name}")
@@ -434,7 +431,7 @@ def _read_state(state: Mapping[str, Any]) -> dict[str, Any]:
             "not a state of TokenBudgetSampler: epoch, num_replicas and earlier are "
             f"{found['epoch']!r}, {found['num_replicas']!r} and {found['earlier']!r}"
         )
-    return found | {"yielded": found["yielded"] + later}
+    return found | {"yielded": found["yielded"] + late}
 
 
 def _require(name: str, value: object, **without: object) -> None:

@@ -1,133 +1,119 @@
-"""Read one share of a stream, and return to an earlier position of it exactly.
+"""Read the lanes of one worker, and return to an earlier place of them exactly.
 
-A position counts the samples of the stream from the start of the epoch. Snapshots of the source's
-own state are only a short cut: whatever they hold, a position is reached by reading up to it.
+Snapshots of the source's own state are only a short cut: whatever they hold, a position is reached
+by reading up to it.
 """
 
 from __future__ import annotations
 
-import copy
-import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from mrope.errors import MRopeError
+from mrope.prepare.lanes import Lane
+from mrope.prepare.shards import ShardPass, Shards
+
+Place = tuple[int, int]
+"""The number of a lane, and a position of its shard."""
 
 # Snapshots cost a copy of the source's state each; resuming reads so many samples more at most.
 _SNAPSHOT_EVERY = 32
 
 
+class Read(NamedTuple):
+    """A sample that was read: its place, and the low byte of its tokens if known, else -1."""
+
+    place: Place
+    sample: Any
+    check: int
+
+
 class StreamReader:
-    """Iterate over one share of a source, and count the samples read.
+    """Read the samples of lanes, one lane after another.
 
     Args:
-        source: an iterable that starts again with every `iter`. A source, or its iterator, with
-            `state_dict` and `load_state_dict` need not be read from its start when resuming.
-        share, shares: only positions with `position % shares == share` are returned.
+        shards: those of the source.
+        lanes: what to read.
         epoch: passed to the source's `set_epoch`, if it has one.
+
+    Attributes:
+        ends: of each lane that is read, the number of samples of its shard.
+        place: the lane that is read, and the position before which all of it was read.
     """
 
-    def __init__(self, source: Iterable[Any], share: int, shares: int, epoch: int) -> None:
-        self._source: Any = source
-        self._share, self._shares = share, shares
+    def __init__(self, shards: Shards, lanes: Sequence[Lane], epoch: int) -> None:
+        self._shards = shards
+        self.lanes = lanes
         self._epoch = epoch
-        self._iterator: Iterator[Any] | None = None
-        self._holder: Any = None
-        self.ended = False
-        self.position = 0
-        # None: the start of the epoch, which every source can return to.
-        self._snapshots: deque[tuple[int, Any]] = deque([(0, None)])
+        self._pass: ShardPass | None = None
+        self._snapshots: deque[tuple[Place, Any]] = deque()
+        self.ends: list[int] = []
+        self.place: Place = (0, 0)
 
-    def read(self) -> tuple[int, Any] | None:
-        """Return the next sample of the share with its position; None at the end of the stream."""
-        if self._iterator is None:
-            self._start(None)
-        while not self.ended:
-            self._take_snapshot()
-            try:
-                sample = next(self._iterator)  # type: ignore[arg-type]
-            except StopIteration:
-                self.ended = True
-                break
-            self.position += 1
-            if (self.position - 1) % self._shares == self._share:
-                return self.position - 1, sample
-        return None
+    def read(self) -> Read | None:
+        """Return the next sample; None at the end of the last lane.
 
-    def snapshot_before(self, position: int) -> tuple[int, Any]:
-        """Return the last snapshot at or before a position: its own position, and a state or None.
-
-        Earlier ones are dropped, so that later calls must not ask for an earlier position.
+        Raises:
+            MRopeError: a sample that was left to be read is no longer there.
         """
-        while len(self._snapshots) > 1 and self._snapshots[1][0] <= position:
-            self._snapshots.popleft()
-        return self._snapshots[0]
-
-    def return_to(self, position: int, state: Any) -> None:
-        """Go on from a snapshot, or from the start of the epoch if the source cannot load it."""
-        self._start(state)
-        loaded = state is not None and self._holder is not None
-        self.position = position if loaded else 0
-        self._snapshots = deque([(position, state) if loaded else (0, None)])
-
-    def _start(self, state: Any) -> None:
-        source = _own(self._source)
-        if hasattr(source, "set_epoch"):
-            # Before the state: `datasets` ignores a state of another epoch without a word.
-            source.set_epoch(self._epoch)
-        iterator = iter(source)
-        self._holder = _state_holder(source, iterator)
-        if state is not None and self._holder is not None:
-            self._holder.load_state_dict(copy.deepcopy(state))
-            if self._holder is source:
-                iterator = iter(source)
-        self._iterator, self.ended = iterator, False
-
-    def _take_snapshot(self) -> None:
-        if self._holder is None or self.position - self._snapshots[-1][0] < _SNAPSHOT_EVERY:
-            return
-        # Copied, since a source may return the dict that it goes on changing.
-        self._snapshots.append((self.position, copy.deepcopy(self._holder.state_dict())))
-
-
-def is_datasets_stream(source: Any) -> bool:
-    """Whether a source is a `datasets.IterableDataset`, without importing that library."""
-    library = sys.modules.get("datasets")
-    return library is not None and isinstance(source, library.IterableDataset)
-
-
-def _own(source: Any) -> Any:
-    """Return an object for one pass over a `datasets` stream; other sources as they are.
-
-    The stream itself keeps a state that was loaded once, and starts every later pass from there.
-    Its epoch is shared by all workers, and set by adding a difference: two workers at the same time
-    add it twice, and shuffle the shards as in another epoch.
-    """
-    if not is_datasets_stream(source):
-        return source
-    from datasets.distributed import split_dataset_by_node
-
-    # The whole of what the source is; one that is divided keeps its part.
-    return split_dataset_by_node(source, 0, 1)
-
-
-def has_shuffle_buffer(source: Any) -> bool:
-    """Whether a `datasets` stream has a shuffle buffer, whose samples its state leaves out."""
-    # No public attribute tells; a release that renames these turns a test red.
-    steps = [getattr(source, "_ex_iterable", None)]
-    while steps:
-        step = steps.pop()
-        if type(step).__name__ == "BufferShuffledExamplesIterable":
-            return True
-        steps += [*getattr(step, "ex_iterables", ()), getattr(step, "ex_iterable", None)]
-        steps = [one for one in steps if one is not None]
-    return False
-
-
-def _state_holder(source: Any, iterator: Any) -> Any:
-    """Return what saves the position: the iterator, else the source, else None."""
-    if has_shuffle_buffer(source):
+        while self.place[0] < len(self.lanes):
+            number, position = self.place
+            lane = self.lanes[number]
+            shard = self._pass or self._open(lane)
+            following = lane.next(position)
+            if following is not None:
+                try:
+                    sample = self._sample_at(shard, following[0])
+                except StopIteration:
+                    if lane.start is None or following[0] < lane.start:
+                        raise MRopeError(
+                            f"cannot resume: sample {following[0]} of shard {lane.shard} is no "
+                            "longer there; the source changed since the state was saved"
+                        ) from None
+                else:
+                    self.place = number, following[0] + 1
+                    return Read((number, following[0]), sample, following[1])
+            self.ends.append(shard.position)
+            self.place, self._pass = (number + 1, 0), None
         return None
-    for one in (iterator, source):
-        if hasattr(one, "state_dict") and hasattr(one, "load_state_dict"):
-            return one
-    return None
+
+    def snapshot_before(self, place: Place) -> tuple[Place, Any]:
+        """Return the last snapshot at or before a place: its own place, and a state or None.
+
+        Earlier ones are dropped, so that later calls must not ask for an earlier place.
+        """
+        while len(self._snapshots) > 1 and self._snapshots[1][0] <= place:
+            self._snapshots.popleft()
+        return self._snapshots[0] if self._snapshots else ((0, 0), None)
+
+    def return_to(self, place: Place, state: Any, ends: Sequence[int]) -> None:
+        """Go on from a snapshot.
+
+        Args:
+            place, state: as `snapshot_before` returned them.
+            ends: of the lanes before.
+        """
+        self.place, self.ends = place, list(ends[: place[0]])
+        self._snapshots.clear()
+        self._pass = None
+        if place[0] < len(self.lanes):
+            self._open(self.lanes[place[0]]._replace(snapshot=(place[1], state)))
+
+    def _open(self, lane: Lane) -> ShardPass:
+        self._pass = self._shards.open(lane.shard, self._epoch, lane.snapshot)
+        # What the source could not return to is read again from its start.
+        state = lane.snapshot[1] if self._pass.position else None
+        self._snapshots.append(((self.place[0], self._pass.position), state))
+        return self._pass
+
+    def _sample_at(self, shard: ShardPass, position: int) -> Any:
+        shard.jump(position)
+        while True:
+            at = shard.position
+            number, latest = self._snapshots[-1][0]
+            if at - latest >= _SNAPSHOT_EVERY and (taken := shard.snapshot()) is not None:
+                self._snapshots.append(((number, at), taken[1]))
+            sample = shard.read()
+            if at == position:
+                return sample
