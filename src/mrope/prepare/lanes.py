@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 Left = tuple[int, int]
@@ -18,7 +19,8 @@ Snapshot = tuple[int, Any]
 """A position of a shard, and the source's state there; None: the shard's start."""
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """One worker of one rank, among all of them."""
 
     rank: int
@@ -194,4 +196,6 @@ def _join(shard: int, remains: Sequence[_Remains]) -> Part:
     left.sort()
     lowest = min([position for position, _ in left[:1]] + ([] if start is None else [start]) or [0])
     snapshots = [each.lane.snapshot for each in remains if each.lane.snapshot[0] <= lowest]
-    return Part(shard, start, tuple(left), max(snapshots, key=lambda one: one[0], default=(0, None)))
+    return Part(
+        shard, start, tuple(left), max(snapshots, key=lambda one: one[0], default=(0, None))
+    )

@@ -5,31 +5,24 @@ examples in shuffled order, so that each batch is a random mixture of lengths. I
 length it would need slightly fewer batches, and every batch would hold examples of about one
 length.
 
-Shape suffixes: N examples, B batches of all ranks, S steps of an epoch, R ranks.
+Shape suffixes: N examples.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 from torch.utils.data import Sampler
 
 from mrope.arrays import as_whole
 from mrope.collate.ladder import Shapes
 from mrope.errors import MRopeError
-from mrope.prepare.binning import first_fit, first_fit_budgets, split_largest
 from mrope.prepare.budgets import Cost, Lengths, read_budgets, read_work
-from mrope.prepare.dealing import deal_evenly
+from mrope.prepare.planning import EpochPlan, Planner
 from mrope.prepare.ranks import find_rank
 from mrope.prepare.saved import find_states
-
-_Ints = npt.NDArray[np.int64]
-_Floats = npt.NDArray[np.float64]
 
 Earlier = tuple[tuple[int, int], ...]
 """(ranks, steps): how many ranks took how many steps of an epoch, before others went on."""
@@ -39,37 +32,6 @@ _SETTINGS = ("max_tokens", "max_examples", "pad_to_multiple_of", "shuffle", "see
 # States of samplers that have none may lack them.
 _LATER_SETTINGS = ("max_patches", "shapes")
 _STATE = ("epoch", "yielded", "num_replicas", "digest", "examples", *_SETTINGS)
-
-
-@dataclass(frozen=True)
-class EpochPlan:
-    """Hold the batches of one epoch for all ranks.
-
-    Attributes:
-        examples_N: int64 (N,), indices of the examples, batch after batch.
-        borders: int64 (B + 1,), where each batch begins and ends in `examples_N`.
-        grid_SR: int64 (S, R), the batch that each rank takes at each step.
-        identity: the sampler's settings, and a digest of lengths and batches; plain values.
-    """
-
-    examples_N: _Ints
-    borders: _Ints
-    grid_SR: _Ints
-    identity: Mapping[str, int | str | None]
-
-    def left(self, steps: int) -> _Ints:
-        """Return the examples that no rank has taken after so many steps, int64, ascending."""
-        left_B = np.ones(len(self.borders) - 1, bool)
-        left_B[self.grid_SR[:steps]] = False
-        return np.sort(self.examples_N[left_B.repeat(np.diff(self.borders))])
-
-    def batch(self, step: int, rank: int) -> list[int]:
-        """Return the indices of the examples that `rank` takes at `step`."""
-        # Lists of ints: the indices go through pipes to workers, and to any `__getitem__`.
-        number = self.grid_SR[step, rank]
-        start, stop = self.borders[number : number + 2]
-        examples: list[int] = self.examples_N[start:stop].tolist()
-        return examples
 
 
 class TokenBudgetSampler(Sampler[list[int]]):
@@ -204,9 +166,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
             # At the end of its epoch nothing is left, and the next pass is a whole one.
             self.resumed = state if batches.has_more() else None
 
-    def plan(
-        self, epoch: int, earlier: Earlier = (), num_replicas: int | None = None
-    ) -> EpochPlan:
+    def plan(self, epoch: int, earlier: Earlier = (), num_replicas: int | None = None) -> EpochPlan:
         """Compute the batches of all ranks in an epoch; the last plan is cached.
 
         Args:
@@ -244,94 +204,21 @@ class TokenBudgetSampler(Sampler[list[int]]):
         # Seed and epoch as a pair: as a sum, epoch 1 of seed 0 would equal epoch 0 of seed 1.
         key = (self.seed, epoch, *(number for pair in earlier for number in pair))
         rng = np.random.default_rng(key) if self.shuffle else None
-        left_N = self._left(epoch, earlier)
-        lengths_N = self.budgets["tokens"].sizes_N
-        order_N = left_N if rng is None else rng.permutation(left_N)
-        # After the last step of ranks before these, nothing is left to fill a batch with.
-        batch_N = self._fill(order_N, ranks, rng) if len(order_N) else order_N
-        # Stable, so that examples keep their order within a batch, and all platforms agree.
-        examples_N = order_N[np.argsort(batch_N, kind="stable")]
-        tokens_N = lengths_N[examples_N]
-        borders = np.concatenate(([0], np.bincount(batch_N).cumsum()))
-        if not self.drop_last:
-            borders = split_largest(tokens_N, borders, (1 - len(borders)) % ranks)
-        tokens_B = np.add.reduceat(tokens_N, borders[:-1])
-        if self.work_N is None:
-            work_B = tokens_B.astype(np.float64)
-        else:
-            work_B = np.add.reduceat(self.work_N[examples_N], borders[:-1])
-        grid_SR = self._grid(tokens_B, work_B, ranks, rng)
-        if not len(grid_SR) and not earlier:
+        left_N = np.arange(len(self.budgets["tokens"].sizes_N))
+        if earlier:
+            others, steps = earlier[-1]
+            left_N = self.plan(epoch, earlier[:-1], others).left(steps)
+        plan = Planner(self.budgets, self.work_N, self.drop_last).plan(left_N, ranks, rng)
+        if not len(plan.grid_SR) and not earlier:
             raise MRopeError(
-                f"drop_last=True leaves no batch: {len(left_N)} examples fill {len(tokens_B)} "
-                f"batches of {self.max_tokens} tokens, for {ranks} ranks; lower max_tokens, or use "
-                "drop_last=False"
+                f"drop_last=True leaves no batch: {len(left_N)} examples fill "
+                f"{len(plan.borders) - 1} batches of {self.max_tokens} tokens, for {ranks} ranks; "
+                "lower max_tokens, or use drop_last=False"
             )
-        digest = self._digest(examples_N, borders, grid_SR)
-        identity = {**self._settings(), "num_replicas": ranks, "digest": digest}
-        return EpochPlan(examples_N, borders, grid_SR, identity)
+        return plan
 
-    def _left(self, epoch: int, earlier: Earlier) -> _Ints:
-        """Return the examples that earlier ranks have not taken in an epoch, ascending."""
-        if not earlier:
-            return np.arange(len(self.budgets["tokens"].sizes_N))
-        ranks, steps = earlier[-1]
-        return self.plan(epoch, earlier[:-1], ranks).left(steps)
-
-    def _digest(self, *plan: _Ints) -> str:
-        """Return a digest of what the batches follow from, and of the batches."""
-        digest = hashlib.blake2b(digest_size=16)
-        columns = [budget.sizes_N for kind, budget in self.budgets.items() if kind != "examples"]
-        work = [] if self.work_N is None else [self.work_N]
-        for array in (*columns, *work, *plan):
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
-
-    def _fill(self, order_N: _Ints, ranks: int, rng: np.random.Generator | None) -> _Ints:
-        """Return the batch of each example, int64 (N,), in the order given."""
-        budgets = self.budgets
-        if self.work_N is None and not budgets.keys() - {"tokens", "examples"}:
-            tokens, most = budgets["tokens"], budgets.get("examples")
-            most_examples = None if most is None else most.capacity
-            return first_fit(tokens.sizes_N[order_N], tokens.capacity, most_examples)
-        sizes_KN = np.stack([budget.sizes_N[order_N] for budget in budgets.values()])
-        capacity_K = np.array([budget.capacity for budget in budgets.values()])
-        if rng is None:
-            return first_fit_budgets(sizes_KN, capacity_K)
-        # Those that are left of an epoch may have no work.
-        by_work = self.work_N is not None and self.work_N[order_N].any()
-        work_N = self.work_N[order_N] if by_work else sizes_KN[0].astype(np.float64)
-        multiple = 1 if self.drop_last else ranks
-        return deal_evenly(sizes_KN, capacity_K, work_N, multiple, rng)
-
-    def _grid(
-        self, tokens_B: _Ints, work_B: _Floats, ranks: int, rng: np.random.Generator | None
-    ) -> _Ints:
-        """Return the batch that each rank takes at each step, int64 (S, R)."""
-        batches = len(tokens_B)
-        steps = batches // ranks if self.drop_last else -(-batches // ranks)
-        kept = np.argsort(-tokens_B, kind="stable")[: steps * ranks]
-        # Neighbours in this order have similar work, and share a step.
-        kept = kept[np.argsort(-work_B[kept], kind="stable")]
-        # `resize` repeats batches from the first on if there are too few.
-        if rng is None:
-            return np.resize(np.sort(kept), (steps, ranks))
-        return rng.permuted(rng.permutation(np.resize(kept, (steps, ranks))), axis=1)
-
-    def require_same_settings(self, saved: Mapping[str, Any]) -> None:
-        """Check that the settings of a saved state are the sampler's; rank and ranks may change.
-
-        Raises:
-            MRopeError: one is not.
-        """
-        for name, value in self._settings().items():
-            if saved[name] != value:
-                raise MRopeError(
-                    f"cannot resume: the state was saved with {name} {saved[name]}, the sampler "
-                    f"has {value}; its batches are not the same"
-                )
-
-    def _settings(self) -> dict[str, int | str | None]:
+    def settings(self) -> dict[str, int | str | None]:
+        """Return what a saved position depends on besides the examples."""
         names = (*_SETTINGS, *_LATER_SETTINGS)
         return {
             "examples": len(self.budgets["tokens"].sizes_N),
@@ -367,9 +254,11 @@ class TokenBudgetIterator(Iterator[list[int]]):
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch, the number of batches drawn, and the plan's identity; plain values."""
         plan = self._planned()
+        identity = {**self._sampler.settings(), "num_replicas": plan.grid_SR.shape[1]}
         # Where other numbers of ranks went before, what each took, as JSON would hold it.
         earlier = {"earlier": [list(one) for one in self._earlier]} if self._earlier else {}
-        return {"epoch": self._epoch, "yielded": self._yielded, **plan.identity, **earlier}
+        place = {"epoch": self._epoch, "yielded": self._yielded}
+        return {**place, **identity, "digest": plan.digest, **earlier}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a saved position, in its epoch, regardless of the sampler's epoch.
@@ -385,9 +274,14 @@ class TokenBudgetIterator(Iterator[list[int]]):
         saved = _read_state(state_dict)
         epoch, ranks, yielded = (saved[name] for name in ("epoch", "num_replicas", "yielded"))
         earlier: Earlier = tuple((int(of), int(steps)) for of, steps in saved["earlier"])
-        sampler.require_same_settings(saved)
+        for name, value in sampler.settings().items():
+            if saved[name] != value:
+                raise MRopeError(
+                    f"cannot resume: the state was saved with {name} {saved[name]}, the sampler "
+                    f"has {value}; its batches are not the same"
+                )
         plan = sampler.plan(epoch, earlier, ranks)
-        if saved["digest"] != plan.identity["digest"]:
+        if saved["digest"] != plan.digest:
             raise MRopeError(
                 "cannot resume: since the state was saved, the lengths of some examples, or "
                 "their order, changed (or their patches or cost; or numpy's way of shuffling, "
@@ -425,7 +319,11 @@ def _read_state(state: Mapping[str, Any]) -> dict[str, Any]:
     for name in _STATE:
         if name not in found:
             raise MRopeError(f"not a state of TokenBudgetSampler: it has no {name}")
-    counts = [found["epoch"], found["num_replicas"], *(one for pair in found["earlier"] for one in pair)]
+    counts = [
+        found["epoch"],
+        found["num_replicas"],
+        *(one for pair in found["earlier"] for one in pair),
+    ]
     if any(type(count) is not int or count < 0 for count in counts) or not found["num_replicas"]:
         raise MRopeError(
             "not a state of TokenBudgetSampler: epoch, num_replicas and earlier are "

@@ -24,7 +24,9 @@ def find_states(saved: Any, name: str, keys: set[str]) -> list[tuple[Mapping[str
     """
     found = list(_search(saved, keys, 0))
     if not found:
-        lacks = next((key for key in sorted(keys) if not (isinstance(saved, Mapping) and key in saved)))
+        lacks = next(
+            key for key in sorted(keys) if not (isinstance(saved, Mapping) and key in saved)
+        )
         raise MRopeError(f"not a state of {name}: it has no {lacks}")
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -159,7 +159,7 @@ def _has_shards(source: Any) -> bool:
 
 
 def _is_map_style(source: Any) -> bool:
-    # torch's IterableDataset inherits a `__getitem__` that raises, and a mapping iterates over keys.
+    # torch's IterableDataset inherits a `__getitem__` that raises; a mapping iterates over keys.
     both = hasattr(source, "__getitem__") and hasattr(source, "__len__")
     return both and not isinstance(source, IterableDataset | Mapping)
 
