@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from mrope import MRopeCollator, MRopeError, MRopeSpec
 from mrope.collate import Indexed, RejectWarning, SkipBad, read_rejects
 from mrope.collate.padding import PaddingCollator
-from mrope.collate.rejects_file import append_record, process_file
+from mrope.collate.process_files import append_record, process_file
 from mrope.collate.skip_bad import INDEX
 from mrope.spec.spec import example_config
 from mrope.towers import VisionSpec
@@ -212,6 +212,30 @@ def test_a_share_of_rejects_is_looked_at_from_the_hundredth_example_on() -> None
     few = skipping(max_rejects=0.5)
     for _ in range(100):
         few([good(0), truncated(1)])
+
+
+@quiet
+def test_rejects_in_a_row_stop_the_run_and_one_good_example_between_them_does_not() -> None:
+    bad = [truncated(number) for number in range(4)]
+    collate = skipping(max_rejects_in_a_row=4)
+    for _ in range(3):
+        collate([*bad[:3], good(0), *bad[:1]])
+        collate([good(0)])
+    collate([good(0), *bad])
+    with pytest.raises(MRopeError, match=r"max_rejects_in_a_row=4, which is no matter of single"):
+        collate([bad[0], good(0)])
+    # A broken disk ends the run by default, although its share of a long run is small.
+    collate = skipping(max_rejects=0.5)
+    collate([good(0)] * 300)
+    for _ in range(25):
+        collate(bad)
+    with pytest.raises(MRopeError, match="max_rejects_in_a_row=100, .* dropped 101 of 401"):
+        collate(bad[:1])
+    collate = skipping(max_rejects_in_a_row=None, stand_in=[good(0)])
+    for _ in range(30):
+        collate(bad)
+    with pytest.raises(ValueError, match=r"max_rejects_in_a_row must be a count .* not 0.5"):
+        skipping(max_rejects_in_a_row=0.5)
 
 
 @pytest.mark.parametrize("limit", [-1, 1.0, 0.0, 1.5, True, float("nan"), "3"])

@@ -15,7 +15,7 @@ import torch
 
 from mrope import MRopeCollator, MRopeError, build_collator, load_config, rope_index
 from mrope.collate.padding import PaddingCollator
-from mrope.collate.rejects_file import read_rejects
+from mrope.collate.process_files import read_rejects
 from mrope.collate.skip_bad import INDEX, RejectWarning
 from mrope.spec.spec import example_config
 from mrope.training.dataloader import make_loader

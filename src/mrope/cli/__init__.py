@@ -171,11 +171,26 @@ def check(
             "as in the config.",
         ),
     ] = None,
+    replay: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="A B",
+            help="Compare the batches of two runs instead, by the digests that they recorded.",
+        ),
+    ] = None,
 ) -> None:
     """Check every row of a dataset before training; exit with 1 if any row is bad.
 
     mrope check --model FOLDER --dataset PATH --report report.html
+
+    mrope check --replay first/digests.jsonl second/digests.jsonl
     """
+    if replay is not None:
+        from mrope.check.replay import replay as replay_runs
+
+        if not replay_runs(*replay, json_file=json_file):
+            raise typer.Exit(1)
+        return
     _require_dataset(model, dataset, config)
     from mrope.check.commands import check_dataset
     from mrope.check.source import check_config

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from mrope.collate.rejects_file import append_record, process_file, require_writable
+from mrope.collate.process_files import append_record, process_file, require_writable
 from mrope.errors import MRopeError
 
 Collate = Callable[[Any], Any]
@@ -60,9 +60,13 @@ class SkipBad:
             None: no key is added.
         stand_in: good examples, collated in place of a batch in which no example is good if the
             process has not had a good batch yet.
+        max_rejects_in_a_row: limit for each process of rejects without a good example between
+            them, above which collating raises: a broken disk or a wrong spec is no bad row. None:
+            no limit.
 
     Raises:
-        ValueError: `max_rejects` is neither such a count nor such a share.
+        ValueError: `max_rejects` is neither such a count nor such a share, or
+            `max_rejects_in_a_row` is no count.
 
     Example:
         >>> SkipBad(max_rejects=0.01).max_rejects
@@ -73,16 +77,19 @@ class SkipBad:
     max_rejects: float | None = None
     count_key: str | None = None
     stand_in: Sequence[Any] | None = None
+    max_rejects_in_a_row: int | None = 100
 
     def __post_init__(self) -> None:
         limit: Any = self.max_rejects
-        count = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0
         share = isinstance(limit, float) and 0 < limit < 1
-        if limit is not None and not count and not share:
+        if limit is not None and not _is_count(limit) and not share:
             raise ValueError(
                 "max_rejects must be a count (an int from 0) or a share (a float between 0 and 1), "
                 f"not {limit!r}"
             )
+        limit = self.max_rejects_in_a_row
+        if limit is not None and not _is_count(limit):
+            raise ValueError(f"max_rejects_in_a_row must be a count (an int from 0), not {limit!r}")
 
 
 class Indexed(Dataset[Any]):
@@ -115,6 +122,7 @@ class _Tally:
         file: its rejects file; None: nothing is written.
         good: the examples of its last good batch.
         seen: number of examples that it was given.
+        in_a_row: number of rejects since its last good example.
         kinds: number of rejects for each class and cause of error.
         messages: the first message of each kind.
     """
@@ -123,8 +131,13 @@ class _Tally:
     file: Path | None
     good: Sequence[Any] | None
     seen: int = 0
+    in_a_row: int = 0
     kinds: Counter[Kind] = field(default_factory=Counter)
     messages: dict[Kind, str] = field(default_factory=dict)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 class BadExampleFilter:
@@ -154,8 +167,9 @@ class BadExampleFilter:
         Inputs that are not a sequence, and empty ones, are passed to `collate` unchanged.
 
         Raises:
-            MRopeError: more than `max_rejects` were dropped; no example is left and there is none
-                to stand in; or the batch already has `count_key`.
+            MRopeError: more than `max_rejects` were dropped, or than `max_rejects_in_a_row` without
+                a good one between them; no example is left and there is none to stand in; or the
+                batch already has `count_key`.
         """
         if not isinstance(examples, Sequence) or not examples:
             return collate(examples)
@@ -168,7 +182,7 @@ class BadExampleFilter:
             for place, error in errors.items():
                 _reject(tally, examples[place], place, error)
             # Before collating again: with a wrong spec every example is bad.
-            self._check_limit(tally)
+            self._check_limits(tally, [place in errors for place in range(len(examples))])
             examples = [one for place, one in enumerate(examples) if place not in errors]
             batch = (
                 collate(_copies(examples))
@@ -177,6 +191,8 @@ class BadExampleFilter:
             )
         if examples:
             tally.good = examples
+        if not errors:
+            tally.in_a_row = 0
         self._set_count(batch, len(errors))
         return batch
 
@@ -195,7 +211,20 @@ class BadExampleFilter:
             raise MRopeError(f"the inner collate function already gave {key}")
         batch[key] = dropped
 
-    def _check_limit(self, tally: _Tally) -> None:
+    def _check_limits(self, tally: _Tally, is_bad: Sequence[bool]) -> None:
+        """Raise if the rejects of a batch are beyond a limit.
+
+        Args:
+            is_bad: of each example of the batch.
+        """
+        most = self.options.max_rejects_in_a_row
+        for bad in is_bad:
+            tally.in_a_row = tally.in_a_row + 1 if bad else 0
+            if most is not None and tally.in_a_row > most:
+                raise MRopeError(
+                    f"more rejects in a row than max_rejects_in_a_row={most}, which is no matter "
+                    f"of single rows (a disk, a wrong spec?): {_summary(tally)}"
+                )
         rejected, limit = tally.kinds.total(), self.options.max_rejects
         if limit is None:
             return

@@ -41,7 +41,8 @@ class Options:
         reference: see `mrope.spec.resolve_reference`. lmms-engine's own rope functions follow the
             default with every release of transformers.
         on_error: "raise", or "skip" to drop examples that cannot be collated.
-        rejects, max_rejects, count_key: see `mrope.collate.SkipBad`; require `on_error: skip`.
+        rejects, max_rejects, max_rejects_in_a_row, count_key: see `mrope.collate.SkipBad`; require
+            `on_error: skip`.
     """
 
     model: Mapping[str, Any] | str | None = None
@@ -49,6 +50,7 @@ class Options:
     on_error: str = "raise"
     rejects: str | None = None
     max_rejects: float | None = None
+    max_rejects_in_a_row: int | None = 100
     count_key: str | None = None
 
     @classmethod
@@ -98,7 +100,8 @@ class Options:
         Raises:
             ValueError: `on_error` or one of the options that belong to it has a wrong value.
         """
-        skipping = {name: getattr(self, name) for name in ("rejects", "max_rejects", "count_key")}
+        names = ("rejects", "max_rejects", "max_rejects_in_a_row", "count_key")
+        skipping = {name: getattr(self, name) for name in names}
         return MRopeCollator(inner, spec, on_error=self.on_error, **skipping)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Append rejected examples to a JSON-lines file of each process, and read all files together.
+"""Append records to a JSON-lines file of each process, and read all files of a run together.
 
 A file has one writer, so that no lock is needed and no process can damage another one's lines. A
 killed process leaves at most a torn last line, which the reader skips.
@@ -29,7 +29,7 @@ def require_writable(path: Path) -> None:
         OSError: the folder cannot be made or written to, or `path` is a folder itself.
     """
     if path.is_dir():
-        raise IsADirectoryError(f"rejects must name a file, but {path} is a folder")
+        raise IsADirectoryError(f"the path of a file is needed, but {path} is a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path.parent):
         pass
@@ -85,17 +85,27 @@ def read_rejects(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         OSError: the folder does not exist or cannot be read.
         MRopeError: any other line is not JSON.
     """
+    records = [record for lines in read_files(path) for record in lines]
+    return sorted(records, key=lambda record: str(record["time"]))
+
+
+def read_files(path: str | os.PathLike[str]) -> list[list[Any]]:
+    """Read the lines of each file that processes derived from a path, in the order of names.
+
+    Raises:
+        OSError: the folder does not exist or cannot be read.
+        MRopeError: a line is not JSON; a last line without its end is skipped.
+    """
     path = Path(path).absolute()
     name = re.compile(
         rf"{re.escape(path.stem)}\.(rank.+-)?(worker\d+|main)-pid\d+-[0-9a-f]{{8}}"
         rf"{re.escape(path.suffix)}"
     )
     files = sorted(file for file in path.parent.iterdir() if name.fullmatch(file.name))
-    records = [record for file in files for record in _read_lines(file)]
-    return sorted(records, key=lambda record: str(record["time"]))
+    return [_read_lines(file) for file in files]
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]]:
+def _read_lines(file: Path) -> list[Any]:
     *lines, _ = file.read_bytes().split(b"\n")
     try:
         return [json.loads(line) for line in lines]
