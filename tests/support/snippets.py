@@ -47,8 +47,22 @@ class Snippet:
 SNIPPETS: list[Snippet] = []
 
 
-def snippet(*ops: str, cuda: bool | None = None) -> Callable[[Callable[[str], Body]], None]:
-    """Add a function to the list."""
+# `x[...] = 1.0` fills since torch 2.15. Before, the number was made a tensor on the host, and copied.
+FILLS = torch.__version__ >= (2, 15)
+
+
+def snippet(
+    *ops: str, cuda: bool | None = None, fills: tuple[str, ...] | None = None
+) -> Callable[[Callable[[str], Body]], None]:
+    """Add a function to the list.
+
+    Args:
+        ops: that sync.
+        cuda: see `Snippet`.
+        fills: that sync since torch 2.15; None: the same.
+    """
+    if FILLS and fills is not None:
+        ops = fills
 
     def add(make: Callable[[str], Body]) -> None:
         name = make.__name__.replace("_", " ")
@@ -375,8 +389,8 @@ def a_blocking_copy_of_pinned_memory(device: str) -> Body:
     return lambda: pinned(device).to(x.device)
 
 
-# A single element has the shape of the number, which is then copied; a slice is filled instead.
-@snippet("copy to the device")
+# Before 2.15 a single element has the shape of the number, which is then copied; a slice is filled.
+@snippet("copy to the device", fills=())
 def a_number_to_one_element(device: str) -> Body:
     x = numbers(device, 4)
 
@@ -386,7 +400,7 @@ def a_number_to_one_element(device: str) -> Body:
     return body
 
 
-@snippet("copy to the device", "copy to the device (backward of IndexPutBackward0)")
+@snippet("copy to the device", "copy to the device (backward of IndexPutBackward0)", fills=())
 def a_number_at_device_indices_and_its_backward(device: str) -> Body:
     x, index = numbers(device, 4, grad=True), torch.tensor([2, 0]).to(device)
 
@@ -394,6 +408,180 @@ def a_number_at_device_indices_and_its_backward(device: str) -> Body:
         y = x * 2
         y[index] = 1.0
         y.sum().backward()
+
+    return body
+
+
+@snippet(
+    "copy of an index to the device",
+    "copy of an index to the device (backward of IndexPutBackward0)",
+    "copy to the device",
+    "copy to the device (backward of IndexPutBackward0)",
+    fills=(
+        "copy of an index to the device",
+        "copy of an index to the device (backward of IndexFillBackward0)",
+    ),
+)
+def a_number_at_a_host_index_and_its_backward(device: str) -> Body:
+    x = numbers(device, 4, grad=True)
+
+    def body() -> None:
+        y = x * 2
+        y[torch.tensor([0, 2])] = 1.0
+        y.sum().backward()
+
+    return body
+
+
+@snippet(
+    "copy of an index to the device",
+    "copy of an index to the device (backward of IndexPutBackward0)",
+    "copy to the device",
+    "copy to the device (backward of IndexPutBackward0)",
+    fills=(
+        "copy of an index to the device",
+        "copy of an index to the device (backward of MaskedFillBackward0)",
+    ),
+)
+def a_number_at_a_host_mask_and_its_backward(device: str) -> Body:
+    x = numbers(device, 4, grad=True)
+
+    def body() -> None:
+        y = x * 2
+        y[torch.tensor([True, False, True, False])] = 1.0
+        y.sum().backward()
+
+    return body
+
+
+@snippet(
+    "copy of an index to the device",
+    "copy to the device",
+    fills=("copy of an index to the device",),
+)
+def a_number_at_a_slice_and_a_host_index(device: str) -> Body:
+    x = numbers(device, 2, 4)
+
+    def body() -> None:
+        x[:, torch.tensor([0, 2])] = 1.0
+
+    return body
+
+
+@snippet(
+    "copy of an index to the device",
+    "copy to the device",
+    fills=("copy of an index to the device",),
+)
+def a_number_at_a_python_list(device: str) -> Body:
+    x = numbers(device, 4)
+
+    def body() -> None:
+        x[[0, 2]] = 1.0
+
+    return body
+
+
+@snippet("copy to the device", fills=())
+def a_number_at_two_device_indices(device: str) -> Body:
+    x, index = numbers(device, 3, 3), torch.tensor([2, 0]).to(device)
+
+    def body() -> None:
+        x[index, index] = 1.0
+
+    return body
+
+
+@snippet("copy to the device", fills=())
+def a_number_at_an_int32_index(device: str) -> Body:
+    x, index = numbers(device, 4), torch.tensor([2, 0], dtype=torch.int32).to(device)
+
+    def body() -> None:
+        x[index] = 1.0
+
+    return body
+
+
+@snippet("copy to the device", "indexing by a mask", fills=("indexing by a mask",))
+def a_number_at_a_mask_and_an_index(device: str) -> Body:
+    x, index = numbers(device, 3, 3), torch.tensor([2, 0]).to(device)
+    mask = index.new_tensor([1, 0, 1]) > 0
+
+    def body() -> None:
+        x[mask, index] = 1.0
+
+    return body
+
+
+# Since 2.15 CUDA takes a 0-d index as it is, beside a number and beside a 0-d tensor of the same type.
+@snippet("copy to the device", "scalar read", fills=())
+def a_number_at_a_zero_dimensional_index(device: str) -> Body:
+    x, at = numbers(device, 4), torch.tensor(2).to(device)
+
+    def body() -> None:
+        x[at] = 1.0
+
+    return body
+
+
+@snippet("scalar read", fills=())
+def a_device_scalar_at_a_zero_dimensional_index(device: str) -> Body:
+    x, at = numbers(device, 4), torch.tensor(2).to(device)
+    value = torch.tensor(5.0).to(device)
+
+    def body() -> None:
+        x[at] = value
+
+    return body
+
+
+@snippet("scalar read")
+def a_scalar_of_another_type_at_a_zero_dimensional_index(device: str) -> Body:
+    x, at = numbers(device, 4), torch.tensor(2).to(device)
+    value = torch.tensor(5).to(device)
+
+    def body() -> None:
+        x[at] = value
+
+    return body
+
+
+@snippet("copy to the device", "scalar read", fills=("scalar read",))
+def a_number_at_a_zero_dimensional_index_of_one_byte(device: str) -> Body:
+    x, at = numbers(device, 4), torch.tensor(2, dtype=torch.int8).to(device)
+
+    def body() -> None:
+        x[at] = 1.0
+
+    return body
+
+
+@snippet("scalar read")
+def a_number_up_to_a_tensor(device: str) -> Body:
+    x, stop = numbers(device, 4), torch.tensor(2).to(device)
+
+    def body() -> None:
+        x[:stop] = 1.0
+
+    return body
+
+
+@snippet("copy to the device")
+def a_host_scalar_at_device_indices(device: str) -> Body:
+    x, index = numbers(device, 4), torch.tensor([2, 0]).to(device)
+
+    def body() -> None:
+        x[index] = torch.tensor(1.0)
+
+    return body
+
+
+@snippet("indexing by a mask")
+def a_device_scalar_by_a_mask(device: str) -> Body:
+    x, value = numbers(device, 4), torch.tensor(1.0).to(device)
+
+    def body() -> None:
+        x[x > 1] = value
 
     return body
 

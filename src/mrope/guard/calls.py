@@ -17,7 +17,14 @@ import torch
 import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
 
-from mrope.guard.cuda_rules import FROM_DEVICE, INDEX_COPY, TO_DEVICE, blocks
+from mrope.guard.cuda_rules import (
+    FROM_DEVICE,
+    INDEX_COPY,
+    TO_DEVICE,
+    assigning,
+    blocks,
+    keeps_indices,
+)
 from mrope.guard.devices import (
     DEVICE,
     HOST,
@@ -178,16 +185,25 @@ class Calls(TorchFunctionMode):
     def get_item(self, func: Any, args: Any, kwargs: Any) -> Any:
         """`x[...]`: an index made of host numbers is copied to the device first."""
         on_host = self.places.on_host(args[0])
-        index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        if not on_host and any(map(_is_host_data, index)):
+        if not on_host and any(map(_is_host_data, _parts(args[1]))):
             self.found(INDEX_COPY)
         with self.places.below(factories=on_host):
             return func(*args, **kwargs)
 
     def set_item(self, func: Any, args: Any, kwargs: Any) -> None:
-        """`x[...] = value`: a Python number stays on the host, in the backward as well."""
+        """`x[...] = value`: as CUDA does it, which is not the CPU's way since torch 2.15."""
+        target, index, value = args
+        if keeps_indices(target, value, self.places.on_host):
+            parts = _parts(index)
+            if any(map(_is_host_data, parts)):
+                self.found(INDEX_COPY)
+            for op in assigning(target, parts, value, self.places.on_host):
+                self.found(op)
+            with self.places.below(muted=True):
+                func(*args, **kwargs)
+            return
         self.get_item(func, args, kwargs)
-        target, _, value = args
+        # A Python number stays on the host, in the backward as well.
         on_host = not isinstance(value, torch.Tensor) or self.places.on_host(value)
         if on_host and target.grad_fn is not None:
             target.grad_fn.metadata[HOST_VALUE] = True
@@ -264,6 +280,10 @@ def _patched(calls: Calls) -> Iterator[None]:
         mock.patch.object(torch.autograd, "_engine_run_backward", watched_backward),
     ):
         yield
+
+
+def _parts(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
 
 
 def _is_host_data(index: Any) -> bool:
