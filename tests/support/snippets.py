@@ -48,7 +48,7 @@ SNIPPETS: list[Snippet] = []
 
 
 # `x[...] = 1.0` fills since torch 2.15. Before, the number was made a tensor on the host, and copied.
-FILLS = torch.__version__ >= (2, 15)
+FILLS = torch.__version__ >= "2.15"
 
 
 def snippet(

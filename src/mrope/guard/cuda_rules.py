@@ -72,21 +72,26 @@ def syncs(func: Any, args: tuple[Any, ...], kwargs: Any, on_host: OnHost) -> Ite
             yield "repeat_interleave without output_size"
 
 
+class _Names(TorchDispatchMode):
+    """Keep the names of the operators that are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
 def _fills_numbers() -> bool:
     """Return whether assigning a number fills, or makes a tensor of it on the host first."""
-    seen = []
-
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-        ) -> Any:
-            seen.append(func.overloadpacket.__name__)
-            return func(*args, **(kwargs or {}))
-
     target = torch.zeros(1)
-    with Seen():
+    with _Names() as seen:
         target[0] = 1.0
-    return "lift_fresh" not in seen
+    return "lift_fresh" not in seen.names
 
 
 FILLS_NUMBERS = _fills_numbers()

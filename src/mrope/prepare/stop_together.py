@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,8 +28,9 @@ def stop_together(batches: Iterable[Batch]) -> Iterator[Batch]:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         yield from batches
         return
-    # A group of its own: NCCL has no collectives of host tensors.
-    group = dist.new_group(backend="gloo")
+    # A group of its own: NCCL has no collectives of host tensors. Of any type: since torch 2.15 it
+    # may also be the number of no group, which a rank gets that is not in it.
+    group: Any = dist.new_group(backend="gloo")
     try:
         iterator, none = iter(batches), object()
         while True:
