@@ -111,12 +111,12 @@ def test_no_batch_is_above_the_budget(
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
 
 
-def test_a_million_lengths_take_seconds() -> None:
-    lengths = np.random.default_rng(0).integers(1, 4097, 1_000_000)
+def test_many_lengths_take_seconds() -> None:
+    lengths = np.random.default_rng(0).integers(1, 4097, 250_000)
     begin = time.process_time()
     batch_N = first_fit(lengths, 4096)
-    # About 2 s; batches number half a million, so that a look at each would take hours.
-    assert time.process_time() - begin < 60
+    # About 0.5 s; batches number 125,000, so that a look at each would take an hour.
+    assert time.process_time() - begin < 15
     assert np.bincount(batch_N, lengths).max() <= 4096
 
 
@@ -355,8 +355,7 @@ def stateful(workers: int, every: int = 1, **options: Any) -> tuple[TokenBudgetS
     return sampler, loader
 
 
-@pytest.mark.parametrize("workers, every", [(0, 1), (2, 1), (2, 4)])
-@pytest.mark.parametrize("drawn", [0, 3, 10])
+@pytest.mark.parametrize("workers, every, drawn", [(0, 1, 0), (0, 1, 3), (2, 1, 3), (2, 4, 10)])
 def test_stateful_loader_resumes_in_mid_epoch(workers: int, every: int, drawn: int) -> None:
     sampler, loader = stateful(workers, every)
     sampler.set_epoch(2)
@@ -376,7 +375,7 @@ def test_stateful_loader_resumes_in_mid_epoch(workers: int, every: int, drawn: i
     assert list(loader) == following
 
 
-@pytest.mark.parametrize("workers, every", [(0, 1), (2, 1), (2, 4)])
+@pytest.mark.parametrize("workers, every", [(0, 1), (2, 4)])
 def test_stateful_loader_goes_on_after_a_whole_epoch(workers: int, every: int) -> None:
     sampler, loader = stateful(workers, every)
     list(loader)

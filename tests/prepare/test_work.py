@@ -51,9 +51,8 @@ def eager(family: str) -> WorkModel:
     return replace(work, per_token_pair=2 * work.per_token_pair)
 
 
-@pytest.mark.parametrize(
-    "family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe"]
-)
+# Windows, experts, and GLM's tower; the linear maps of all families are counted below.
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl_moe", "glm4v_moe"])
 def test_counts_are_those_of_torch(family: str) -> None:
     operations, tokens = counted(family, IMAGES, text=100)
     areas = [height * width for _, height, width in IMAGES]
@@ -61,7 +60,7 @@ def test_counts_are_those_of_torch(family: str) -> None:
     assert found[0] == pytest.approx(sum(operations.values()), rel=0.02)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize("family", ["qwen3_5_moe"])
 def test_linear_attention_is_counted_in_chunks(family: str) -> None:
     operations, tokens = counted(family, [], text=640)
     # The counter takes the backward pass of a convolution of single channels for one of all.
