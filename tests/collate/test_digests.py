@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -15,7 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from typer.testing import CliRunner
 
 from mrope import MRopeCollator, MRopeError, TokenBudgetSampler
-from mrope.check.replay import Parting, Worker, compare, read_run, replay
+from mrope.check.replay import Parting, Run, Worker, compare, read_run, replay, shared_rows
 from mrope.cli import app
 from mrope.collate import BatchDigest, DigestCollator
 from mrope.collate.digests import digest_batch
@@ -236,6 +237,19 @@ def test_a_dataset_that_gives_every_worker_all_rows_is_named(tmp_path: Path) -> 
     )
     assert "gives every worker all rows unless" in printed.output
     assert "Of 48 rows 24 are in" in printed.output
+
+
+def test_rows_that_a_dataset_has_twice_are_no_sign_of_that() -> None:
+    """A quarter of the rows come twice, in any worker; a rung's padding is in every batch."""
+    order = np.random.default_rng(0).permutation([*range(3000), *range(1000)])
+    batches: dict[Worker, list[BatchDigest]] = {Worker(0, number): [] for number in range(4)}
+    for step, batch in enumerate(order.reshape(-1, 4)):
+        names = tuple(f"{row:016x}{0:08x}" for row in (*batch, 99_999))
+        batches[Worker(0, step % 4)].append(BatchDigest(names, {}, (5, 1)))
+    made = Run("twice", 4, batches)
+    assert shared_rows(made) < 0.05
+    everyone = {worker: [one for each in batches.values() for one in each] for worker in batches}
+    assert shared_rows(made._replace(batches=everyone)) > 0.4
 
 
 def test_rank_and_worker_name_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -402,7 +402,8 @@ def test_a_source_that_divides_itself_says_what_can_be_resumed() -> None:
     stream = TokenBudgetStream(SAMPLES, 24, size=size, presharded=True)
     stream.resume(states)
     with pytest.raises(
-        MRopeError, match="presharded=True leaves it to the source .* pass the whole"
+        MRopeError,
+        match="presharded=True leaves it to the source what each reads; .* pass a source",
     ):
         list(stream)
     # As many as before go on.
@@ -411,6 +412,24 @@ def test_a_source_that_divides_itself_says_what_can_be_resumed() -> None:
     )
     stream.resume(states)
     assert len(flat(stream)) == 30 - len(flat(states_taken(states[1])))
+
+
+def test_a_stream_that_counts_samples_is_divided_as_datasets_does() -> None:
+    """An endless repetition of one shard would never come to the next."""
+    table = sharded(usual_mix(40), 4)
+    counting = {
+        "repeat": (table.repeat(None), 12, range(40)),
+        "take": (table.take(10), None, range(10)),
+        "skip": (table.skip(10), None, range(10, 40)),
+    }
+    for name, (made, steps, rows) in counting.items():
+        stream = TokenBudgetStream(made, 8192, buffer_size=8)
+        assert set(flat(numbers(itertools.islice(stream, steps)))) == set(rows), name
+        states = [iter(TokenBudgetStream(made, 8192, buffer_size=8)).state_dict()]
+        other = TokenBudgetStream(made, 8192, rank=0, num_replicas=2)
+        other.resume(states)
+        with pytest.raises(MRopeError, match="repeat, skip or take decides what each reads"):
+            next(iter(other))
 
 
 def states_taken(state: dict[str, Any]) -> list[range]:

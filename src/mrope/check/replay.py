@@ -189,16 +189,19 @@ def shared_rows(run: Run) -> float:
     """Return the share of rows that another worker had been given, within the first epoch.
 
     The first as many rows as there are different ones: an epoch that is divided among the workers
-    has no row twice in these, and one that each worker has all of has every other one again.
+    has few rows twice in these, and one that each worker has all of has every other one again.
     """
     distinct = len(run.rows())
-    given = defaultdict(list)
+    given: dict[str, Counter[Worker]] = defaultdict(Counter)
     rows = ((row, worker) for worker, batch in run.in_order() for row in _row_ids(batch))
     for row, worker in itertools.islice(rows, distinct):
-        given[row].append(worker)
+        given[row][worker] += 1
     # What one worker has again and again is the padding of a rung.
-    once = [workers for workers in given.values() if len(set(workers)) == len(workers)]
-    return sum(len(workers) - 1 for workers in once) / max(distinct, 1)
+    counts = [workers for workers in given.values() if max(workers.values()) < 3]
+    again = sum(len(workers) - 1 for workers in counts)
+    # Rows that the dataset has twice come twice to one worker too, one time in so many.
+    alone = sum(workers.total() - len(workers) for workers in counts)
+    return max(again - alone * (len(run.batches) - 1), 0) / max(distinct, 1)
 
 
 def print_replay(found: Replay, runs: Sequence[Run], console: Console) -> None:
@@ -238,7 +241,8 @@ def _sentences(found: Replay, runs: Sequence[Run]) -> Iterator[str]:
                 f"{run.name}: {share:.0%} of the rows of the first epoch had been given to another "
                 "worker before. A dataset gives every worker all rows unless it reads "
                 "torch.utils.data.get_worker_info() and its rank, as webdataset does with a "
-                "nodesplitter and a workersplitter; or a sampler draws rows again."
+                "nodesplitter and a workersplitter; or a sampler draws rows again, or the dataset "
+                "has them several times."
             )
 
 

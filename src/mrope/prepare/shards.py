@@ -12,6 +12,10 @@ from torch.utils.data import IterableDataset
 from mrope.errors import MRopeError
 from mrope.prepare.lanes import Snapshot
 
+# Steps of a `datasets` stream that count samples: divided, they count in each part. An endless
+# `repeat` of one shard would never come to the next.
+_COUNTING = ("RepeatExamplesIterable", "SkipExamplesIterable", "TakeExamplesIterable")
+
 
 class Shards:
     """Open the shards of a source.
@@ -23,6 +27,7 @@ class Shards:
     Args:
         source: an iterable that starts again with every `iter`, or a map-style dataset.
         presharded: the source itself knows what the worker that iterates over it reads.
+        rank, ranks: this rank, for a `datasets` stream that divides itself.
 
     Raises:
         TypeError: the source is an iterator.
@@ -31,50 +36,48 @@ class Shards:
     Attributes:
         by_shard: whether there may be several shards.
         count: their number.
+        divides_itself: why the source decides what each worker reads; an empty string if it does
+            not.
     """
 
-    def __init__(self, source: Any, *, presharded: bool) -> None:
+    def __init__(self, source: Any, *, presharded: bool, rank: int, ranks: int) -> None:
         if isinstance(source, Iterator):
             raise TypeError(
                 f"source must be an iterable that starts again with every iter, not the iterator "
                 f"{type(source).__name__}: it could not be resumed, nor be read in a second epoch"
             )
-        self.source = source
-        self.presharded = presharded
-        self.by_shard = not presharded and _has_shards(source)
-        self._by_index = not (presharded or self.by_shard) and _is_map_style(source)
-        self.count = int(source.num_shards) if self.by_shard else 1
         # A second split would divide the rank's own part again, and lose the rest.
-        if self.by_shard and getattr(source, "_distributed", None) is not None:
+        is_stream = is_datasets_stream(source)
+        if is_stream and not presharded and getattr(source, "_distributed", None) is not None:
             raise MRopeError(
                 "the source was already divided by split_dataset_by_node; pass the whole stream, "
                 "or presharded=True"
             )
+        self.divides_itself = "presharded=True leaves it to the source" if presharded else ""
+        if is_stream and not presharded and _has_step(source, *_COUNTING):
+            self.divides_itself = "a datasets stream with repeat, skip or take decides"
+            source = _split(source, rank, ranks)
+        self.by_shard = not self.divides_itself and _has_shards(source)
+        self._by_index = not self.divides_itself and _is_map_style(source)
+        self.count = int(source.num_shards) if self.by_shard else 1
+        self._source = source
 
     def open(self, shard: int, epoch: int, snapshot: Snapshot) -> ShardPass:
         """Begin to read a shard, at a snapshot if the source can return to it."""
         if self._by_index:
-            return _IndexedPass(self.source)
+            return _IndexedPass(self._source)
         source = self._of_shard(shard)
         if hasattr(source, "set_epoch"):
             # Before the state: `datasets` ignores a state of another epoch without a word.
             source.set_epoch(epoch)
-        return ShardPass(source, snapshot, in_worker=self.presharded)
+        return ShardPass(source, snapshot, in_worker=bool(self.divides_itself))
 
     def _of_shard(self, shard: int) -> Any:
-        if not is_datasets_stream(self.source):
-            if self.by_shard:
-                return self.source.shard(num_shards=self.count, index=shard)
-            return self.source
-        from datasets.distributed import split_dataset_by_node
-
-        # An object of its own: the stream keeps a state that was loaded once, and starts every
-        # later pass from there. Its epoch is shared by all workers, and set by adding a difference:
-        # two workers at the same time add it twice, and shuffle the shards as in another epoch. By
-        # node, not by `shard`: the epoch's order of shards is applied before.
+        if is_datasets_stream(self._source):
+            return _split(self._source, *((shard, self.count) if self.by_shard else (0, 1)))
         if self.by_shard:
-            return split_dataset_by_node(self.source, shard, self.count)
-        return split_dataset_by_node(self.source, 0, 1)
+            return self._source.shard(num_shards=self.count, index=shard)
+        return self._source
 
 
 class ShardPass:
@@ -143,15 +146,32 @@ def is_datasets_stream(source: Any) -> bool:
 
 def has_shuffle_buffer(source: Any) -> bool:
     """Whether a `datasets` stream has a shuffle buffer, whose samples its state leaves out."""
+    return _has_step(source, "BufferShuffledExamplesIterable")
+
+
+def _has_step(source: Any, *names: str) -> bool:
     # No public attribute tells; a release that renames these turns a test red.
     steps = [getattr(source, "_ex_iterable", None)]
     while steps:
         step = steps.pop()
-        if type(step).__name__ == "BufferShuffledExamplesIterable":
+        if type(step).__name__ in names:
             return True
         steps += [*getattr(step, "ex_iterables", ()), getattr(step, "ex_iterable", None)]
         steps = [one for one in steps if one is not None]
     return False
+
+
+def _split(stream: Any, rank: int, ranks: int) -> Any:
+    """Return a part of a `datasets` stream as an object of its own.
+
+    A stream keeps a state that was loaded once, and starts every later pass from there. Its epoch
+    is shared by all workers, and set by adding a difference: two workers at the same time add it
+    twice, and shuffle the shards as in another epoch.
+    """
+    from datasets.distributed import split_dataset_by_node
+
+    # By node, not by `shard`: the epoch's order of shards is applied before.
+    return split_dataset_by_node(stream, rank, ranks)
 
 
 def _has_shards(source: Any) -> bool:

@@ -54,7 +54,7 @@ class TokenBudgetStreamIterator(Iterator[list[Any]]):
     def _begin(self, epoch: int, parts: Sequence[Part]) -> None:
         shards = self._stream.shards
         # What is divided already is whole to each worker.
-        share = Share(0, 1, 0, 1) if shards.presharded else self._share
+        share = Share(0, 1, 0, 1) if shards.divides_itself else self._share
         self._start(epoch, deal(parts, share, by_shard=shards.by_shard))
 
     def _start(self, epoch: int, lanes: Sequence[Lane]) -> None:
@@ -96,12 +96,12 @@ class TokenBudgetStreamIterator(Iterator[list[Any]]):
         if len(states) == self._share.count:
             number = self._share.number
             self.load_state_dict(next(one for one in states if one["share"] == number))
-        elif self._stream.presharded:
+        elif why := self._stream.shards.divides_itself:
             raise MRopeError(
                 f"cannot resume: the states are those of {len(states)} workers of all ranks, now "
-                f"there are {self._share.count}, and presharded=True leaves it to the source what "
-                "each reads; resume with as many ranks and workers, or pass the whole source: a "
-                "map-style dataset, a datasets stream, or any iterable that yields all samples"
+                f"there are {self._share.count}, and {why} what each reads; resume with as many "
+                "ranks and workers, or pass a source that can be divided anew: a map-style "
+                "dataset, a datasets stream without these steps, or any iterable of all samples"
             )
         else:
             self._begin(states[0]["epoch"], what_is_left(states))

@@ -101,7 +101,9 @@ class TokenBudgetStream(IterableDataset[list[Any]]):
         self.presharded = bool(presharded)
         self.rank, self.num_replicas = find_rank(rank, num_replicas)
         self.source = source
-        self.shards = Shards(source, presharded=self.presharded)
+        self.shards = Shards(
+            source, presharded=self.presharded, rank=self.rank, ranks=self.num_replicas
+        )
         _warn_of_shuffle_buffer(source)
         self._resumed: list[Mapping[str, Any]] = []
         # Whether a worker has taken what was resumed, in shared memory: the copy of a worker that
