@@ -1,6 +1,6 @@
 # Each target sets up its own environment: a fresh clone needs python3, make and a package index.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs browser parity integration peers ray soak fuzz cuda bench lowest newest clean
+.PHONY: help demo test check docs browser parity integration peers ray soak fuzz cuda bench lowest newest newest-torch clean
 
 PYTHON ?= python3
 LOWEST_PYTHON ?= python3.10
@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 help:  ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -118,8 +118,9 @@ ray: .venvs/ray/.ready  ## Run Precheck and the collator on Ray Data, and measur
 	$(@D)/bin/pip install --quiet -c constraints.txt -e '.[cli,ray]' pytest pytest-timeout sybil
 	touch $@
 
-soak: $(READY)  ## Take 20,000 batches from persistent workers, twice; check memory, files and equal results (about 10 minutes)
+soak: $(READY)  ## Take 20,000 batches twice, and watch memory; kill workers, lose ranks, count samples (about 13 minutes)
 	PYTHONPATH=src:tests $(BIN)/python tests/soak/soak.py --json docs/benchmarks/soak.json
+	PYTHONPATH=src:tests $(BIN)/python tests/soak/elastic.py --json docs/benchmarks/soak-elastic.json
 
 fuzz: $(READY)  ## Damage 20,000 samples; each must give the exact result or an MRopeError (about 3 minutes)
 	PYTHONPATH=src:tests $(BIN)/python -X faulthandler -m fuzz.run
@@ -158,6 +159,15 @@ newest:  ## Run all tests with the newest release of every dependency, torch asi
 	.venvs/newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]' torch==2.13.0
 	.venvs/newest/bin/mrope doctor
 	.venvs/newest/bin/pytest -q -n 2 --dist worksteal -p no:cacheprovider -W default
+
+# Apart from `newest`: torch's wheel comes with CUDA, 6.6 GB. A machine's constraint on torch is set aside.
+newest-torch:  ## The same with the newest release of torch too; types as well (6.6 GB to download)
+	$(PYTHON) -m venv --clear .venvs/newest-torch
+	PIP_CONSTRAINT=/dev/null .venvs/newest-torch/bin/pip install --quiet --no-cache-dir \
+	  --upgrade --upgrade-strategy eager torch -e '.[dev]'
+	.venvs/newest-torch/bin/mrope doctor
+	.venvs/newest-torch/bin/mypy src
+	.venvs/newest-torch/bin/pytest -q -n 2 --dist loadscope -p no:cacheprovider -W default
 
 clean:  ## Remove everything that the targets made
 	rm -rf $(VENV) .venvs site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ import pytest
 psutil = pytest.importorskip("psutil")
 
 from mrope import MRopeCollator
+from soak import elastic
 from soak import soak as soaking
 
 
@@ -55,3 +56,16 @@ def test_batches_differ_in_size_and_in_digest() -> None:
     changed = {**batch, "position_ids": batch["position_ids"] + 1}
     assert soaking.digest(batch) == soaking.digest({**batch})
     assert soaking.digest(batch) != soaking.digest(changed)
+
+
+def test_a_short_run_survives_a_lost_worker_and_a_lost_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    phases = (
+        elastic.Phase(2, 1, 0.5, "a worker is killed"),
+        elastic.Phase(1, 2, 1.0, "the epoch ends"),
+    )
+    monkeypatch.setattr(elastic, "PHASES", phases)
+    for found in elastic.soak(rows=200, epochs=1).values():
+        assert (found["lost"], found["taken_twice"]) == (0, 0)
+        assert found["accidents"]["a worker is killed: DataLoader worker"] == 1
