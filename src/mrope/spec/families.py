@@ -75,6 +75,9 @@ class Family:
             goes on 1 after its time (Isaac).
         still_images: an image of more than one frame is refused, as nothing says how to compute
             its position ids.
+        ends_in_time: text goes on behind the largest time of an image, whatever its rows and
+            columns are.
+        counts_images: positions hold the number of an image, which counts over the whole batch.
         merges: patches merged along each side, by the config's `downsample_mode`; None: read from
             `vision_config`, under one of `merge_keys`; 1 without any.
         timed: the temporal step of a video is `tokens_per_second * second_per_grid_ts`.
@@ -102,6 +105,8 @@ class Family:
     newlines: bool = False
     planes_at_zero: bool = False
     still_images: bool = False
+    ends_in_time: bool = False
+    counts_images: bool = False
     merges: Mapping[str, int] | None = None
     merge_keys: tuple[str, ...] = ("spatial_merge_size",)
     timed: bool = False
@@ -239,6 +244,7 @@ FAMILIES: dict[str, Family] = {
         custom_index="hunyuan",
         inputs=("mm_token_type_ids", "images_per_sample"),
         still_images=True,
+        counts_images=True,
         packs=False,
         references=_SINCE_5_6,
         video_keys=(),
