@@ -103,7 +103,8 @@ GOOD: dict[str, Any] = {
             {"video_grid_thw": [[1, 2, 2]], "second_per_grid_ts": [float("nan")]},
             "must be finite and not negative",
         ),
-        ({"use_audio_in_video": [True, False]}, "one bool for the whole batch"),
+        ({"use_audio_in_video": [True, False]}, "or one for each of its 0 clips"),
+        ({"use_audio_in_video": [1]}, "must be one bool for the whole batch"),
         ({"input_ids": [[7, START, IMAGE, IMAGE, END, 8], [7, *[AUDIO] * 4, 8]]}, "in no span"),
         (
             {

@@ -55,7 +55,9 @@ def test_a_dict_a_file_a_folder_and_a_live_config_give_the_same_spec(tmp_path: P
 LIVE = [
     name
     for name, row in FAMILIES.items()
-    if row.source is None and name not in ("aero_realtime", "hunyuan_vl", "minicpmv4_7")
+    if row.source is None
+    and row.section
+    and name not in ("aero_realtime", "hunyuan_vl", "minicpmv4_7")
 ]
 
 
@@ -71,6 +73,22 @@ def test_a_live_config_of_transformers_is_read(family: str, tmp_path: Path) -> N
     assert spec.spatial_merge_size == config.vision_config.spatial_merge_size
     config.save_pretrained(tmp_path)
     assert MRopeSpec.from_config(tmp_path, NEW) == spec
+
+
+def test_live_configs_of_talkers_are_read() -> None:
+    """Qwen3-Omni's class counts audio by a section that it does not declare, by 50 without."""
+    transformers = pytest.importorskip("transformers")
+    old = transformers.Qwen2_5OmniTalkerConfig()
+    spec = MRopeSpec.from_config(old, NEW)
+    assert (spec.image_token_id, spec.spatial_merge_size) == (old.image_token_id, 2)
+    config = transformers.Qwen3OmniMoeTalkerConfig(spatial_merge_size=3)
+    # The class has no `model_type`.
+    table = {**config.to_dict(), "model_type": "qwen3_omni_moe_talker"}
+    spec = MRopeSpec.from_config(table, NEW)
+    assert (spec.image_token_id, spec.spatial_merge_size) == (config.image_token_id, 3)
+    assert spec.extra["n_window"] == 50
+    table["audio_config"] = {"n_window": 70}
+    assert MRopeSpec.from_config(table, NEW).extra["n_window"] == 70
 
 
 def test_aero_realtime_is_read_under_either_name_of_its_ids() -> None:

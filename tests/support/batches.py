@@ -56,11 +56,12 @@ def random_batch(rng: random.Random, spec: MRopeSpec, *, odd: bool = False) -> d
     Args:
         odd: also what no release can number: spans side by side, and rows without a token.
     """
-    if spec.family_row.custom_index is not None:
+    if spec.family_row.custom_index is not None and spec.family_row.source is None:
         from support.custom import RANDOM  # its modules build on this one
 
         return RANDOM[spec.family_row.custom_index](rng, spec)
-    marked = spec.conventions.start_required or rng.random() < 0.7
+    required = spec.conventions.start_required or spec.family == "neo_chat"
+    marked = required or rng.random() < 0.7
     vision = rng.random() < 0.85
     rows = []
     for _ in range(rng.choice([1, 1, 2, 3, 5])):

@@ -18,6 +18,7 @@ Batch = dict[str, Any]
 RANDOM: dict[str, Callable[[random.Random, MRopeSpec], Batch]] = {
     "omni_2_5": random_omni_batch,
     "omni_3": random_omni_batch,
+    "omni_3_talker": random_omni_batch,
     "glm_image": lambda rng, _: glm_image.random_batch(rng),
     "hunyuan": lambda rng, spec: hunyuan.random_batch(rng, spec.spatial_merge_size),
     "minicpm": lambda rng, spec: minicpm.random_batch(rng, spec.spatial_merge_size),
@@ -25,6 +26,7 @@ RANDOM: dict[str, Callable[[random.Random, MRopeSpec], Batch]] = {
 SLOW: dict[str, Callable[[MRopeSpec, Batch], tuple[Any, Any]]] = {
     "omni_2_5": slow_omni_index,
     "omni_3": slow_omni_index,
+    "omni_3_talker": slow_omni_index,
     "glm_image": lambda _, batch: glm_image.slow_index(batch),
     "hunyuan": hunyuan.slow_index,
     "minicpm": lambda spec, batch: minicpm.slow_index(spec.spatial_merge_size, batch),

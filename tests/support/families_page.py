@@ -48,6 +48,7 @@ def cells(name: str, row: Family) -> tuple[str, ...]:
 CUSTOM_INDICES = {
     "omni_2_5": "spans in seconds, audio, in chunks",
     "omni_3": "spans in seconds, audio, by time",
+    "omni_3_talker": "the thinker's, on its tokens",
     "glm_image": "images by markers",
     "hunyuan": "images counted",
     "minicpm": "canvas of slices",
@@ -102,6 +103,8 @@ def vision_keys(row: Family) -> str:
 
 def syncs(name: str, row: Family) -> str:
     """Return the syncs of a step on images: plain, with all that a collator gives, attached."""
+    if not row.section:
+        return "a talker, not attached"
     if row.source is not None or name == "aero_realtime":
         return "no model in transformers"
     found: list[dict[str, Any]] = []

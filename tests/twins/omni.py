@@ -24,7 +24,7 @@ Point = tuple[Any, Any, Any]
 
 
 def is_old(spec: MRopeSpec) -> bool:
-    return spec.family == "qwen2_5_omni_thinker"
+    return spec.family.startswith("qwen2_5_omni")
 
 
 @dataclass
@@ -171,6 +171,11 @@ def slow_omni_index(spec: MRopeSpec, batch: dict[str, Any]) -> tuple[Any, Any]:
     number = np.int64 if is_old(spec) else np.float32
     ids, mask = batch["input_ids"], batch["attention_mask"]
     media = batch["image_grid_thw"] is not None or batch["video_grid_thw"] is not None
+    silent = not media and batch["audio_seqlens"] is None
+    if silent and (spec.family, spec.reference) == ("qwen3_omni_moe_talker", "transformers-5.23"):
+        own = np.cumsum(np.ones_like(ids) if mask is None else mask != 0, axis=1) - 1
+        own = own if mask is None else np.where(mask != 0, own, 0)
+        return own[None].repeat(3, axis=0), np.zeros((len(ids), 1), np.int64)
     positions = np.full((3, *ids.shape), 0 if media and not is_old(spec) else 1, number)
     deltas = np.zeros((len(ids), 1), number)
     names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "audio_seqlens")

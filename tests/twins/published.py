@@ -98,11 +98,76 @@ def split_frames(grids: Iterator[Grid]) -> Iterator[Grid]:
         yield from [(1, height, width)] * frames
 
 
-PUBLISHED: dict[str, Callable[[MRopeSpec, list[int], dict[int, Any]], Numbers]] = {
+def centred(spec: MRopeSpec, tokens: list[int], media: dict[int, Iterator[Grid]]) -> Numbers:
+    """Number as Ming's `get_t_scale_rope_index`, and SGLang's for `bailing_moe_v3_vl`.
+
+    Time goes on by 2 from frame to frame; rows and columns lie around it. What follows is 1 behind
+    the largest time.
+    """
+    merge = spec.spatial_merge_size
+    if spec.family_row.frames_apart:
+        media = {token: split_frames(grids) for token, grids in media.items()}
+    numbers: Numbers = []
+    while len(numbers) < len(tokens):
+        start = 1 + max((number[0] for number in numbers), default=-1)
+        if tokens[len(numbers)] not in media:
+            numbers.append((start, start, start))
+            continue
+        frames, height, width = next(media[tokens[len(numbers)]])
+        high, wide = height // merge, width // merge
+        for time in range(start, start + 2 * frames, 2):
+            for y in range(high):
+                for x in range(wide):
+                    numbers.append((time, time + y - (high - 1) // 2, time + x - (wide - 1) // 2))
+    return numbers
+
+
+def planes(spec: MRopeSpec, tokens: list[int], media: dict[int, Iterator[Grid]]) -> Numbers:
+    """Number as NEO's `get_thw_indexes`: each token that is no image's, and each first token of an
+    image behind its start marker, moves time on; only an image has rows and columns."""
+    numbers: Numbers = []
+    time = -1
+    while len(numbers) < len(tokens):
+        token = tokens[len(numbers)]
+        if token not in media:
+            time += 1
+            numbers.append((time, 0, 0))
+            continue
+        time += numbers != [] and tokens[len(numbers) - 1] == spec.vision_start_token_id
+        numbers += block(spec, next(media[token]), (time, 0, 0))
+    return numbers
+
+
+def around_the_middle(
+    spec: MRopeSpec, tokens: list[int], media: dict[int, Iterator[Grid]]
+) -> list[tuple[int, ...]]:
+    """Number as HunyuanImage-3.0's `build_2d_rope`, whose float32 grids are cut to integers."""
+    numbers: list[tuple[int, ...]] = []
+    while len(numbers) < len(tokens):
+        own = len(numbers)
+        if tokens[own] not in media:
+            numbers.append((own, own))
+            continue
+        _, height, width = next(media[tokens[own]])
+        top, left = own + (width * height - height) / 2, own + (width * height - width) / 2
+        numbers += [(int(top + y), int(left + x)) for y in range(height) for x in range(width)]
+    return numbers
+
+
+PUBLISHED: dict[str, Callable[[MRopeSpec, list[int], dict[int, Any]], Any]] = {
     "KeyeVL": grids_as_blocks,
     "KeyeVL1_5": grids_as_blocks,
     "openpangu_vl": clips_with_markers,
-    "bailing_moe_v3_vl": grids_as_blocks,
+    "bailing_moe_v3_vl@vllm": grids_as_blocks,
+    "bailing_moe_v3_vl@sglang": centred,
+    "bailingmm_moe_v2_lite@ming": centred,
+    "bailingmm_moe_v2_lite@vllm_omni": grids_as_blocks,
+    "colqwen3": grids_as_blocks,
+    "ops_colqwen3": grids_as_blocks,
+    "qwen3_vl_nemotron_embed": grids_as_blocks,
+    "interns1_pro": grids_as_blocks,
+    "neo_chat": planes,
+    "hunyuan_image_3_moe": around_the_middle,
     "intern_s2_preview": grids_as_blocks,
     "interns2_mobius": grids_as_blocks,
     "isaac": events,

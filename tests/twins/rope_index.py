@@ -18,13 +18,14 @@ from twins.published import PUBLISHED
 
 def slow_rope_index(spec: MRopeSpec, batch: dict[str, Any]) -> tuple[Any, Any]:
     """Return what `rope_index` must return for arguments as `batches.random_batch` makes them."""
-    if spec.family_row.custom_index is not None:
+    if spec.family_row.custom_index is not None and spec.family not in PUBLISHED:
         return SLOW[spec.family_row.custom_index](spec, batch)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     old = spec.reference == "transformers-4.57"
     rows, width = ids.shape
     spans = _spans(spec, batch)
-    positions = np.full((3, rows, width), 1 if old else 0, np.int64)
+    axes = 2 if spec.family == "hunyuan_image_3_moe" else 3
+    positions = np.full((axes, rows, width), 1 if old else 0, np.int64)
     deltas = np.zeros((rows, 1), np.int64)
     text_batch = batch["image_grid_thw"] is None and batch["video_grid_thw"] is None
     for row in range(rows):
@@ -32,7 +33,10 @@ def slow_rope_index(spec: MRopeSpec, batch: dict[str, Any]) -> tuple[Any, Any]:
         numbers = _number_row(spec, [int(ids[row, col]) for col in valid], spans)
         for col, number in zip(valid, numbers, strict=True):
             positions[:, row, col] = number
-        top = max((max(number) for number in numbers), default=-1) + 1
+        counting = [number[:1] if spec.family_row.ends_in_time else number for number in numbers]
+        top = max((max(number) for number in counting), default=-1) + 1
+        if axes == 2:
+            top = len(valid)  # nothing is compressed
         if old and text_batch and mask is not None and len(valid) < width:
             top = max(top, 2)
         deltas[row, 0] = top - (width if old else len(valid))

@@ -42,7 +42,7 @@ _AS_QWEN3_VL = ("aero_realtime", "qwen3_5", "qwen3_5_moe")
 
 def has_rope_index(family: str) -> bool:
     """Whether the installed transformers has a function that positions can be compared with."""
-    name = family.removesuffix("_thinker")
+    name = _module_name(family)
     return name in _AS_QWEN3_VL or _find_module(name) is not None
 
 
@@ -55,16 +55,26 @@ def reference_class(family: str) -> Any:
     Raises:
         ModuleNotFoundError: the installed transformers does not have the family.
     """
-    name = family.removesuffix("_thinker")
+    name = _module_name(family)
     if name in _AS_QWEN3_VL and _find_module(name) is None:
         name = "qwen3_vl"
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     classes = (one for one in vars(module).values() if isinstance(one, type))
-    return next(
+    found = [
         one
         for one in classes
         if one.__module__ == module.__name__ and "get_rope_index" in vars(one)
-    )
+    ]
+    # A talker without a function of its own inherits the thinker's.
+    return next((one for one in found if _is_talker(family) and "Talker" in one.__name__), found[0])
+
+
+def _module_name(family: str) -> str:
+    return family.removesuffix("_thinker").removesuffix("_talker")
+
+
+def _is_talker(family: str) -> bool:
+    return family.endswith("_talker")
 
 
 def _find_module(name: str) -> Any:
@@ -85,6 +95,8 @@ def reference_rope_index(
         `position_ids` int64 (3, B, S) and `rope_deltas` int64 (B, 1).
     """
     model = reference_class(spec.family)
+    if _is_talker(spec.family) and _sums_mask(model, arguments):
+        return _by_forward(model, arguments)
     # Building a model would allocate its weights; the function only reads `self.config`.
     holder = _holder(spec)
     for name in _CALLED:
@@ -108,6 +120,24 @@ def reference_rope_index(
         taken = inspect.signature(model.get_rope_index).parameters
         tensors = {name: value for name, value in tensors.items() if name in taken}
     position_ids, rope_deltas = model.get_rope_index(holder, **tensors)
+    return position_ids.numpy(), rope_deltas.numpy()
+
+
+def _sums_mask(model: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether a talker's forward, without image, clip and audio, calls no `get_rope_index`."""
+    media = ("image_grid_thw", "video_grid_thw", "audio_seqlens")
+    return "compute_3d_position_ids" in vars(model) and all(arguments.get(m) is None for m in media)
+
+
+def _by_forward(
+    model: Any, arguments: Mapping[str, Any]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Compute positions of text as a talker's forward does; deltas less the padding are undone."""
+    holder = types.SimpleNamespace(rope_deltas=None)
+    ids, mask = (_tensor(arguments[name]) for name in ("input_ids", "attention_mask"))
+    mask = torch.ones_like(ids) if mask is None else mask
+    position_ids = model.compute_3d_position_ids(holder, ids, ids, mask)
+    rope_deltas = holder.rope_deltas + (1 - mask).sum(1, keepdim=True)
     return position_ids.numpy(), rope_deltas.numpy()
 
 

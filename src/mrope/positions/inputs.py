@@ -81,7 +81,7 @@ class BatchInputs(NamedTuple):
         types: `mm_token_type_ids`, (B, S) integers, or None.
         seq_lengths: for each row the tokens of the examples that it holds; None: a row is one.
         media: by modality, "image", "video" and "audio"; absent where the batch has none.
-        flags: `use_audio_in_video` of the Omni thinkers, a bool.
+        flags: `use_audio_in_video` of the Omni thinkers, a bool, or one for each clip.
     """
 
     input_ids: IntArray
@@ -89,7 +89,7 @@ class BatchInputs(NamedTuple):
     types: IntArray | None
     seq_lengths: Sequence[npt.ArrayLike] | npt.ArrayLike | None
     media: Mapping[str, Media]
-    flags: Mapping[str, bool]
+    flags: Mapping[str, BoolArray]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -196,11 +196,11 @@ def _merge(spec: MRopeSpec, modality: str, of: Mapping[str, Any], given: Mapping
     return spec.spatial_merge_size
 
 
-def _as_flag(name: str, value: Any) -> bool:
-    flags = as_array(name, value, "one bool for the batch")
-    if flags.dtype.kind != "b" or flags.any() != flags.all():
+def _as_flag(name: str, value: Any) -> BoolArray:
+    flags = as_array(name, value, "one bool for the batch, or one for each clip")
+    if flags.dtype.kind != "b":
         raise MRopeError(f"{name} must be one bool for the whole batch, not {flags.tolist()}")
-    return bool(flags.any())
+    return flags
 
 
 def _as_sizes(name: str, values: npt.ArrayLike) -> npt.NDArray[np.int64]:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from mrope.columns import count_key
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.custom import RULES, Padding, Rule
+from mrope.positions.custom.omni import is_silent
 from mrope.positions.diagnose import inverted_mask, type_mismatch
 from mrope.positions.grids import to_grids
 from mrope.positions.inputs import SECONDS, BatchInputs, check_inputs
@@ -180,6 +181,8 @@ def padding_of(spec: MRopeSpec, inputs: BatchInputs) -> Padding:
     """Return what stands at padding, and what of it counts in rope deltas."""
     if spec.family_row.custom_index is not None:
         rule = _rule(spec)
+        if rule.silent is not None and is_silent(spec, inputs):
+            return rule.silent
         return rule.padding if inputs.has_grids or rule.text is None else rule.text
     conventions = spec.conventions
     text = conventions.text_batch_fill_in_delta and not inputs.has_grids

@@ -209,6 +209,7 @@ def _crop(draft: _Draft, sizes: str) -> list[int]:
 _KINDS: dict[str | None, tuple[Callable[[_Draft], None], ...]] = {
     "omni_2_5": (_image, _omni_clip, _audio),
     "omni_3": (_image, _omni_clip, _audio),
+    "omni_3_talker": (_image, _omni_clip, _audio),
     "glm_image": (_glm_image,),
     "hunyuan": (_hunyuan_image,),
     "minicpm": (_minicpm_image, _minicpm_clip),

@@ -172,6 +172,18 @@ CLASS_DEFAULTS: dict[str, Defaults] = {
         **_OMNI,
         **_tower(14, window_size=112),
     },
+    "qwen2_5_omni_talker": {
+        "image_token_index|image_token_id": 151655,
+        "video_token_index|video_token_id": 151656,
+        "vision_start_token_id": 151652,
+        "audio_token_index|audio_token_id": 151646,
+        "audio_start_token_id": 151647,
+        "position_id_per_seconds": 25,
+        "seconds_per_chunk": 2,
+        "spatial_merge_size": 2,
+    },
+    "qwen3_omni_moe_talker": _ids(151655, 151656, 151652)
+    | {"audio_token_id": 151646, "audio_start_token_id": 151669, "position_id_per_seconds": 25},
     "qwen3_omni_moe_thinker": {
         "image_token_id": 151655,
         "video_token_id": 151656,

@@ -48,11 +48,13 @@ class ConfigValue(NamedTuple):
         key: dotted path in the config, with bars between alternative names. If the config holds a
             list there, the value is its length.
         example: value in `example_config`.
+        default: value of a config that lacks the key; None: such a config is refused.
     """
 
     name: str
     key: str
     example: int | list[int]
+    default: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Family:
         counts_images: positions hold the number of an image, which counts over the whole batch.
         merges: patches merged along each side, by the config's `downsample_mode`; None: read from
             `vision_config`, under one of `merge_keys`; 1 without any.
+        section: section of the config that holds the merge size; empty: its top.
         timed: the temporal step of a video is `tokens_per_second * second_per_grid_ts`.
         one_dimensional: the model itself numbers tokens 0, 1, 2 ..., padding included, on one axis:
             position ids are (B, S), and only the towers' tensors are worth computing.
@@ -109,6 +112,7 @@ class Family:
     counts_images: bool = False
     merges: Mapping[str, int] | None = None
     merge_keys: tuple[str, ...] = ("spatial_merge_size",)
+    section: str = "vision_config"
     timed: bool = False
     one_dimensional: bool = False
     packs: bool = True
@@ -169,6 +173,15 @@ _OMNI_VALUES = (
 # Served by vLLM, trained with code of their own. None of these rules looks for a start marker.
 _SERVED = Family(frames_apart=True, still_images=True, packs=False, start_keys=())
 
+_CENTRED = replace(
+    _SERVED,
+    custom_index="centred",
+    inputs=("mm_token_type_ids", *_COUNTS),
+    frames_apart=False,
+    ends_in_time=True,
+    references=_SINCE_5_6,
+)
+
 _CROPS = ("target_sizes", "target_sizes_videos", "downsample_mode")
 
 # A list with one entry per position axis; its length is the value.
@@ -228,6 +241,24 @@ FAMILIES: dict[str, Family] = {
         extra=(*_OMNI_VALUES, ConfigValue("n_window", "audio_config.n_window", 50)),
         tower=_INTERPOLATED,
     ),
+    # The talkers number `talker_input_ids` and `input_text_ids`, the thinkers' tokens.
+    "qwen2_5_omni_talker": replace(
+        _OMNI,
+        custom_index="omni_2_5",
+        packs=False,
+        references=_SINCE_5_6,
+        section="",
+        extra=(*_OMNI_VALUES, ConfigValue("seconds_per_chunk", "seconds_per_chunk", 2)),
+    ),
+    # Its class counts audio tokens by a section that it does not declare.
+    "qwen3_omni_moe_talker": replace(
+        _OMNI,
+        custom_index="omni_3_talker",
+        packs=False,
+        references=_SINCE_5_6,
+        section="",
+        extra=(*_OMNI_VALUES, ConfigValue("n_window", "audio_config.n_window", 50, 50)),
+    ),
     "glm_image": Family(
         custom_index="glm_image",
         inputs=("images_per_sample",),
@@ -274,7 +305,37 @@ FAMILIES: dict[str, Family] = {
     "KeyeVL": replace(_SERVED, source="vLLM, keye.py (cab63df)"),
     "KeyeVL1_5": replace(_SERVED, source="vLLM, keye_vl1_5.py (03c11e7)"),
     "openpangu_vl": replace(_SERVED, frame_gap=2, source="vLLM, openpangu_vl.py (00d1d4c)"),
-    "bailing_moe_v3_vl": replace(_SERVED, source="vLLM, bailing_moe_v3_vl.py (54fc980)"),
+    "bailing_moe_v3_vl@vllm": replace(_SERVED, source="vLLM, bailing_moe_v3_vl.py (54fc980)"),
+    "bailing_moe_v3_vl@sglang": replace(_CENTRED, source="SGLang 0.5.23, bailing_mrope.py"),
+    "bailingmm_moe_v2_lite@ming": replace(
+        _CENTRED, frames_apart=True, source="Ming-flash-omni 2.0, modeling_bailing_moe_v2.py"
+    ),
+    "bailingmm_moe_v2_lite@vllm_omni": replace(_SERVED, source="vLLM-Omni, get_rope_index"),
+    "colqwen3": replace(_SERVED, source="vLLM 0.33, configs/colqwen3.py: Qwen3-VL"),
+    "ops_colqwen3": replace(_SERVED, source="vLLM 0.33, configs/colqwen3.py: Qwen3-VL"),
+    "qwen3_vl_nemotron_embed": replace(_SERVED, source="vLLM 0.33, configs/colqwen3.py: Qwen3-VL"),
+    "interns1_pro": replace(_SERVED, source="vLLM 0.33, interns1_pro.py: Qwen3-VL"),
+    "neo_chat": replace(
+        _SERVED,
+        custom_index="planes",
+        ends_in_time=True,
+        inputs=("mm_token_type_ids", *_COUNTS),
+        references=_SINCE_5_6,
+        source="NEO, modeling_neo_chat.py",
+        video_keys=(),
+        start_keys=("img_start_token_id",),
+        image_keys=("img_context_token_id",),
+    ),
+    "hunyuan_image_3_moe": replace(
+        _SERVED,
+        custom_index="middle",
+        inputs=("mm_token_type_ids", *_COUNTS),
+        references=_SINCE_5_6,
+        source="HunyuanImage-3.0, build_2d_rope",
+        video_keys=(),
+        section="",
+        merge_keys=(),
+    ),
     "intern_s2_preview": replace(_SERVED, source="vLLM, interns2_preview.py (fb73c46)"),
     "interns2_mobius": replace(_SERVED, source="SGLang, mrope_rope_index.py (0a8037d)"),
     "isaac": replace(
@@ -316,6 +377,18 @@ ONE_DIMENSIONAL: dict[str, Family] = {
 A table of their own: whatever computes M-RoPE positions goes by `FAMILIES`, and a model is here
 only because its own forward numbers its tokens on one axis.
 """
+
+
+def rules_of(name: object) -> list[str]:
+    """Return the names of the rules of a family whose published rules disagree.
+
+    Each is a row, `model_type@rule`: none of them is taken for the model's own.
+
+    Example:
+        >>> rules_of("bailing_moe_v3_vl")
+        ['vllm', 'sglang']
+    """
+    return [key.partition("@")[2] for key in FAMILIES if key.startswith(f"{name}@")]
 
 
 def find_family(name: object) -> Family | None:

@@ -42,6 +42,8 @@ class Reference:
         start_required: a span needs a vision start marker in front; without one its placeholders
             get the positions of text.
         binary_mask: only tokens with a mask value of 1 are valid; other values are refused.
+        talker_sums_mask: without images, clips and audio Qwen3-Omni's talker takes the running sum
+            of the mask, as integers, in place of the thinker's rule.
         timed_image_step: temporal step between the frames of an image, in families with timed
             videos.
     """
@@ -54,6 +56,7 @@ class Reference:
     whole_seconds: bool
     start_required: bool
     binary_mask: bool
+    talker_sums_mask: bool
     timed_image_step: int
 
 
@@ -67,6 +70,7 @@ _NEWEST = Reference(
     whole_seconds=False,
     start_required=False,
     binary_mask=False,
+    talker_sums_mask=True,
     timed_image_step=1,
 )
 
@@ -81,9 +85,12 @@ REFERENCES: dict[str, Reference] = {
         whole_seconds=True,
         start_required=True,
         binary_mask=True,
+        talker_sums_mask=False,
         timed_image_step=0,
     ),
-    "transformers-5.17": replace(_NEWEST, era=((5, 6), (5, 17)), whole_seconds=True),
+    "transformers-5.17": replace(
+        _NEWEST, era=((5, 6), (5, 17)), whole_seconds=True, talker_sums_mask=False
+    ),
     "transformers-5.23": _NEWEST,
 }
 

@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mrope.errors import MRopeError
-from mrope.spec.families import FAMILIES, NO_TOKEN, ONE_DIMENSIONAL, Family, find_family
+from mrope.spec.families import (
+    FAMILIES,
+    NO_TOKEN,
+    ONE_DIMENSIONAL,
+    ConfigValue,
+    Family,
+    find_family,
+    rules_of,
+)
 from mrope.spec.model_config import read_dotted, read_int, read_model, with_class_defaults
 from mrope.spec.references import (
     REFERENCES,
@@ -63,6 +71,7 @@ class MRopeSpec:
         cls,
         config: Mapping[str, Any] | str | os.PathLike[str] | Any,
         reference: str | None = "auto",
+        rule: str | None = None,
     ) -> MRopeSpec:
         """Read a spec from a model's config.
 
@@ -74,6 +83,8 @@ class MRopeSpec:
                 or a live `PretrainedConfig` (anything with `to_dict`). Sections of a dict may be
                 live too.
             reference: see `resolve_reference`; None: "auto".
+            rule: which of several published rules, for a family in which they disagree; also read
+                from the config's `mrope_rule`.
 
         Raises:
             MRopeError: no such file, not a config, an unknown `model_type`, a key that is missing
@@ -88,6 +99,7 @@ class MRopeSpec:
             2
         """
         name, table = read_model(config)
+        name = _with_rule(name, rule or table.get("mrope_rule"))
         family = find_family(name)
         if family is None:
             raise MRopeError(_describe_unknown_family(name))
@@ -98,10 +110,10 @@ class MRopeSpec:
                 f"{name} was not compared with {reference}; known: {', '.join(family.references)}"
             )
         table = with_class_defaults(table, name)
-        vision = table.get("vision_config")
+        vision = table.get(family.section) if family.section else table
         if not isinstance(vision, Mapping):
-            raise MRopeError(f"{name}: the config has no vision_config section")
-        where = f"{name} vision_config"
+            raise MRopeError(f"{name}: the config has no {family.section} section")
+        where = f"{name} {family.section}".rstrip()
         timed = read_int(vision, ("tokens_per_second",), where, 1) if family.timed else None
         spec = cls(
             family=name,
@@ -109,9 +121,9 @@ class MRopeSpec:
             image_token_id=_read_token(table, family.image_keys, name),
             video_token_id=_read_token(table, family.video_keys, name),
             vision_start_token_id=_read_token(table, family.start_keys, name),
-            spatial_merge_size=_read_merge(table, vision, family, name),
+            spatial_merge_size=_read_merge(table, vision, family, where),
             tokens_per_second=timed,
-            extra={value.name: read_dotted(table, value.key, name) for value in family.extra},
+            extra={value.name: _read_extra(table, value, name) for value in family.extra},
         )
         _refuse_equal_tokens(spec)
         if by_release and not family.one_dimensional:
@@ -132,9 +144,11 @@ def example_config(family: str) -> dict[str, Any]:
     row = find_family(family)
     if row is None:
         raise MRopeError(_describe_unknown_family(family))
+    name, _, rule = family.partition("@")
     vision = {} if row.merges is not None else dict.fromkeys(row.merge_keys[:1], 2)
     vision |= {"tokens_per_second": 2} if row.timed else {}
-    config: dict[str, Any] = {"model_type": family, "vision_config": vision}
+    config: dict[str, Any] = {"model_type": name} | ({"mrope_rule": rule} if rule else {})
+    config |= {row.section: vision} if row.section else vision
     for keys, token in ((row.start_keys, 101), (row.image_keys, 102), (row.video_keys, 103)):
         config |= dict.fromkeys(keys[:1], token)
     if row.merges is not None:
@@ -148,21 +162,39 @@ def example_config(family: str) -> dict[str, Any]:
     return config
 
 
+def _with_rule(name: Any, rule: str | None) -> Any:
+    """Return the key of the family's row, once it is known which rule is meant."""
+    rules = rules_of(name)
+    if rules and rule not in rules:
+        raise MRopeError(
+            f"the published rules of {name} disagree: name the one that your model was trained "
+            f"with, by rule= or the config's mrope_rule, one of {', '.join(rules)}, not {rule!r}"
+        )
+    return f"{name}@{rule}" if rules else name
+
+
 def _read_token(table: Mapping[str, Any], keys: tuple[str, ...], where: str) -> int:
     return read_int(table, keys, where) if keys else NO_TOKEN
 
 
 def _read_merge(
-    table: Mapping[str, Any], vision: Mapping[str, Any], family: Family, name: str
+    table: Mapping[str, Any], vision: Mapping[str, Any], family: Family, where: str
 ) -> int:
     merges = family.merges
     if merges is None:
-        where = f"{name} vision_config"
         return read_int(vision, family.merge_keys, where, 1) if family.merge_keys else 1
     mode = str(table.get("downsample_mode"))
     if mode not in merges:
+        name = table["model_type"]
         raise MRopeError(f"{name}: downsample_mode must be one of {', '.join(merges)}, not {mode}")
     return merges[mode]
+
+
+def _read_extra(table: Mapping[str, Any], value: ConfigValue, name: str) -> int:
+    section = value.key.split(".")[0]
+    if value.default is not None and table.get(section) is None:
+        return value.default
+    return read_dotted(table, value.key, name)
 
 
 def _refuse_equal_tokens(spec: MRopeSpec) -> None:

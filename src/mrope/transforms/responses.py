@@ -120,13 +120,13 @@ def extend(
     else:
         seen = seen | any(f"{one}s_per_sample" in turns.counts for one in ("image", "video"))
         both = _continue(spec, prompts, turns, seen)
-        delta_B1 = _deltas(spec, both, seen, lengths is None)
+        delta_B1 = _deltas(spec, both, seen, lengths is None).to(deltas.dtype)
     ids = both.positions_ABN
     if lengths is not None:
         ids = _flatten(both, len(positions) > len(ids))
     if isinstance(position_ids, torch.Tensor):
-        return ids.to(positions.device), delta_B1.to(deltas)
-    return ids.numpy(), delta_B1.to(deltas.dtype).numpy()
+        return ids.to(positions.device), delta_B1.to(positions.device)
+    return ids.numpy(), delta_B1.numpy()
 
 
 def _refuse_family(spec: MRopeSpec) -> None:
@@ -136,9 +136,11 @@ def _refuse_family(spec: MRopeSpec) -> None:
             f"{spec.family} numbers its tokens in 1-D, prompt and response alike: there is nothing "
             "to extend"
         )
-    if row.tower is not None and row.tower.draws_last:
+    # A talker reads audio, and has no section of a tower.
+    speaks = not row.section and "audio_seqlens" in row.inputs
+    if speaks or (row.tower is not None and row.tower.draws_last):
         raise MRopeError(
-            f"{spec.family} numbers what it draws itself: extend continues text, not images"
+            f"{spec.family} numbers what it draws or speaks itself: extend continues text"
         )
 
 

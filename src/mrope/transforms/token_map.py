@@ -134,7 +134,7 @@ def _read(
             "by a rule of their own, or audio stands inside of clips"
         )
     ids = as_integers("input_ids", input_ids, "token ids of one row")
-    inputs = check_inputs(spec, ids[None], **sizes)
+    inputs = check_inputs(spec, {"input_ids": ids[None], **sizes})
     grids = to_grids(spec, inputs)
     kinds = token_kinds(spec, to_stream(inputs.input_ids, None))
     needed_G = grids.size_3G.prod(axis=0)
@@ -143,5 +143,5 @@ def _read(
         kinds[ids == spec.extra["audio_token_id"]] = _AUDIO
         window = spec.extra.get("n_window")
         tower = AudioSpec(int(window or 1), None if window is None else 1)
-        needed[_AUDIO] = audio_tokens(tower, np.asarray(sizes.get("audio_seqlens", ()), np.int64))
+        needed[_AUDIO] = audio_tokens(tower, inputs.of("audio").size_N3[:, 0])
     return ids, kinds, needed

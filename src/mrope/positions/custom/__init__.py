@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
+from mrope.positions.custom.centred import number_centred, number_middle, number_planes
 from mrope.positions.custom.counted import number_counted
 from mrope.positions.custom.glm_image import glm_image_tokens, number_glm_image
 from mrope.positions.custom.hunyuan import hunyuan_tokens, number_hunyuan
 from mrope.positions.custom.minicpm import number_minicpm
-from mrope.positions.custom.omni import number_omni_2_5, number_omni_3
+from mrope.positions.custom.omni import number_omni_2_5, number_omni_3, number_omni_3_talker
 from mrope.positions.located import Located
 from mrope.spec.spec import MRopeSpec
 
@@ -47,22 +48,28 @@ class Rule(NamedTuple):
         text: of batches without images and clips; None: the same.
         image_tokens: tokens of an image of a made-up row, by frames, height and width in patches;
             None: a start marker and placeholders.
+        silent: of batches without audio too, where `Reference.talker_sums_mask`; None: the same.
     """
 
     number: Callable[[MRopeSpec, Located], tuple[Array, Array]]
     padding: Padding = Padding(0)
     text: Padding | None = None
     image_tokens: Callable[[MRopeSpec, int, int, int], list[int]] | None = None
+    silent: Padding | None = None
 
 
 # The thinkers' text branch takes the maximum over the fill at padding too.
 _OMNI_TEXT = Padding(1, fill_counts=True)
 
 RULES: dict[str, Rule] = {
+    "centred": Rule(number_centred),
     "counted": Rule(number_counted),
     "glm_image": Rule(number_glm_image, Padding(1), image_tokens=glm_image_tokens),
     "hunyuan": Rule(number_hunyuan, image_tokens=hunyuan_tokens),
+    "middle": Rule(number_middle),
     "minicpm": Rule(number_minicpm, Padding(0, empty_end=1)),
     "omni_2_5": Rule(number_omni_2_5, Padding(1), _OMNI_TEXT),
     "omni_3": Rule(number_omni_3, Padding(0), _OMNI_TEXT),
+    "omni_3_talker": Rule(number_omni_3_talker, Padding(0), _OMNI_TEXT, Padding(0)),
+    "planes": Rule(number_planes),
 }

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mrope.arrays import IntArray
-from mrope.errors import SpanMismatchError
+from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.custom.omni_media import MediaCursor, read_counts, read_media
+from mrope.positions.inputs import BatchInputs
 from mrope.positions.located import Located
 from mrope.spec.spec import MRopeSpec
 
@@ -69,13 +70,31 @@ def number_omni_3(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
             n_window (Qwen3) or seconds_per_chunk (Qwen2.5).
         located: the batch, with `second_per_grid_ts` (videos,) in seconds; `audio_seqlens`
             (audios,), mel frames of each audio, those in videos among them; `use_audio_in_video`,
-            a bool: every video has its audio inside.
+            whether videos have their audio inside: a bool, or one for each, (videos,).
 
     Raises:
         SpanMismatchError: placeholders do not fit grids or audio lengths, or lack their markers.
         MRopeError: an argument of a wrong shape, dtype or value.
     """
     return _compute(_OMNI_3, spec, located)
+
+
+def number_omni_3_talker(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
+    """Number the thinker's tokens for Qwen3-Omni's talker: as `number_omni_3`.
+
+    Without images, clips and audio its model takes the running sum of the mask, as integers.
+    """
+    stream = located.stream
+    if not is_silent(spec, located.inputs):
+        return number_omni_3(spec, located)
+    own_T = np.arange(len(stream.tokens_T)) - stream.start_D.repeat(stream.length_D)
+    return own_T[None].repeat(3, axis=0), stream.length_D
+
+
+def is_silent(spec: MRopeSpec, inputs: BatchInputs) -> bool:
+    """Whether the talker's model leaves a batch, without any media, to the sum of its mask."""
+    media = any(len(inputs.of(modality).size_N3) for modality in ("image", "video"))
+    return spec.conventions.talker_sums_mask and not media and not inputs.of("audio").name
 
 
 _OMNI_2_5 = Thinker(dtype=np.int64, shared_markers=True)
@@ -109,7 +128,7 @@ class _Span(NamedTuple):
 def _compute(thinker: Thinker, spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
     inputs, stream = located.inputs, located.stream
     cursor = MediaCursor(read_media(spec, inputs), read_counts(inputs))
-    audio_in_video = inputs.flags.get("use_audio_in_video", False)
+    together = _together(inputs, len(cursor.media.videos))
     positions_3T: Array = np.empty((3, len(stream.tokens_T)), thinker.dtype)
     end_D: Array = np.zeros(len(stream.row_D), thinker.dtype)
     rows = inputs.shape[0]
@@ -119,7 +138,7 @@ def _compute(thinker: Thinker, spec: MRopeSpec, located: Located) -> tuple[Array
         # One document, unless the row holds several examples.
         for document in range(first_B1[row], first_B1[row + 1]):
             part = slice(*stream.border_D1[document : document + 2].tolist())
-            walk = _Row(thinker, spec, cursor, audio_in_video)
+            walk = _Row(thinker, spec, cursor, together)
             positions_3T[:, part] = walk.number(stream.tokens_T[part])
             end_D[document] = positions_3T[:, part].max() + thinker.dtype(1)
         cursor.check_row()
@@ -134,7 +153,7 @@ class _Row:
     thinker: Thinker
     spec: MRopeSpec
     cursor: MediaCursor
-    audio_in_video: bool
+    together: list[bool]
 
     @property
     def row(self) -> int:
@@ -192,14 +211,15 @@ class _Row:
             return _Span("audio", 1, None, _ONE, self._audio())
         if behind == spec.image_token_id:
             return _Span("image", 1, *self._size("image"), 0)
-        if behind == spec.video_token_id and not self.audio_in_video:
+        together = self.together[min(self.cursor.number("video"), len(self.together) - 1)]
+        if behind == spec.video_token_id and not together:
             return _Span("video", 1, *self._size("video"), 0)
-        if behind == audio_start and self.audio_in_video:
+        if behind == audio_start and together:
             return _Span("video", 2, *self._size("video"), self._audio())
         raise SpanMismatchError(
             f"row {self.row}, valid token {start}: behind the vision start token stands "
             f"{'nothing' if behind is None else f'token id {behind}'}, which begins no image or "
-            f"video with use_audio_in_video={self.audio_in_video}. Likely cause: {_STRAY}, or "
+            f"video with use_audio_in_video={together}. Likely cause: {_STRAY}, or "
             "use_audio_in_video differs from what the processor was told.",
             row=self.row,
             cause=_STRAY,
@@ -359,3 +379,15 @@ def omni_tokens(spec: MRopeSpec, placeholders: int, audio: int, end_id: int) -> 
         return [spec.vision_start_token_id, *video, end_id]
     tokens = [start, *video, *[sound] * audio, end_id]
     return [spec.vision_start_token_id, *tokens, end_id] if video else tokens
+
+
+def _together(inputs: BatchInputs, clips: int) -> list[bool]:
+    """Return for each clip whether it has its audio inside, and last for clips without a grid."""
+    flags = inputs.flags.get("use_audio_in_video", np.zeros(1, np.bool_))
+    if flags.shape != (clips,) and flags.any() != flags.all():
+        raise MRopeError(
+            f"use_audio_in_video must be one bool for the whole batch, or one for each of its "
+            f"{clips} clips, not {flags.tolist()}"
+        )
+    each = flags.tolist() if flags.shape == (clips,) else [bool(flags.any())] * clips
+    return [*each, bool(flags.any())]

@@ -69,6 +69,10 @@ class MediaCursor:
         self._taken[kind] += 1
         return ordinal if ordinal < len(self.media.sizes(kind)) else None
 
+    def number(self, kind: str) -> int:
+        """Return the number in the batch of the next of a kind."""
+        return self._taken[kind]
+
     def in_row(self, kind: str) -> int:
         """Return how many of a kind were taken in this row."""
         return self._taken[kind] - self._before_row[kind]
