@@ -10,6 +10,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from mrope.check.engine import compare_engine, describe_engine
 from mrope.hf.rows import ROWS
 from mrope.proof.comparisons import Verdict, compare
 from mrope.proof.small_models import FAILURES, default_model, describe_error
@@ -43,6 +44,20 @@ def compare_families(json_file: Path | None = None) -> bool:
         found = {"transformers": transformers.__version__, "families": result}
         json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return all(one.equal is not False for row in verdicts.values() for one in row.values())
+
+
+def print_engine(engine: str) -> None:
+    """Print what an installed engine's own function gives for each family, images and clips."""
+    found, console = compare_engine(engine), Console()
+    if not found:
+        console.print(f"{engine} is not installed: nothing was compared")
+        return
+    table = Table(title=f"mrope and {describe_engine(engine)}")
+    for column in ("family", "images", "clips"):
+        table.add_column(column)
+    for family, verdicts in found.items():
+        table.add_row(family, *verdicts.values())
+    console.print(table)
 
 
 def compare_family(family: str) -> dict[str, Verdict]:

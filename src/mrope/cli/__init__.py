@@ -24,6 +24,7 @@ from mrope.cli.options import (
     ConfigFile,
     DatasetName,
     Device,
+    EngineName,
     JsonFile,
     ModelName,
     Overrides,
@@ -305,11 +306,13 @@ def syncs(
 
 
 @app.command()
-def doctor(json_file: JsonFile = None) -> None:
+def doctor(json_file: JsonFile = None, engine: EngineName = None) -> None:
     """Compare every family with the installed transformers; exit with 1 if any differs."""
-    from mrope.check.doctor import compare_families
+    from mrope.check.doctor import compare_families, print_engine
 
-    if not compare_families(json_file):
+    if engine is not None:
+        print_engine(engine)
+    elif not compare_families(json_file):
         raise typer.Exit(1)
 
 

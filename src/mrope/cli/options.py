@@ -95,3 +95,10 @@ RunConfig = Annotated[
     ),
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="Run only the smallest cases.")]
+
+EngineName = Annotated[
+    str | None,
+    typer.Option(
+        "--engine", help="Compare with a serving engine in place of transformers: sglang."
+    ),
+]

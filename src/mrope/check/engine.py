@@ -1,0 +1,137 @@
+"""Compare positions with those of an installed serving engine: `mrope doctor --engine sglang`.
+
+A policy answers from the engine's positions, and is trained at ours. The engine's function is plain
+torch: its file is loaded by itself, since the package around it needs a GPU to be imported.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from mrope.errors import MRopeError
+from mrope.hf.random_batches import random_arguments
+from mrope.positions.rope_index import rope_index
+from mrope.spec.families import FAMILIES
+from mrope.spec.spec import MRopeSpec, example_config
+
+_FILES = {"sglang": "srt/layers/rotary_embedding/mrope_rope_index.py"}
+_ROWS = 400
+_GRIDS = ("image_grid_thw", "video_grid_thw")
+
+_SIZES = (*_GRIDS, "second_per_grid_ts")
+_NO_RULE = "no rule of its own"
+
+
+def compare_engine(engine: str, reference: str = "auto") -> dict[str, dict[str, str]]:
+    """Return for each family that an engine numbers "equal", or the first row that differs.
+
+    Rows are random and alone: with images, and with clips too. Empty: the engine is not installed.
+
+    Raises:
+        MRopeError: an engine that cannot be asked.
+    """
+    if engine not in _FILES:
+        raise MRopeError(f"--engine must be one of {', '.join(_FILES)}, not {engine!r}")
+    package = importlib.util.find_spec(engine)
+    if package is None or not package.submodule_search_locations:
+        return {}
+    file = Path(next(iter(package.submodule_search_locations))) / _FILES[engine]
+    loaded = importlib.util.spec_from_file_location("engine_rope_index", file)
+    assert loaded is not None
+    assert loaded.loader is not None
+    module = importlib.util.module_from_spec(loaded)
+    loaded.loader.exec_module(module)
+    found = {}
+    for family, row in FAMILIES.items():
+        # The engine finds spans by their start markers.
+        if row.custom_index is None and row.start_keys and reference in ("auto", *row.references):
+            spec = MRopeSpec.from_config(example_config(family), reference)
+            verdicts = {
+                kind: _compare(module, spec, kind == "clips") for kind in ("images", "clips")
+            }
+            if set(verdicts.values()) != {_NO_RULE}:
+                found[family] = verdicts
+    return found
+
+
+def describe_engine(engine: str) -> str:
+    """Return an engine's name and version; its name alone where it is not installed."""
+    try:
+        return f"{engine} {importlib.metadata.version(engine)}"
+    except importlib.metadata.PackageNotFoundError:
+        return engine
+
+
+def _numbers(
+    module: ModuleType, spec: MRopeSpec, ids_1S: torch.Tensor, sizes: dict[str, Any]
+) -> torch.Tensor:
+    """Call SGLang's function for a family; RuntimeError: it has none."""
+    config = SimpleNamespace(
+        image_token_id=spec.image_token_id,
+        vision_config=SimpleNamespace(spatial_merge_size=spec.spatial_merge_size),
+        **spec.extra,
+    )
+    if spec.family_row.frames_as_images:
+        glm = {name: sizes.get(name) for name in _GRIDS}
+        mask = torch.ones_like(ids_1S)
+        numbered = module.get_rope_index_glm4v(ids_1S, config, **glm, attention_mask=mask)
+        of_glm: torch.Tensor = numbered[0]
+        return of_glm
+    numbered = module.get_rope_index(
+        spatial_merge_size=spec.spatial_merge_size,
+        image_token_id=spec.image_token_id,
+        video_token_id=spec.video_token_id,
+        vision_start_token_id=spec.vision_start_token_id,
+        model_type=spec.family.partition("@")[0],
+        tokens_per_second=spec.tokens_per_second or 1,
+        input_ids=ids_1S,
+        **sizes,
+    )
+    positions: torch.Tensor = numbered[0]
+    return positions
+
+
+def _compare(module: ModuleType, spec: MRopeSpec, clips: bool) -> str:
+    """Return "equal", the first difference, or that the engine has no rule."""
+    verdict = _NO_RULE
+    for ids, sizes in _rows(spec, clips):
+        ours, _ = rope_index(spec, ids, **sizes)
+        tensors = {name: torch.as_tensor(value) for name, value in sizes.items()}
+        try:
+            theirs = _numbers(module, spec, torch.as_tensor(ids), tensors).numpy()
+        except RuntimeError:
+            return _NO_RULE
+        if not np.array_equal(ours, theirs):
+            axis, _, token = np.argwhere(ours != theirs)[0]
+            grids = "".join(f", {name} {sizes[name].tolist()}" for name in _GRIDS if name in sizes)
+            return (
+                f"token {token} of {ids.shape[1]} is at {theirs[axis, 0, token]} on axis {axis}, "
+                f"here at {ours[axis, 0, token]}{grids}"
+            )
+        verdict = "equal"
+    return verdict
+
+
+def _rows(spec: MRopeSpec, clips: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield token ids (1, S) and sizes of random rows without padding; an image has one frame."""
+    rng = np.random.default_rng(0)
+    for _ in range(_ROWS):
+        given = random_arguments(spec, rng)
+        sizes = {name: given[name] for name in _SIZES if given.get(name) is not None}
+        still = (sizes.get("image_grid_thw", np.ones((1, 3)))[:, 0] == 1).all()
+        if (
+            len(given["input_ids"]) == 1
+            and still
+            and sizes
+            and ("video_grid_thw" in sizes) == clips
+        ):
+            mask = given["attention_mask"]
+            yield given["input_ids"] if mask is None else given["input_ids"][:, mask[0] != 0], sizes
