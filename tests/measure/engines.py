@@ -61,11 +61,10 @@ def numbering(folder: Path, family: str) -> Any:
 def features(spec: MRopeSpec, ids: list[int], sizes: dict[str, Any]) -> list[Any]:
     """Return what vLLM knows of each image and clip: where it is, and its grid."""
     found, at = [], 0
-    for modality, token in (("image", spec.image_token_id), ("video", spec.video_token_id)):
+    frames = spec.image_token_id if spec.family_row.frames_as_images else spec.video_token_id
+    for modality, token in (("image", spec.image_token_id), ("video", frames)):
         at = 0
         seconds = sizes.get("second_per_grid_ts")
-        if modality == "video" and spec.family_row.frames_as_images:
-            token = spec.image_token_id
         for number, grid in enumerate(sizes.get(f"{modality}_grid_thw", ())):
             area = spec.frame_tokens(*grid[1:].tolist()) * int(grid[0])
             first = ids.index(token, at)
@@ -116,11 +115,10 @@ def verdict(folder: Path, family: str, reference: str, clips: bool) -> str:
     model = numbering(folder, family)()
     model.config = config
     count = 0
-    for ids, sizes in _rows(spec, clips):
-        tokens = closed(spec, ids[0].tolist())
-        ids = np.array([tokens])
+    for row, sizes in _rows(spec, clips):
+        tokens = closed(spec, row[0].tolist())
         theirs, _ = model.get_mrope_input_positions(tokens, features(spec, tokens, sizes))
-        ours, _ = rope_index(spec, ids, **sizes)
+        ours, _ = rope_index(spec, [tokens], **sizes)
         if not np.array_equal(ours[:, 0], theirs.numpy()):
             axis, token = np.argwhere(ours[:, 0] != theirs.numpy())[0]
             return f"differs: token {token}, {theirs[axis, token]} there and {ours[axis, 0, token]} here, {sizes}"
@@ -134,7 +132,7 @@ def main(words: list[str]) -> int:
             for clips in (False, True):
                 try:
                     text = verdict(Path(words[0]), family, reference, clips)
-                except Exception as error:  # each is a line of the table
+                except (AttributeError, IndexError, TypeError, ValueError) as error:
                     text = f"{type(error).__name__}: {error}"
                 print(family, reference, "clips" if clips else "images", text)
     return 0

@@ -107,7 +107,7 @@ def _compare(module: ModuleType, spec: MRopeSpec, clips: bool) -> str:
         tensors = {name: torch.as_tensor(value) for name, value in sizes.items()}
         try:
             theirs = _numbers(module, spec, torch.as_tensor(ids), tensors).numpy()
-        except RuntimeError:
+        except (AttributeError, RuntimeError):
             return _NO_RULE
         if not np.array_equal(ours, theirs):
             axis, _, token = np.argwhere(ours != theirs)[0]
