@@ -138,7 +138,7 @@ def _refuse_family(spec: MRopeSpec) -> None:
         )
     # A talker reads audio, and has no section of a tower.
     speaks = not row.section and "audio_seqlens" in row.inputs
-    if speaks or (row.tower is not None and row.tower.draws_last):
+    if speaks or (row.tower is not None and row.tower.sizes == "without_last"):
         raise MRopeError(
             f"{spec.family} numbers what it draws or speaks itself: extend continues text"
         )
