@@ -70,8 +70,6 @@ RULES: dict[str, Rule] = {
     "minicpm": Rule(number_minicpm, Padding(0, empty_end=1)),
     "omni_2_5": Rule(number_omni_2_5, Padding(1), _OMNI_TEXT),
     "omni_3": Rule(number_omni_3, Padding(0), _OMNI_TEXT),
-    "omni_3_talker": Rule(
-        number_omni_3_talker, Padding(0), _OMNI_TEXT, silent=Padding(0)
-    ),
+    "omni_3_talker": Rule(number_omni_3_talker, Padding(0), _OMNI_TEXT, silent=Padding(0)),
     "planes": Rule(number_planes),
 }
