@@ -72,7 +72,7 @@ def as_integers(name: str, values: npt.ArrayLike, hint: str) -> IntArray:
     Raises:
         MRopeError: ragged lists, floats or other types, or integers beyond int64.
     """
-    array = as_array(name, values, hint)
+    array = values if type(values) is np.ndarray else as_array(name, values, hint)
     kind = array.dtype.kind
     if kind == "i":
         return array

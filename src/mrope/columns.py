@@ -87,11 +87,17 @@ _DERIVED = {
     **dict.fromkeys(("split_sizes", "window_split_sizes"), False),
 }
 
+TOWER_KEYS = {
+    (modality, name): tower_key(modality, name)
+    for modality in (*MODALITIES, "vision")
+    for name in _DERIVED
+}
+"""What `tower_key` returns, by modality and name, for code that runs in each batch."""
+
 COLUMNS: dict[str, Column] = {
     **{
-        tower_key(modality, name): Column("derived", modality, of_part=of_part)
-        for modality in (*MODALITIES, "vision")
-        for name, of_part in _DERIVED.items()
+        key: Column("derived", modality, of_part=_DERIVED[name])
+        for (modality, name), key in TOWER_KEYS.items()
     },
     "input_ids": Column("token"),
     "attention_mask": Column("token"),

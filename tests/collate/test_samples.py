@@ -14,7 +14,7 @@ import torch
 
 from mrope import MRopeCollator, MRopeError
 from mrope.collate.padding import PaddingCollator
-from mrope.collate.samples import read_sample
+from mrope.collate.read import read_sample
 from support.rows import FAMILIES, Row, assert_same_batch, errors_of, row_of
 from support.specs import example_spec
 

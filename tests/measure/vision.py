@@ -38,6 +38,11 @@ _CROPS = 500
 _MERGE, _WINDOW_PIXELS, _PATCH_PIXELS, _TABLE_SIDE = 2, 112, 14, 48
 
 
+def arrays_of(tensors: Mapping[str, Any]) -> tuple[npt.NDArray[Any], ...]:
+    """Return the arrays among the tensors of a product."""
+    return tuple(value for value in tensors.values() if isinstance(value, np.ndarray))
+
+
 @dataclass(frozen=True)
 class Case:
     """500 crops with even heights and widths in patches, drawn from `shortest` to `longest`."""
@@ -109,13 +114,13 @@ def _questions() -> tuple[Question, ...]:
         Question(
             "window index",
             15,
-            lambda grid: vision.window_order(grid, _MERGE, side),
+            lambda grid: arrays_of(vision.window_order(grid, _MERGE, side)),
             lambda grid: window_index(grid, _MERGE, _WINDOW_PIXELS, _PATCH_PIXELS),
         ),
         Question(
             "interpolation",
             5,
-            lambda grid: vision.table_taps(grid, _MERGE, _TABLE_SIDE),
+            lambda grid: arrays_of(vision.table_taps(grid, _MERGE, _TABLE_SIDE)),
             lambda grid: interpolation(
                 grid, _TABLE_SIDE, "bilinear", align_corners=True, spatial_merge_size=_MERGE
             ),

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from mrope.errors import MRopeError
-from mrope.hf.random_batches import random_arguments
 from mrope.positions.rope_index import rope_index
+from mrope.proof.random_batches import random_arguments
 from mrope.spec.families import FAMILIES
 from mrope.spec.spec import MRopeSpec, example_config
 

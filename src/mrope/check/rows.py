@@ -183,11 +183,11 @@ def _as_batch(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _counted(index: int, inputs: BatchInputs) -> RowCheck:
-    size, clips = measure(inputs), inputs.of("video").size_N3
+    size, clips = measure(inputs), inputs.media["video"].size_N3
     return RowCheck(
         row=index,
         tokens=size.tokens,
-        images=len(inputs.of("image").size_N3),
+        images=len(inputs.media["image"].size_N3),
         videos=len(clips),
         frames=int(clips[:, 0].sum()),
         patches=size.patches,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mrope.check.rows import CheckedRows, Examples
-from mrope.collate.samples import PIXELS
+from mrope.collate.read import PIXELS
 from mrope.errors import MRopeError
 from mrope.training.dataloader import model_columns, open_table, row_processing
 

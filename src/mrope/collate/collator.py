@@ -14,17 +14,22 @@ from mrope.collate.ladder import Shapes
 from mrope.collate.layouts import CheckedBatch, Layout, to_batch_layout
 from mrope.collate.options import resolve_option
 from mrope.collate.packing import Flatten, OneRow, check_packing
-from mrope.collate.padded import Padded
 from mrope.collate.padding import PaddingCollator
 from mrope.collate.pixels import check_pixels
-from mrope.collate.placement import Placement
-from mrope.collate.read import Rows, as_batch, read_inputs
+from mrope.collate.placement import Padded, Placement
+from mrope.collate.read import Rows, as_batch, read_arguments
 from mrope.collate.shapes import check_shapes, one_tower_call
 from mrope.collate.skip_bad import BadExampleFilter, SkipBad
-from mrope.collate.tower_columns import audio_columns, expert_columns, vision_columns
+from mrope.collate.tower_columns import (
+    EXPERT_TYPES,
+    audio_columns,
+    expert_columns,
+    vision_columns,
+)
 from mrope.errors import MRopeError
+from mrope.positions.inputs import check_inputs
 from mrope.positions.located import Located
-from mrope.positions.rope_index import locate, number, padding_of, rope_deltas
+from mrope.positions.rope_index import compute, padding_of, rope_deltas
 from mrope.spec.spec import MRopeSpec
 from mrope.towers import AudioSpec, VisionSpec, check_release
 
@@ -158,9 +163,9 @@ class MRopeCollator:
     def _collate(self, examples: Any) -> Any:
         batch = as_batch(self.inner_collate(examples))
         rows = Rows(examples, batch["input_ids"])
-        inputs = read_inputs(self.spec, batch, rows, self._arrangement.apart)
-        located = locate(self.spec, inputs)
-        positions_AT, end_D = number(self.spec, located)
+        given = read_arguments(self.spec, batch, rows, self._arrangement.apart)
+        inputs = check_inputs(self.spec, *given)
+        located, positions_AT, end_D = compute(self.spec, inputs)
         check_pixels(self.spec, batch, rows, inputs)
         placement = self._arrangement.place(located)
         added = self._arrangement.lay_out(batch, located, placement)
@@ -182,8 +187,9 @@ class MRopeCollator:
             return {"position_ids": np.tile(np.arange(placement.width), rows)}
         fill = padding_of(self.spec, located.inputs).fill
         positions = self._arrangement.position_ids(positions_AT, fill, located, placement)
-        deltas = rope_deltas(self.spec, located, end_D)
-        remind_of_rope_deltas(batch, deltas)
+        deltas = rope_deltas(self.spec, located, end_D, self._arrangement.apart)
+        if batch.get("labels") is None:
+            remind_of_rope_deltas(deltas)
         added = {"position_ids": positions}
         return added | {"rope_deltas": deltas} if self._arrangement.has_deltas else added
 
@@ -200,7 +206,9 @@ class MRopeCollator:
         added["has_padding"] = placement.gaps
         for modality in ("image", "video"):
             added |= vision_columns(self.vision, modality, located, placement)
-        return added | expert_columns(batch)
+        if batch.get(EXPERT_TYPES) is not None:
+            added |= expert_columns(batch)
+        return added
 
     def _finished(self, batch: MutableMapping[str, Any], added: Mapping[str, Any]) -> Any:
         for name, value in added.items():
@@ -212,7 +220,12 @@ class MRopeCollator:
             batch[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         if self.layout == "batch":
             batch.update(to_batch_layout(batch))
-        return CheckedBatch(batch) if type(batch) is dict else batch
+        if type(batch) is not dict:
+            return batch
+        # Not by its constructor, whose checks are for code that makes a batch of this one.
+        checked = CheckedBatch.__new__(CheckedBatch)
+        checked.update(batch)
+        return checked
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner_collate!r}, {self.spec!r})"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -14,19 +13,18 @@ from torch.utils.data import get_worker_info
 _log = logging.getLogger("mrope")
 
 
-def remind_of_rope_deltas(batch: Mapping[str, Any], rope_deltas: Any) -> None:
-    """Log a warning if a transformers model may decode behind this batch at wrong positions.
+def remind_of_rope_deltas(rope_deltas: Any) -> None:
+    """Log a warning if a transformers model may decode behind a batch at wrong positions.
 
     Given `position_ids`, such a model does not store `rope_deltas`, unless `mrope.hf` was imported.
-    Batches with labels are for training, where nothing is decoded. Nothing is imported to find out:
-    a worker that was spawned without transformers logs nothing.
+    Nothing is imported to find out: a worker that was spawned without transformers logs nothing.
 
     Args:
-        batch: what the inner collate function returned.
-        rope_deltas: int64 (B, 1).
+        rope_deltas: int64 (B, 1) of a batch without labels: those with labels are for training,
+            where nothing is decoded.
     """
     loaded = "transformers.modeling_utils" in sys.modules and "mrope.hf" not in sys.modules
-    if loaded and batch.get("labels") is None and np.any(rope_deltas):
+    if loaded and np.any(rope_deltas):
         worker = get_worker_info()
         if worker is None or worker.id == 0:
             _warn_once()

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from mrope.collate.samples import PIXELS, as_tensor, read_sample
-from mrope.columns import COLUMNS, columns, fill_of
+from mrope.collate.read import PIXELS, as_tensor, read_sample
+from mrope.columns import COLUMNS, columns
 from mrope.errors import MRopeError
 
 Example = Mapping[str, Any]
@@ -31,7 +31,7 @@ class PaddingCollator:
             copies once, into their rung; otherwise they would be copied twice.
 
     Examples are mappings. Columns that hold nothing (None, NaN, `[]`, `[[]]`, tensors and arrays of
-    size 0) are as if absent, see `mrope.collate.samples.read_sample`.
+    size 0) are as if absent, see `mrope.collate.read.read_sample`.
 
     What a column is stands in `mrope.columns.COLUMNS`:
 
@@ -80,9 +80,9 @@ class PaddingCollator:
                 batch[name] = self._pad(name, rows)
         for name in _JOINED:
             parts = {
-                row: _tensor(row, name, sample[name])
+                row: value if isinstance(value, torch.Tensor) else _tensor(row, name, value)
                 for row, sample in enumerate(rows)
-                if name in sample
+                if (value := sample.get(name)) is not None
             }
             if parts and name in PIXELS and not self.join_pixels:
                 batch[name] = list(parts.values())
@@ -108,13 +108,18 @@ class PaddingCollator:
         if "input_ids" not in sample:
             raise MRopeError(f"row {row}: the example has no input_ids")
         for name in _TOKENS:
-            if name in sample:
-                column = _integers(row, name, sample[name])
-                if column.ndim != 1:
-                    raise MRopeError(
-                        f"row {row}: {name} must be (n,) or (1, n), not {(*column.shape,)}"
-                    )
-                sample[name] = column
+            if name not in sample:
+                continue
+            column = sample[name]
+            if not isinstance(column, torch.Tensor):
+                column = sample[name] = _tensor(row, name, column)
+            # An empty list becomes float32.
+            if column.numel() and (column.is_floating_point() or column.is_complex()):
+                raise MRopeError(f"row {row}: {name} must hold integers, not {column.dtype}")
+            if column.ndim != 1:
+                raise MRopeError(
+                    f"row {row}: {name} must be (n,) or (1, n), not {(*column.shape,)}"
+                )
         length = len(sample["input_ids"])
         sample.setdefault("attention_mask", torch.ones(length, dtype=torch.int64))
         return sample
@@ -127,7 +132,7 @@ class PaddingCollator:
         # Made-up labels would change the loss; types follow from the tokens.
         if missing and name != "mm_token_type_ids":
             raise MRopeError(f"row {missing[0]}: no {name}, which other rows of the batch have")
-        fill = fill_of(name, self.pad_token_id)
+        fill = self.pad_token_id if name == "input_ids" else COLUMNS[name].fill
         longest = max(len(row["input_ids"]) for row in rows)
         width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         out = torch.full((len(rows), width), fill, dtype=torch.int64)
@@ -143,14 +148,6 @@ def _tensor(row: int, name: str, value: Any) -> torch.Tensor:
         return as_tensor(name, value)
     except MRopeError as error:
         raise MRopeError(f"row {row}: {error}") from error
-
-
-def _integers(row: int, name: str, value: Any) -> torch.Tensor:
-    column = _tensor(row, name, value)
-    # An empty list becomes float32.
-    if column.numel() and (column.is_floating_point() or column.is_complex()):
-        raise MRopeError(f"row {row}: {name} must hold integers, not {column.dtype}")
-    return column
 
 
 def _concatenated(name: str, parts: Mapping[int, torch.Tensor]) -> torch.Tensor:

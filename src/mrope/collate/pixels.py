@@ -6,11 +6,9 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from mrope.collate.read import Rows
-from mrope.collate.samples import PIXELS, axes_of, read_column
+from mrope.collate.read import PIXELS, Rows, axes_of, read_column
 from mrope.columns import COLUMNS
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.inputs import BatchInputs, Media
@@ -19,6 +17,7 @@ from mrope.spec.spec import MRopeSpec
 # Sizes of towers whose pixels are not compared: MiniCPM-V joins patches along its last dimension,
 # GLM-Image has grids of images that it is to draw, which have no pixels.
 _NOT_COMPARED = ("crops", "without_last")
+_MODALITY = {name: str(COLUMNS[name].modality) for name in PIXELS}
 # Grids that a message lists, at most.
 _SHOWN = 8
 
@@ -60,19 +59,25 @@ def check_pixels(
     tower = spec.family_row.tower
     if tower is not None and tower.sizes in _NOT_COMPARED:
         return
-    for name in PIXELS:
-        found = _patches(name, batch.get(name))
+    for name, modality in _MODALITY.items():
+        pixels = batch.get(name)
+        found = None if pixels is None else _patches(name, pixels)
         if found is None:
             continue
-        media = inputs.of(str(COLUMNS[name].modality))
-        parts = _of_rows(name, rows, media, found)
-        if parts is None and not len(media.size_N3) and inputs.shape[0] > 1:
-            continue  # a custom inner function may know their sizes by another name
-        known = parts is not None or inputs.shape[0] == 1
-        parts = parts or [_part(found, media.size_N3)]
-        for row, counts in enumerate(parts):
-            if counts.found != counts.needed:
-                raise _mismatch(name, row if known else None, parts)
+        media, count = inputs.media[modality], inputs.shape[0]
+        needed_N = np.multiply.reduce(media.size_N3, axis=1)
+        found_B = None
+        if rows.examples is not None and (media.count_B is not None or not len(needed_N)):
+            found_B = [_patches(name, example.get(name)) or 0 for example in rows.examples]
+        if found_B is None or sum(found_B) != found:
+            # A custom inner function may know their sizes by another name.
+            if found != np.add.reduce(needed_N) and (len(needed_N) or count == 1):
+                raise _mismatch(name, media, [found], None if count > 1 else 0)
+            continue
+        counts_B = np.zeros(count, np.int64) if media.count_B is None else media.count_B
+        needed_B = np.bincount(np.arange(count).repeat(counts_B), needed_N, count)
+        if needed_B.tolist() != found_B:
+            raise _mismatch(name, media, found_B, int((needed_B != found_B).argmax()))
 
 
 def take_pixels(batch: MutableMapping[str, Any], needed: int) -> list[torch.Tensor]:
@@ -106,12 +111,10 @@ def _are_parts(pixels: Any) -> bool:
     return isinstance(pixels, (list, tuple)) and bool(pixels) and hasattr(pixels[0], "ndim")
 
 
-def _part(found: int, size_N3: npt.NDArray[np.int64]) -> _Part:
-    return _Part(found, int(size_N3.prod(axis=1).sum()), size_N3.tolist())
-
-
 def _patches(name: str, pixels: Any) -> int | None:
     """Return the number of patches; None where there are no pixels, or their layout is another."""
+    if isinstance(pixels, torch.Tensor):
+        return pixels.shape[0] if pixels.ndim in (2, 4) else None
     if _are_parts(pixels):
         # Tensors or arrays of whole images, or of single patches; joining them would copy them.
         return sum(map(len, pixels)) if pixels[0].ndim in (2, 4) else len(pixels)
@@ -120,26 +123,26 @@ def _patches(name: str, pixels: Any) -> int | None:
     return len(pixels) if pixels is not None and axes_of(pixels) in (2, 4) else None
 
 
-def _of_rows(name: str, rows: Rows, media: Media, found: int) -> list[_Part] | None:
-    """Return the counts of each row; None where pixels or grids are not those of the examples."""
-    if rows.examples is None:
-        return None
-    patches = [_patches(name, example.get(name)) or 0 for example in rows.examples]
-    if sum(patches) != found or (media.count_B is None and len(media.size_N3)):
-        return None
-    counts = np.zeros(len(patches), np.int64) if media.count_B is None else media.count_B
-    sizes = np.split(media.size_N3, counts.cumsum()[:-1])
-    return [_part(*of_row) for of_row in zip(patches, sizes, strict=True)]
+def _mismatch(name: str, media: Media, found_B: list[int], row: int | None) -> SpanMismatchError:
+    """Return the error for a row, or for the whole batch if it is None.
 
-
-def _mismatch(pixels: str, row: int | None, parts: list[_Part]) -> SpanMismatchError:
-    """Return the error for a row, or for the whole batch if it is None."""
-    grids, modality = PIXELS[pixels][0], COLUMNS[pixels].modality
-    counts = parts[row or 0]
+    Args:
+        found_B: patches of pixels in each row, or in the batch.
+    """
+    grids, modality = PIXELS[name][0], _MODALITY[name]
+    parts = [media.size_N3]
+    if len(found_B) > 1 and media.count_B is not None:
+        parts = np.split(media.size_N3, media.count_B.cumsum()[:-1])
+    parts += [media.size_N3[:0]] * (len(found_B) - len(parts))
+    rows = [
+        _Part(found, int(part.prod(axis=1).sum()), part.tolist())
+        for found, part in zip(found_B, parts, strict=True)
+    ]
+    counts = rows[row or 0]
     where = "the batch, row unknown" if row is None else f"row {row}"
     swapped = [
         other
-        for other, its in enumerate(parts)
+        for other, its in enumerate(rows)
         if (its.found, its.needed) == (counts.needed, counts.found)
     ]
     cause = _FEW if counts.found < counts.needed else _MANY
@@ -148,7 +151,7 @@ def _mismatch(pixels: str, row: int | None, parts: list[_Part]) -> SpanMismatchE
     shown = f"{counts.grids[:_SHOWN]}"[:-1] + (", ...]" if len(counts.grids) > _SHOWN else "]")
     size = f"{grids} {shown} needs {counts.needed}" if counts.grids else f"there is no {grids}"
     return SpanMismatchError(
-        f"{where}: {pixels} has {counts.found} patch{'' if counts.found == 1 else 'es'}, but "
+        f"{where}: {name} has {counts.found} patch{'' if counts.found == 1 else 'es'}, but "
         f"{size}. Likely cause: {cause}.",
         row=row,
         modality=modality,

@@ -1,4 +1,4 @@
-"""Read the inputs of position ids out of a batch and its examples, or out of one row of a dataset.
+"""Read rows of a dataset, and the inputs of position ids out of a batch and its examples.
 
 Every reader of rows goes through here: the collator, `Precheck`, `mrope check` and the sampler of
 `mrope train` agree on what a row is, and on how many tokens and patches it has.
@@ -8,6 +8,7 @@ Shape suffixes: B rows of the batch, N images, clips or audios.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -17,24 +18,264 @@ import numpy.typing as npt
 import torch
 
 from mrope.arrays import as_array
-from mrope.collate.samples import (
-    PIXELS,
-    as_tensor,
-    read_column,
-    read_sample,
-    refuse_half_precision,
-)
 from mrope.collate.segments import refuse_packed, seq_lengths
-from mrope.columns import COLUMNS, MODALITIES, columns, count_key
+from mrope.columns import COLUMNS, MODALITIES, Column, columns, count_key
 from mrope.errors import MRopeError
-from mrope.positions.inputs import SECONDS, BatchInputs, check_inputs, reads_types
+from mrope.positions.inputs import (
+    SECONDS,
+    BatchInputs,
+    check_inputs,
+    length_error,
+    reads_types,
+    refuse_stacked_grids,
+)
 from mrope.positions.spans import token_types
+from mrope.spec.families import find_family
 from mrope.spec.spec import MRopeSpec
+
+_READ = {
+    name: column
+    for name, column in COLUMNS.items()
+    if column.kind != "derived" and column.means != "count"
+}
+_TOKENS = tuple(columns("token"))
+# Floating-point values of these are looked at: nulls among integers, seconds that are too coarse.
+_CHECKED = frozenset(
+    name for name, column in _READ.items() if column.integers or column.means == "seconds"
+)
+PIXELS = {
+    name: tuple(columns("item", modality=COLUMNS[name].modality, means="size"))
+    for name in columns("patch")
+    if COLUMNS[name].means is None
+}
+"""Columns of pixels, each with those of its sizes."""
 
 _TYPES = "mm_token_type_ids"
 _SECONDS = tuple(columns("item", means="seconds"))
-_MASKS = {COLUMNS[name].modality: name for name in columns("item", means="mask")}
+_MASKS = {str(COLUMNS[name].modality): name for name in columns("item", means="mask")}
 _SIZES = {one: tuple(columns("item", modality=one, means="size")) for one in MODALITIES}
+_COUNTS = {one: count_key(one) for one in MODALITIES}
+
+
+def read_sample(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sample without its absent columns, and the others in one form.
+
+    Absent is what holds no number: None, NaN and other nulls, and tensors, arrays and nested lists
+    that are empty or hold nothing but nulls. Only `input_ids` may be empty: a row without a token.
+
+    Returns:
+        Token columns (n,); items with all their axes, also where the sample has a single one
+        without its axis: grids (N, 3), crops (N, 2), seconds and audio lengths (N,); pixels as one
+        tensor or array, also where each image has its own. Tensors stay tensors and numeric lists
+        stay lists, so that dtypes are chosen where they are used. Columns of the user are returned
+        as they are.
+
+    Raises:
+        MRopeError: grids with a batch axis, seconds at half precision, or a token column of another
+            length than `input_ids`.
+
+    Example:
+        >>> read_sample({"input_ids": [[7, 8]], "image_grid_thw": [1, 4, 4], "labels": []})
+        {'input_ids': [7, 8], 'image_grid_thw': [[1, 4, 4]]}
+    """
+    read = {
+        name: read_column(name, value) if name in _READ else value
+        for name, value in example.items()
+    }
+    sample = {name: value for name, value in read.items() if value is not None or name not in _READ}
+    ids = sample.get("input_ids")
+    if ids is not None:
+        for name in _TOKENS:
+            column = sample.get(name, ids)
+            if len(column) != len(ids) and axes_of(ids) == axes_of(column) == 1:
+                # As of a batch of one, so that the text is that of `rope_index`.
+                raise length_error(name, (1, len(column)), (1, len(ids)))
+    for name, sizes in PIXELS.items():
+        if name in sample and getattr(sample[name], "ndim", 0) not in (2, 4):
+            sample[name] = _joined_images(sample, name, sizes)
+    return sample
+
+
+def read_column(name: str, value: Any) -> Any:
+    """Return one column as `read_sample` does, or None where it is absent.
+
+    Of a column of the user only nulls are.
+    """
+    column = _READ.get(name)
+    if (
+        column is not None
+        and isinstance(value, torch.Tensor)
+        and value.ndim == column.axes
+        and value.numel()
+        and (name not in _CHECKED or not value.is_floating_point())
+    ):
+        return value  # as processors give it, and the torch format of `datasets`
+    value = plain(value)
+    if column is None or column.kind == "batch" or value is None:
+        return value
+    if _is_empty(value):
+        # A row without a token is a row; one whose ids are null is a fault.
+        has_no_tokens = name == "input_ids" and not _holds_null(value)
+        return _with_axes(name, column, value) if has_no_tokens else None
+    if column.integers and _is_nan_alone(value):
+        return None
+    if isinstance(value, (list, tuple)) and isinstance(value[0], (torch.Tensor, np.ndarray)):
+        value = _joined(value, _axes_of_whole(column, value[0]))
+    if column.means == "seconds":
+        refuse_half_precision(name, value)
+    return _with_axes(name, column, value)
+
+
+def as_tensor(name: str, value: Any) -> torch.Tensor:
+    """Return a column as a tensor; Python floats become float32, as torch's default is.
+
+    Raises:
+        MRopeError: it is ragged, or holds something other than numbers.
+    """
+    if isinstance(value, torch.Tensor):
+        return value
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MRopeError(
+            f"{name} is ragged, or holds something other than numbers, and cannot become a "
+            f"tensor: {error}"
+        ) from error
+
+
+def refuse_half_precision(name: str, value: Any) -> None:
+    """Refuse numbers that were rounded to half precision: frames would share positions.
+
+    Raises:
+        MRopeError: a tensor or array of float16 or bfloat16.
+    """
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and dtype.itemsize == 2 and "float" in str(dtype):
+        kind = str(dtype).removeprefix("torch.")
+        raise MRopeError(f"{name} is {kind}, too coarse to number tokens by; keep it float32")
+
+
+def plain(value: Any) -> Any:
+    """Return an entry of a column as None, a number, a string, or a writable array or list.
+
+    Arrow and its readers give a null as NaN, a list of lists as an array of arrays, and an array as
+    a read-only view; a table gives every entry as a `pyarrow.Scalar`, pandas a null as `NA`.
+    """
+    if isinstance(value, torch.Tensor):
+        # A null of an array column is tensor(nan) under the torch format of `datasets`.
+        return None if value.ndim == 0 and value.is_floating_point() and value.isnan() else value
+    if hasattr(value, "as_py"):
+        value = _of_scalar(value)
+    if isinstance(value, np.ndarray):
+        return _of_array(value)
+    if type(value).__name__ in ("NAType", "NaTType"):
+        return None
+    is_number = isinstance(value, (float, np.floating))
+    return None if is_number and math.isnan(value) else value
+
+
+def _of_scalar(scalar: Any) -> Any:
+    """Return what a scalar holds; a list of numbers as an array, not as a list of Python ints."""
+    values = getattr(scalar, "values", None)
+    if values is None or hasattr(values, "values"):  # a null or a number, or a list of lists
+        return scalar.as_py()
+    return values.to_numpy(zero_copy_only=False)
+
+
+def _of_array(array: npt.NDArray[Any]) -> Any:
+    if array.ndim == 0 and array.dtype.kind in "fO":
+        return None if plain(array.item()) is None else array
+    if array.dtype != np.object_:
+        return array if array.flags.writeable else array.copy()
+    values = [_of_array(one) if isinstance(one, np.ndarray) else one for one in array.tolist()]
+    if any(isinstance(one, torch.Tensor) or one is None for one in values):
+        return values
+    try:
+        return np.array(values)
+    except ValueError:  # lists of unequal length
+        return [one.tolist() if isinstance(one, np.ndarray) else one for one in values]
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a value holds no number: `[]`, `[[]]`, `[None]`, arrays and tensors of size 0."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 0
+    if isinstance(value, np.ndarray):
+        return value.size == 0
+    if isinstance(value, (list, tuple)):
+        # Ends at the first number, so that long lists cost nothing.
+        return all(map(_is_empty, value))
+    return value is None
+
+
+def _holds_null(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_null, value))
+    return value is None
+
+
+def _is_nan_alone(value: Any) -> bool:
+    """Whether an integer column holds NaN alone, as numpy and torch show a list of Arrow nulls."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind == "f" and bool(np.isnan(value).all())
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point() and bool(value.isnan().all())
+    return False
+
+
+def _axes_of_whole(column: Column, part: Any) -> int:
+    """Return the axes of a column that came as a list of parts."""
+    if column.kind == "patch" and column.axes > 1:
+        # (patches, dim) or (patches, channels, height, width): other parts are single patches.
+        return int(part.ndim + part.ndim % 2)
+    return column.axes
+
+
+def _joined(parts: Sequence[Any], axes: int) -> Any:
+    """Join tensors or arrays: one after another if they have all axes, else side by side."""
+    whole = parts[0].ndim >= axes
+    try:
+        if any(isinstance(part, torch.Tensor) for part in parts):
+            tensors = [torch.as_tensor(part) for part in parts]
+            return torch.cat(tensors) if whole else torch.stack(tensors)
+        return np.concatenate(parts) if whole else np.stack(parts)
+    except (TypeError, ValueError, RuntimeError):
+        return parts  # refused by whoever makes a tensor of it, with the row and the column
+
+
+def _joined_images(sample: Mapping[str, Any], name: str, sizes: Sequence[str]) -> Any:
+    """Join pixels that came apart for each image or clip, as tables store them: (N, patches, dim).
+
+    Their number and patches are those of the grids; other values of as many axes stay.
+    """
+    value = sample[name]
+    if axes_of(value) not in (3, 5):
+        return value
+    size_N = next((sample[size] for size in sizes if size in sample), ())
+    if [int(np.prod(np.asarray(size))) for size in size_N] != list(map(len, value)):
+        return value
+    parts = [one if isinstance(one, torch.Tensor) else np.asarray(one) for one in value]
+    return _joined(parts, parts[0].ndim)
+
+
+def _with_axes(name: str, column: Column, value: Any) -> Any:
+    axes = axes_of(value)
+    if column.kind == "token":
+        return value[0] if axes == 2 and len(value) == 1 else value
+    if column.means == "size" and column.sides == 3:
+        refuse_stacked_grids(name, axes, value)
+    if column.kind == "patch" or axes != column.axes - 1:
+        return value
+    if isinstance(value, torch.Tensor):
+        return value[None]
+    return np.asarray(value)[None] if isinstance(value, (np.ndarray, np.generic)) else [value]
+
+
+def axes_of(value: Any) -> int:
+    """Return the number of axes of a tensor, an array or nested lists, by their first entries."""
+    if isinstance(value, (list, tuple)):
+        return 1 + (axes_of(value[0]) if value else 0)
+    return int(getattr(value, "ndim", 0))
 
 
 class Rows:
@@ -49,31 +290,31 @@ class Rows:
     """
 
     def __init__(self, examples: Any, input_ids: Any) -> None:
+        if isinstance(input_ids, (list, tuple)):
+            rows = len(input_ids)
+        else:
+            rows = (*input_ids.shape, None)[0]  # ids without an axis are refused later
         are_rows = (
-            isinstance(examples, Sequence)
-            and np.ndim(input_ids) > 0  # otherwise refused with the inputs
-            and len(examples) == len(input_ids)
-            and all(isinstance(example, Mapping) for example in examples)
+            (type(examples) is list or isinstance(examples, Sequence))
+            and len(examples) == rows
+            and all(type(one) is dict or isinstance(one, Mapping) for one in examples)
         )
         self.examples: Sequence[Mapping[str, Any]] | None = examples if are_rows else None
         self._read: dict[str, list[Any] | None] = {}
 
     def of(self, name: str) -> list[Any] | None:
         """Return a column's value in each row, None where it is absent; None if it is in no row."""
-        if name not in self._read:
-            self._read[name] = self._column(name)
-        return self._read[name]
-
-    def _column(self, name: str) -> list[Any] | None:
-        if self.examples is None or not any(name in example for example in self.examples):
-            return None
+        if name in self._read:
+            return self._read[name]
         values: list[Any] = []
         try:
-            for example in self.examples:
+            for example in self.examples or ():
                 values.append(read_column(name, example.get(name)))  # noqa: PERF401 - counted
         except MRopeError as error:
             raise MRopeError(f"row {len(values)}: {error}") from None
-        return values if any(value is not None for value in values) else None
+        found = values if any(value is not None for value in values) else None
+        self._read[name] = found
+        return found
 
 
 def as_batch(batch: Any) -> MutableMapping[str, Any]:
@@ -82,7 +323,7 @@ def as_batch(batch: Any) -> MutableMapping[str, Any]:
     Raises:
         MRopeError: it is not.
     """
-    if isinstance(batch, MutableMapping) and "input_ids" in batch:
+    if (type(batch) is dict or isinstance(batch, MutableMapping)) and "input_ids" in batch:
         return batch
     keys = f" with {sorted(map(str, batch))}" if isinstance(batch, Mapping) else ""
     raise MRopeError(
@@ -91,10 +332,10 @@ def as_batch(batch: Any) -> MutableMapping[str, Any]:
     )
 
 
-def read_inputs(
+def read_arguments(
     spec: MRopeSpec, batch: MutableMapping[str, Any], rows: Rows, apart: bool
-) -> BatchInputs:
-    """Check and type the inputs of a batch, once.
+) -> tuple[dict[str, Any], npt.DTypeLike]:
+    """Return the arguments of `rope_index` in a batch, as `check_inputs` takes them.
 
     Args:
         batch: what the inner collate function returned; tensors on the CPU, arrays or lists. Types
@@ -103,51 +344,47 @@ def read_inputs(
         rows: of what that function was given, to learn what belongs to each row.
         apart: whether rows may hold several examples, which are numbered apart.
 
-    Raises:
-        MRopeError: an input on a device, at half precision, or of a wrong shape, dtype or value.
-    """
-    given, wide = read_arguments(spec, batch, rows, apart)
-    return check_inputs(spec, given, np.float64 if wide else np.float32)
-
-
-def read_arguments(
-    spec: MRopeSpec, batch: MutableMapping[str, Any], rows: Rows, apart: bool
-) -> tuple[dict[str, Any], bool]:
-    """Return the arguments of `rope_index` in a batch, and whether seconds are in float64.
-
-    Args:
-        batch, rows, apart: as of `read_inputs`.
+    Returns:
+        Arrays by the names of their columns, and the dtype in which seconds are multiplied.
 
     Raises:
-        MRopeError: as `read_inputs`, but shapes, dtypes and values are not checked.
+        MRopeError: an input on a device or at half precision; ids of a wrong shape. Others are not
+            checked yet.
     """
     ids = as_numpy("input_ids", batch["input_ids"])
     # Checked before anything that is read beside the ids, whose errors would be harder to place.
     if ids.ndim != 2:
         raise MRopeError(f"input_ids must have shape (B, S), not {ids.shape}")
-    _complete_types(spec, batch, rows)
+    if isinstance(batch.get(_TYPES), torch.Tensor) and reads_types(spec):
+        _complete_types(spec, batch, rows)
     given: dict[str, Any] = {"input_ids": ids}
-    for name in _names_read(spec):
+    for name in _names_read(spec.family):
         value = batch.get(name)
         if value is not None:
             given[name] = value if isinstance(value, (bool, str)) else as_numpy(name, value)
-    _read_lengths(given)
-    given |= _counts(spec, given, rows)
-    wide = _read_seconds(spec, given, batch, rows)
+    for modality, mask in _MASKS.items():
+        if mask in given:
+            given[_SIZES[modality][0]] = _sums(given.pop(mask))
+    _add_counts(spec, given, rows)
+    names = [name for name in _SECONDS if batch.get(name) is not None]
+    wide = bool(names) and _read_seconds(spec, names, given, batch, rows)
     if apart:
         lengths = seq_lengths(batch, rows.examples, ids.shape, given.get("attention_mask"))
-        given["seq_lengths"] = lengths
-    else:
+        if lengths is not None:
+            given["seq_lengths"] = lengths
+    elif "seq_lengths" in batch or any("seq_lengths" in one for one in rows.examples or ()):
         refuse_packed(batch, rows.examples, ids.shape)
-    return given, wide
+    return given, np.float64 if wide else np.float32
 
 
 @lru_cache(maxsize=64)
-def _names_read(spec: MRopeSpec) -> tuple[str, ...]:
+def _names_read(family: str) -> tuple[str, ...]:
     """Return the columns that a family's position ids are computed from, beside the ids."""
-    names = {"attention_mask", _TYPES, *spec.family_row.inputs}
+    row = find_family(family)
+    assert row is not None  # the spec has it
+    names = {"attention_mask", _TYPES, *row.inputs}
     names.update(name for of in _SIZES.values() for name in of if COLUMNS[name].sides == 3)
-    names.update(count_key(modality) for modality in ("image", "video"))
+    names.update(_COUNTS[modality] for modality in ("image", "video"))
     if _SIZES["audio"][0] in names:
         names.update(_MASKS.values())
     return tuple(sorted(names - {*_SECONDS}))
@@ -163,47 +400,39 @@ def as_numpy(name: str, value: Any) -> npt.NDArray[Any]:
         return as_array(name, value, "numbers")
     if value.device.type != "cpu":
         raise MRopeError(f"{name} is on {value.device}: collate functions must return CPU tensors")
-    refuse_half_precision(name, value)
+    if value.is_floating_point():
+        refuse_half_precision(name, value)
     return value.detach().numpy()
 
 
-def _read_lengths(given: dict[str, Any]) -> None:
-    """Put lengths in the place of masks, in place."""
-    for modality, name in _MASKS.items():
-        if name in given:
-            given[_SIZES[str(modality)][0]] = np.atleast_1d(given.pop(name).sum(axis=-1))
-
-
-def _counts(spec: MRopeSpec, given: Mapping[str, Any], rows: Rows) -> dict[str, Any]:
-    """Return how many images, clips and audios each row has, if those of the batch are theirs."""
-    found: dict[str, Any] = {}
-    for modality, names in _SIZES.items():
-        key = count_key(modality)
-        name = next((one for one in names if one in given), None)
-        if name is None or key in given:
-            continue
-        counts = _count(rows, name, given[name])
-        if counts is not None and (modality != "audio" or key in spec.family_row.inputs):
-            found[key] = counts
-    return found
-
-
-def _count(rows: Rows, name: str, sizes: npt.NDArray[Any]) -> npt.NDArray[np.int64] | None:
-    """Return how many sizes each row has, if the batch's are theirs in that order.
+def _add_counts(spec: MRopeSpec, given: dict[str, Any], rows: Rows) -> None:
+    """Add how many images, clips and audios each row has, if those of the batch are theirs.
 
     Otherwise sizes are checked over the whole batch.
     """
-    mask = _MASKS.get(COLUMNS[name].modality)
-    masks = None if mask is None else rows.of(mask)
-    own = rows.of(name) if masks is None else [_sums(one) for one in masks]
-    if own is None:
-        return None
-    try:
-        parts = [np.empty((0, *sizes.shape[1:])) if one is None else np.asarray(one) for one in own]
-        together = np.concatenate(parts)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    return np.array(list(map(len, parts))) if np.array_equal(together, sizes) else None
+    for modality, names in _SIZES.items():
+        key = _COUNTS[modality]
+        name = next((one for one in names if one in given), None)
+        if name is None or key in given:
+            continue
+        if modality == "audio" and key not in spec.family_row.inputs:
+            continue
+        mask = _MASKS.get(modality)
+        masks = None if mask is None else rows.of(mask)
+        own = rows.of(name) if masks is None else [_sums(one) for one in masks]
+        if own is None:
+            continue
+        sizes, none = given[name], np.empty((0, *np.shape(given[name])[1:]))
+        try:
+            parts = [none if one is None else np.asarray(one) for one in own]
+            together = np.concatenate(parts)
+        except (TypeError, ValueError, RuntimeError):
+            continue
+        same = together.shape == np.shape(sizes) and np.logical_and.reduce(
+            (together == sizes).ravel()
+        )
+        if same:
+            given[key] = np.array([len(part) for part in parts])
 
 
 def _sums(mask: Any) -> npt.NDArray[Any] | None:
@@ -211,15 +440,16 @@ def _sums(mask: Any) -> npt.NDArray[Any] | None:
 
 
 def _read_seconds(
-    spec: MRopeSpec, given: dict[str, Any], batch: MutableMapping[str, Any], rows: Rows
+    spec: MRopeSpec,
+    names: Sequence[str],
+    given: dict[str, Any],
+    batch: MutableMapping[str, Any],
+    rows: Rows,
 ) -> bool:
     """Read the seconds of clips, by either name; return whether they are multiplied in float64."""
-    names = [name for name in _SECONDS if batch.get(name) is not None]
-    if not names:
-        return False
     if spec.family_row.timed and isinstance(batch[names[0]], torch.Tensor):
         for name in names:
-            batch[name] = _completed(batch[name], rows.of(name), given.get(count_key("video")))
+            batch[name] = _completed(batch[name], rows.of(name), given.get(_COUNTS["video"]))
     values = [as_numpy(name, batch[name]) for name in names]
     if len(values) == 2 and not np.array_equal(values[0], values[1]):
         raise MRopeError(f"{names[0]} and {names[1]} are both present and differ")
@@ -251,8 +481,6 @@ def _complete_types(spec: MRopeSpec, batch: MutableMapping[str, Any], rows: Rows
     `mm_token_type_ids` that the inner collate function filled with zeros, in families whose types
     follow from the tokens.
     """
-    if not isinstance(batch.get(_TYPES), torch.Tensor) or not reads_types(spec):
-        return
     own = rows.of(_TYPES)
     # All lack it: the inner function made the types, and they are checked as they are.
     if own is None or all(types is not None for types in own):
@@ -325,19 +553,20 @@ def read_row(spec: MRopeSpec, row: Mapping[str, Any]) -> BatchInputs:
         row: as a dataset holds it, or as `batch_of_row` returns it.
 
     Raises:
-        MRopeError: as `batch_of_row` and `read_inputs`.
+        MRopeError: as `batch_of_row`, `read_arguments` and `check_inputs`.
     """
     batch = batch_of_row(row)
-    return read_inputs(spec, batch, Rows([batch], batch["input_ids"]), spec.family_row.packs)
+    rows = Rows([batch], batch["input_ids"])
+    return check_inputs(spec, *read_arguments(spec, batch, rows, spec.family_row.packs))
 
 
 def measure(inputs: BatchInputs) -> RowSize:
     """Count the tokens and patches of a row, or of all rows of a batch.
 
     Args:
-        inputs: as `read_row` or `read_inputs` returns them.
+        inputs: as `read_row` returns them.
     """
-    size_N3 = np.concatenate([inputs.of(modality).size_N3 for modality in ("image", "video")])
+    size_N3 = np.concatenate([inputs.media[modality].size_N3 for modality in ("image", "video")])
     frame_N, height_N, width_N = size_N3.T
     area_N = height_N * width_N
     width = inputs.input_ids.size

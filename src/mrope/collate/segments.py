@@ -14,23 +14,23 @@ from mrope.errors import MRopeError
 
 def seq_lengths(
     batch: Mapping[str, Any], examples: Any, shape: tuple[int, int], mask: Any
-) -> list[list[int]]:
+) -> list[list[int]] | None:
     """Return for each row of a padded batch the lengths of the examples that it holds.
 
-    A row is one example, unless it was packed before: then `seq_lengths`, in the batch or in the
-    examples, holds the tokens of each (as TRL's packing writes it), or the attention mask numbers
-    them 1, 2, 3 ...
+    None: every row is one example. Rows that were packed before have `seq_lengths`, in the batch or
+    in the examples, the tokens of each example (as TRL's packing writes it), or an attention mask
+    that numbers the examples 1, 2, 3 ...
 
     Raises:
         MRopeError: some of the rows have `seq_lengths`, and others not.
     """
-    rows, width = shape
-    own = _own_lengths(batch, examples, rows)
+    own = _own_lengths(batch, examples, shape[0])
     if own is not None:
         return own
-    if mask is None:
-        return [[width]] * rows if width else [[]] * rows
-    return [_run_lengths(row) for row in np.asarray(mask)]
+    numbers = mask is not None and mask.size and mask.dtype.kind in "iu"
+    if not numbers or np.maximum.reduce(mask, axis=None) <= 1:
+        return None
+    return [_run_lengths(row) for row in mask]
 
 
 def refuse_packed(batch: Mapping[str, Any], examples: Any, shape: tuple[int, int]) -> None:

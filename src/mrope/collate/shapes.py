@@ -119,8 +119,8 @@ def one_tower_call(
         MRopeError: above the top rung; an image or frame longer than `shapes.longest`; more images
             and frames than the rung has borders for.
     """
-    of = located.inputs.of
-    grid_N3 = np.concatenate((of("image").size_N3, of("video").size_N3))
+    media = located.inputs.media
+    grid_N3 = np.concatenate((media["image"].size_N3, media["video"].size_N3))
     patches, frames = int(grid_N3.prod(axis=1).sum()), int(grid_N3[:, 0].sum())
     rung = choose_rung(
         "patches",

@@ -15,13 +15,14 @@ import numpy.typing as npt
 import torch
 
 from mrope.collate.placement import Placement
-from mrope.columns import tower_key
+from mrope.columns import TOWER_KEYS
 from mrope.positions.inputs import Media
 from mrope.positions.located import Located
 from mrope.positions.stream import IMAGE, VIDEO
 from mrope.spec.spec import MRopeSpec
 from mrope.towers import AudioSpec, VisionSpec, audio_tensors, padded_features, tower_tensors
 
+EXPERT_TYPES = "moe_mm_token_type_ids"
 _KINDS = {"image": IMAGE, "video": VIDEO}
 # Segment lengths, which attention needs on the host, are named after the borders they come from.
 _SPLITS = {"cu_seqlens": "split_sizes", "cu_window_seqlens": "window_split_sizes"}
@@ -39,7 +40,7 @@ def vision_columns(
     Returns:
         `MRopeCollator.__call__` lists the keys; none without images or clips.
     """
-    media, tower = located.inputs.of(modality), vision.tower
+    media, tower = located.inputs.media[modality], vision.tower
     tensors: dict[str, Any] = {}
     if tower.sizes in ("crops", "merged_in_batch"):
         # The batch says how patches are merged.
@@ -65,7 +66,7 @@ def audio_columns(
     placement: Placement,
 ) -> dict[str, Any]:
     """Return the audio tower's keywords, and what an attached model reads besides."""
-    lengths_N = located.inputs.of("audio").size_N3[:, 0]
+    lengths_N = located.inputs.media["audio"].size_N3[:, 0]
     tensors: dict[str, Any] = dict(audio_tensors(audio, lengths_N))
     if not tensors:
         return {}
@@ -87,7 +88,7 @@ def _of_modality(
     for borders, sizes in _SPLITS.items():
         if borders in tensors:
             tensors[sizes] = np.diff(tensors[borders]).tolist()
-    return {tower_key(modality, name): value for name, value in tensors.items()}
+    return {TOWER_KEYS[modality, name]: value for name, value in tensors.items()}
 
 
 def expert_columns(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,16 +96,13 @@ def expert_columns(batch: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         batch: with `moe_mm_token_type_ids` (B, S), as ERNIE's processor makes it: 0 for text, other
-            values for images, clips and their markers. Without it, nothing is returned: the model
-            then runs the text experts alone.
+            values for images, clips and their markers. Without it the model runs the text experts
+            alone.
 
     Returns:
         `moe_text_index` and `moe_vision_index`, int64, flat indices into the B * S tokens.
     """
-    types = batch.get("moe_mm_token_type_ids")
-    if types is None:
-        return {}
-    vision = np.asarray(types).ravel() != 0
+    vision = np.asarray(batch[EXPERT_TYPES]).ravel() != 0
     return {"moe_text_index": np.flatnonzero(~vision), "moe_vision_index": np.flatnonzero(vision)}
 
 

@@ -16,8 +16,6 @@ from mrope.errors import MRopeError
 from mrope.positions.inputs import BatchInputs, Media
 from mrope.spec.spec import MRopeSpec
 
-_MODALITIES = ("image", "video")
-
 
 class Grids(NamedTuple):
     """One grid for each span, in merged units: images first, then videos or their frames.
@@ -50,27 +48,31 @@ def to_grids(spec: MRopeSpec, inputs: BatchInputs) -> Grids:
         MRopeError: a size below 1, not divisible, or beyond the batch; videos, or images of several
             frames, where the family has none; counts that do not add up.
     """
-    row, (rows, _) = spec.family_row, inputs.shape
-    image_N3, video_N3 = (inputs.of(modality).size_N3 for modality in _MODALITIES)
-    tokens, images = inputs.input_ids.size, len(image_N3)
-    size_3G = _merged(spec, image_N3, video_N3, tokens)
-    _refuse_unknown_media(spec, image_N3, video_N3)
+    row, (rows, width) = spec.family_row, inputs.shape
+    image, video = inputs.media["image"], inputs.media["video"]
+    images, clips = len(image.size_N3), len(video.size_N3)
+    tokens = rows * width
+    size_3G = _merged(spec, image.size_N3, video.size_N3, tokens)
+    if (clips and not row.video_keys) or row.still_images:
+        _refuse_unknown_media(spec, image.size_N3, video.size_N3)
     frame_merge = int(spec.extra.get("temporal_merge_size", 1))
     if frame_merge != 1:
         size_3G[0, images:] //= frame_merge
-        _check_clips(size_3G[0, images:], video_N3, frame_merge)
-    spans_N = np.ones(images + len(video_N3), np.int64)
-    if row.frames_apart and (len(video_N3) or row.newlines):
+        _check_clips(size_3G[0, images:], video.size_N3, frame_merge)
+    spans_N = np.ones(images + clips, np.int64)
+    if row.frames_apart and (clips or row.newlines):
         first = 0 if row.newlines else images
         size_3G = _apart(size_3G, spans_N, first, tokens)
-    known = any(inputs.of(modality).count_B is not None for modality in _MODALITIES)
-    rows_N = [rows_of(inputs.of(modality), modality, rows) for modality in _MODALITIES if known]
+    row_G = None
+    if image.count_B is not None or video.count_B is not None:
+        rows_N = [rows_of(image, "image", rows), rows_of(video, "video", rows)]
+        row_G = np.concatenate(rows_N).repeat(spans_N)
     return Grids(
         size_3G,
         int(np.add.reduce(spans_N[:images])),
         spans_N[images:],
-        np.concatenate(rows_N).repeat(spans_N) if known else None,
-        bool(size_3G[0].max(initial=1) > 1),
+        row_G,
+        bool(np.maximum.reduce(size_3G[0], initial=1) > 1),
         spec.spatial_merge_size,
         frame_merge,
         int(row.newlines),
@@ -115,9 +117,9 @@ def rows_of(media: Media, modality: str, rows: int) -> IntArray:
     counts, sizes = media.count_B, len(media.size_N3)
     if counts is None:
         return np.full(sizes, -1)
-    # Each within bounds first: the sum of two beyond them may wrap around to the right one.
-    inside = counts.shape == (rows,) and bool(((counts >= 0) & (counts <= sizes)).all())
-    if not inside or counts.sum() != sizes:
+    # As Python ints, of which a batch has few, and whose sum does not wrap around.
+    each = counts.tolist()
+    if counts.shape != (rows,) or min(each, default=0) < 0 or sum(each) != sizes:
         raise MRopeError(
             f"{count_key(modality)} = {counts.tolist()} does not fit a batch of {rows} rows and "
             f"{sizes} grids"

@@ -6,6 +6,7 @@ Shape suffixes: B rows of the batch, S padded length, N images, clips or audios 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +15,10 @@ import numpy.typing as npt
 from mrope.arrays import BoolArray, IntArray, as_array, as_grid, as_integers
 from mrope.columns import COLUMNS, MODALITIES, columns, count_key
 from mrope.errors import MRopeError
+from mrope.spec.families import find_family
 from mrope.spec.spec import MRopeSpec
 
-SECONDS, *_OTHER_SECONDS = columns("item", means="seconds")
+SECONDS, *_ = columns("item", means="seconds")
 """Name of the seconds of clips in `rope_index`, which models take too."""
 
 # Processors give these for every family; a family whose position ids do not depend on them ignores
@@ -34,6 +36,7 @@ _FOR_ALL = frozenset(
 _FLAGS = tuple(name for name in columns("batch") if COLUMNS[name].integers)
 _MODES = tuple(name for name in columns("batch") if not COLUMNS[name].integers)
 _MERGES = {one: tuple(columns("item", modality=one, means="merge")) for one in MODALITIES}
+_IN_BATCH = frozenset(columns("item", means="merge"))
 _NO_SIZES = as_grid("", None)
 _HINTS = {
     3: "frames, height and width in patches",
@@ -66,7 +69,7 @@ class Media(NamedTuple):
     name: str = ""
 
 
-_NONE = Media()
+_NO_MEDIA = dict.fromkeys(MODALITIES, Media())
 
 
 class BatchInputs(NamedTuple):
@@ -80,7 +83,8 @@ class BatchInputs(NamedTuple):
         valid: (B, S) bool, False at padding; None where the batch has no padding.
         types: `mm_token_type_ids`, (B, S) integers, or None.
         seq_lengths: for each row the tokens of the examples that it holds; None: a row is one.
-        media: by modality, "image", "video" and "audio"; absent where the batch has none.
+        media: by modality, "image", "video" and "audio"; without sizes where the batch has none.
+        shape: (B, S).
         flags: `use_audio_in_video` of the Omni thinkers, a bool, or one for each clip.
     """
 
@@ -89,21 +93,13 @@ class BatchInputs(NamedTuple):
     types: IntArray | None
     seq_lengths: Sequence[npt.ArrayLike] | npt.ArrayLike | None
     media: Mapping[str, Media]
+    shape: tuple[int, int]
     flags: Mapping[str, BoolArray]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(B, S)."""
-        return self.input_ids.shape[0], self.input_ids.shape[1]
 
     @property
     def has_grids(self) -> bool:
         """Whether the batch came with images or clips at all, be it without any row."""
-        return any(self.of(modality).name for modality in ("image", "video"))
-
-    def of(self, modality: str) -> Media:
-        """Return the media of a modality; without sizes where the batch has none."""
-        return self.media.get(modality, _NONE)
+        return any(self.media[modality].name for modality in ("image", "video"))
 
 
 def check_inputs(
@@ -120,7 +116,9 @@ def check_inputs(
         MRopeError: an argument of a wrong shape, dtype or value.
         TypeError: an argument that the spec's family does not read.
     """
-    _refuse_unread(spec, given)
+    if not _known(spec.family).issuperset(given):
+        unread = sorted(set(given) - _known(spec.family))
+        raise TypeError(f"rope_index takes no {', '.join(unread)} for {spec.family}")
     ids = as_integers("input_ids", given["input_ids"], "token ids")
     if ids.ndim != 2:
         raise MRopeError(f"input_ids must have shape (B, S), not {ids.shape}")
@@ -131,12 +129,14 @@ def check_inputs(
         )
         if types.shape != ids.shape:
             raise length_error("mm_token_type_ids", types.shape, ids.shape)
+    mask = given.get("attention_mask")
     return BatchInputs(
         input_ids=ids,
-        valid=_as_valid(spec, given.get("attention_mask"), ids.shape),
+        valid=None if mask is None else _as_valid(spec, mask, ids.shape),
         types=types,
         seq_lengths=given.get("seq_lengths"),
         media=_as_media(spec, given, seconds_dtype),
+        shape=(ids.shape[0], ids.shape[1]),
         flags={name: _as_flag(name, given[name]) for name in _FLAGS if name in given},
     )
 
@@ -145,55 +145,56 @@ def _as_media(
     spec: MRopeSpec, given: Mapping[str, Any], seconds_dtype: npt.DTypeLike
 ) -> dict[str, Media]:
     """Collect by modality what the columns of a batch mean; without what the family ignores."""
-    for mode in _MODES:
-        known = spec.family_row.merges or {}
-        if mode in given and given[mode] not in known:
-            raise MRopeError(f"{mode} must be one of {', '.join(known)}, not {given[mode]!r}")
+    merge, row, timed = spec.spatial_merge_size, spec.family_row, spec.tokens_per_second is not None
+    if row.merges is not None:
+        merge = _merge_of_mode(row.merges, given, merge)
     fields: dict[str, dict[str, Any]] = {}
     for name, values in given.items():
         column = COLUMNS[name]
-        if column.modality is None or column.means is None or not _reads(spec, name):
+        if column.means is None:
             continue
-        of = fields.setdefault(column.modality, {})
+        of = fields.setdefault(str(column.modality), {"merge": merge})
         if column.means == "size":
-            of |= {"size_N3": _as_sizes(name, values), "name": name}
-        elif column.means == "seconds":
-            seconds = as_array(name, values, "seconds of each video")
-            of |= {"seconds_N": seconds, "seconds_dtype": seconds_dtype}
+            of |= {"size_N3": _as_sizes(name, column.sides, values), "name": name}
         elif column.means == "count":
             of["count_B"] = as_integers(name, values, "how many grids each row has")
         elif column.means == "kept":
             of["kept"] = as_array(name, values, "a bool for each token of the clips") != 0
-    merges = {modality: _merge(spec, modality, of, given) for modality, of in fields.items()}
-    return {modality: Media(**of, merge=merges[modality]) for modality, of in fields.items()}
+        elif column.means == "seconds" and (timed or name in row.inputs):
+            seconds = as_array(name, values, "seconds of each video")
+            of |= {"seconds_N": seconds, "seconds_dtype": seconds_dtype}
+    if _IN_BATCH.isdisjoint(row.inputs):
+        return _NO_MEDIA | {modality: Media(**of) for modality, of in fields.items()}
+    merged = {modality: _merged(modality, of, given) for modality, of in fields.items()}
+    return _NO_MEDIA | {modality: Media(**of) for modality, of in merged.items()}
 
 
-def _reads(spec: MRopeSpec, name: str) -> bool:
-    """Whether a family's position ids depend on a column of media."""
-    timed = spec.tokens_per_second is not None or name in spec.family_row.inputs
-    return COLUMNS[name].means != "seconds" or timed
+def _merge_of_mode(merges: Mapping[str, int], given: Mapping[str, Any], merge: int) -> int:
+    """Return the patches along each side that share a token, as the batch's mode says."""
+    for mode in _MODES:
+        if mode in given:
+            if given[mode] not in merges:
+                raise MRopeError(f"{mode} must be one of {', '.join(merges)}, not {given[mode]!r}")
+            return merges[given[mode]]
+    return merge
 
 
-def _merge(spec: MRopeSpec, modality: str, of: Mapping[str, Any], given: Mapping[str, Any]) -> int:
-    """Return the patches along each side that share a token: of the config, or as the batch says.
+def _merged(modality: str, of: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the merge size that stands in the batch: one for all images, and one for all clips.
 
     Raises:
         MRopeError: no merge size in the batch, or more than one.
     """
-    row = spec.family_row
-    for name in _MODES:
-        if name in given and row.merges is not None:
-            return row.merges[given[name]]
     for name in _MERGES[modality]:
-        if name not in row.inputs or not len(of.get("size_N3", ())):
-            continue
-        sizes = np.unique(as_array(name, given.get(name, ()), "merge sizes"))
-        if len(sizes) != 1 or sizes[0] < 1:
-            raise MRopeError(
-                f"{name} must hold one size, the same for every {modality}, not {sizes.tolist()}"
-            )
-        return int(sizes[0])
-    return spec.spatial_merge_size
+        if len(of.get("size_N3", ())):
+            sizes = np.unique(as_array(name, given.get(name, ()), "merge sizes"))
+            if len(sizes) != 1 or sizes[0] < 1:
+                raise MRopeError(
+                    f"{name} must hold one size, the same for every {modality}, not "
+                    f"{sizes.tolist()}"
+                )
+            of["merge"] = int(sizes[0])
+    return of
 
 
 def _as_flag(name: str, value: Any) -> BoolArray:
@@ -203,14 +204,14 @@ def _as_flag(name: str, value: Any) -> BoolArray:
     return flags
 
 
-def _as_sizes(name: str, values: npt.ArrayLike) -> npt.NDArray[np.int64]:
+def _as_sizes(name: str, sides: int, values: npt.ArrayLike) -> npt.NDArray[np.int64]:
     """Return sizes as int64 (N, 3), with N = 0 for whatever is empty."""
-    sides = COLUMNS[name].sides
-    array = as_array(name, values, _HINTS[sides])
+    array = values if type(values) is np.ndarray else as_array(name, values, _HINTS[sides])
     if not array.size:
         return _NO_SIZES
     if sides == 3:
-        refuse_stacked_grids(name, array.ndim, array)
+        if array.ndim > 2:
+            refuse_stacked_grids(name, array.ndim, array)
         return as_grid(name, array)
     sizes = as_integers(name, array, _HINTS[sides]).astype(np.int64)
     if sides == 2:
@@ -259,24 +260,22 @@ def refuse_stacked_grids(name: str, axes: int, value: Any) -> None:
         )
 
 
-def _refuse_unread(spec: MRopeSpec, given: Mapping[str, Any]) -> None:
-    """Refuse arguments that the family does not read."""
-    row = spec.family_row
-    known = _FOR_ALL.union(row.inputs)
-    if row.custom_index is None or row.packs:
-        known |= {"seq_lengths"}
-    unread = sorted(name for name in given if name not in known)
-    if unread:
-        raise TypeError(f"rope_index takes no {', '.join(unread)} for {spec.family}")
+@lru_cache(maxsize=64)
+def _known(family: str) -> frozenset[str]:
+    """Return the arguments that a family reads, and those that every family may be given."""
+    row = find_family(family)
+    assert row is not None  # the spec has it
+    packs = ("seq_lengths",) if row.custom_index is None or row.packs else ()
+    return _FOR_ALL.union(row.inputs, packs)
 
 
 def _as_valid(
-    spec: MRopeSpec, attention_mask: npt.ArrayLike | None, shape: tuple[int, ...]
+    spec: MRopeSpec, attention_mask: npt.ArrayLike, shape: tuple[int, ...]
 ) -> BoolArray | None:
     """Return which tokens are valid, or None where all of them are."""
-    if attention_mask is None:
-        return None
-    mask = as_array("attention_mask", attention_mask, "a number for each token")
+    mask = attention_mask
+    if type(mask) is not np.ndarray:
+        mask = as_array("attention_mask", mask, "a number for each token")
     if mask.shape != shape:
         raise length_error("attention_mask", mask.shape, shape)
     if mask.size == 0:

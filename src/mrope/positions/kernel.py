@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mrope.arrays import IntArray
+from mrope.positions.located import Runs
 from mrope.positions.seconds import Steps
-from mrope.positions.spans import Runs
 from mrope.positions.stream import count_up
 
 PositionIds = npt.NDArray[np.int64]

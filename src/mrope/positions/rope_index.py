@@ -1,7 +1,7 @@
 """Compute M-RoPE position ids and rope deltas of a batch.
 
 `rope_index` is the entry point for arrays. The collator takes the same steps one by one, to keep
-what they find: `check_inputs`, `locate`, `number`, `rope_deltas`.
+what they find: `check_inputs`, `compute`, `rope_deltas`.
 
 Shape suffixes: B rows, S padded length, T tokens of the stream, D documents, G grids.
 """
@@ -25,7 +25,7 @@ from mrope.positions.kernel import number_stream
 from mrope.positions.located import Located, Spans
 from mrope.positions.seconds import span_steps
 from mrope.positions.spans import find_runs, token_kinds
-from mrope.positions.stream import Stream, split_rows, to_batch, to_stream
+from mrope.positions.stream import split_rows, to_batch, to_stream
 from mrope.spec.spec import MRopeSpec
 
 
@@ -110,11 +110,30 @@ def rope_index(
         **inputs,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    located = locate(spec, check_inputs(spec, given, seconds_dtype))
-    positions_AT, end_D = number(spec, located)
+    located, positions_AT, end_D = compute(spec, check_inputs(spec, given, seconds_dtype))
     fill = padding_of(spec, located.inputs).fill
     position_ids = to_batch(positions_AT, located.stream, located.inputs.shape, fill)
     return position_ids, rope_deltas(spec, located, end_D)
+
+
+def compute(
+    spec: MRopeSpec, inputs: BatchInputs
+) -> tuple[Located, npt.NDArray[Any], npt.NDArray[Any]]:
+    """Locate the spans of a checked batch and number its tokens.
+
+    Returns:
+        What `locate` and `number` return.
+
+    Raises:
+        SpanMismatchError: tokens, types and sizes do not fit together; if they fit once the
+            attention mask is inverted, that is the cause that it names.
+        MRopeError: sizes, counts or seconds that do not fit the batch.
+    """
+    try:
+        located = locate(spec, inputs)
+        return located, *number(spec, located)
+    except SpanMismatchError as error:
+        raise _with_mask_cause(spec, inputs, error) from None
 
 
 def locate(spec: MRopeSpec, inputs: BatchInputs) -> Located:
@@ -123,16 +142,8 @@ def locate(spec: MRopeSpec, inputs: BatchInputs) -> Located:
     Families with a custom index find their spans themselves: `spans` is None for them.
 
     Raises:
-        SpanMismatchError: tokens, types and grids do not fit together.
-        MRopeError: sizes, counts or seconds that do not fit the batch.
+        SpanMismatchError, MRopeError: as `compute`.
     """
-    try:
-        return _locate(spec, inputs)
-    except SpanMismatchError as error:
-        raise _with_mask_cause(spec, inputs, error) from None
-
-
-def _locate(spec: MRopeSpec, inputs: BatchInputs) -> Located:
     stream = to_stream(inputs.input_ids, inputs.valid)
     if inputs.seq_lengths is not None:
         stream = split_rows(stream, inputs.seq_lengths, inputs.shape[0])
@@ -140,13 +151,19 @@ def _locate(spec: MRopeSpec, inputs: BatchInputs) -> Located:
     grids = None if custom else to_grids(spec, inputs)
     kind_T = token_kinds(spec, stream)
     if inputs.types is not None:
-        types_T = _of_stream(inputs.types, stream)
-        if not np.array_equal(kind_T, types_T):
+        types_T = inputs.types.ravel()
+        if stream.valid_BS is not None:
+            types_T = types_T[stream.valid_BS.ravel()]
+        # As bytes, which compare several times faster; what a byte does not hold has a higher bit.
+        bits = np.bitwise_or.reduce(types_T, initial=0)
+        if not 0 <= bits < 4 or (types_T.astype(np.uint8) != kind_T).any():
             raise type_mismatch(stream, kind_T, types_T)
     if grids is None:
         return Located(inputs, stream, kind_T, None)
     runs = find_runs(spec, stream, grids, kind_T)
-    return Located(inputs, stream, kind_T, Spans(grids, runs, span_steps(spec, inputs, grids)))
+    timed = spec.tokens_per_second is not None
+    steps = span_steps(spec, inputs, grids) if timed else None
+    return Located(inputs, stream, kind_T, Spans(grids, runs, steps))
 
 
 def number(spec: MRopeSpec, located: Located) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -157,15 +174,10 @@ def number(spec: MRopeSpec, located: Located) -> tuple[npt.NDArray[Any], npt.NDA
         and for each document its largest position + 1, (D,), of the same dtype.
 
     Raises:
-        SpanMismatchError: tokens and sizes do not fit together, of families with a rule of their
-            own.
-        MRopeError: as the family's rule.
+        SpanMismatchError, MRopeError: as the family's rule.
     """
     if located.spans is None:
-        try:
-            return RULES[str(spec.family_row.custom_index)].number(spec, located)
-        except SpanMismatchError as error:
-            raise _with_mask_cause(spec, located.inputs, error) from None
+        return _rule(spec).number(spec, located)
     grids, runs, step_G = located.spans
     return number_stream(
         runs,
@@ -189,34 +201,37 @@ def padding_of(spec: MRopeSpec, inputs: BatchInputs) -> Padding:
     return Padding(conventions.fill, text, over_padded=conventions.delta_over_padded)
 
 
-def rope_deltas(spec: MRopeSpec, located: Located, end_D: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def rope_deltas(
+    spec: MRopeSpec, located: Located, end_D: npt.NDArray[Any], apart: bool = False
+) -> npt.NDArray[Any]:
     """Return `rope_deltas`: the largest position + 1, minus the length it is taken over.
 
+    Args:
+        apart: take each example over its own tokens, as in a row without padding.
+
     Returns:
-        (B, 1), of the dtype of `end_D`; one for each example, (D, 1), where rows hold several.
+        (B, 1), of the dtype of `end_D`; one for each example, (D, 1), with `apart` or where rows
+        hold several.
     """
     inputs, stream = located.inputs, located.stream
-    if inputs.seq_lengths is not None:
-        return _less(end_D, stream.length_D)
     rows, width = inputs.shape
+    dtype = end_D.dtype  # float32 in Qwen3-Omni
+    deltas: npt.NDArray[Any]
+    if apart or inputs.seq_lengths is not None:
+        deltas = end_D - stream.length_D.astype(dtype)
+        return deltas[:, None]
     if stream.valid_BS is None:
-        return _less(end_D, width)
+        deltas = end_D - dtype.type(width)
+        return deltas[:, None]
     padding = padding_of(spec, inputs)
-    end_B: npt.NDArray[Any] = np.full(rows, padding.empty_end, end_D.dtype)
-    tokens_B = np.zeros_like(end_B)
-    end_B[stream.row_D], tokens_B[stream.row_D] = end_D, stream.length_D
+    end_B: npt.NDArray[Any] = np.full(rows, padding.empty_end, dtype)
+    end_B[stream.row_D] = end_D
     if padding.fill_counts:
         # The release takes the maximum over padding too, where it wrote the fill.
         padded_B = ~stream.valid_BS.all(axis=1)
         np.maximum(end_B, padding.fill + 1, out=end_B, where=padded_B)
-    if padding.over_padded:
-        tokens_B[:] = width
-    return _less(end_B, tokens_B)
-
-
-def _less(end_D: npt.NDArray[Any], length_D: npt.ArrayLike) -> npt.NDArray[Any]:
-    """Return deltas (D, 1) in the dtype of the positions: float32 in Qwen3-Omni."""
-    deltas: npt.NDArray[Any] = end_D - np.asarray(length_D, end_D.dtype)
+    over = width if padding.over_padded else np.count_nonzero(stream.valid_BS, axis=1)
+    deltas = end_B - np.asarray(over, dtype)
     return deltas[:, None]
 
 
@@ -234,13 +249,8 @@ def _with_mask_cause(
         return error
     inverted = inputs._replace(valid=~inputs.valid, seq_lengths=None)
     try:
-        located = _locate(spec, inverted)
-        if located.spans is None:
-            _rule(spec).number(spec, located)
+        located = locate(spec, inverted)
+        number(spec, located)
     except MRopeError:
         return error
     return inverted_mask(error, located.stream, located.kind_T)
-
-
-def _of_stream(values_BS: npt.NDArray[Any], stream: Stream) -> npt.NDArray[Any]:
-    return values_BS.ravel() if stream.valid_BS is None else values_BS[stream.valid_BS]

@@ -32,7 +32,7 @@ def span_steps(spec: MRopeSpec, inputs: BatchInputs, grids: Grids) -> Steps | No
     """
     if spec.tokens_per_second is None:
         return None
-    video_step = _video_steps(spec, inputs.of("video"), grids)
+    video_step = _video_steps(spec, inputs.media["video"], grids)
     step_G = np.full(grids.size_3G.shape[1], spec.conventions.timed_image_step, video_step.dtype)
     step_G[grids.images :] = video_step
     return step_G

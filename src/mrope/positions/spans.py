@@ -19,27 +19,10 @@ import numpy.typing as npt
 from mrope.arrays import BoolArray, IntArray, run_borders
 from mrope.positions.diagnose import mismatch, missing_start, stray_video, torn_clip, wrong_gap
 from mrope.positions.grids import Grids
+from mrope.positions.located import Runs
 from mrope.positions.stream import IMAGE, TEXT, VIDEO, Stream, documents_of, to_stream
 from mrope.spec.families import NO_TOKEN
 from mrope.spec.spec import MRopeSpec
-
-
-class Runs(NamedTuple):
-    """A stream cut into runs, each either text or one vision span; they cover every token.
-
-    Attributes:
-        border_R1: where each run starts in the stream, and T at the end.
-        length_R: its tokens.
-        first_D1: the first run of each document, and R at the end.
-        vision_G: the run of each grid, in the order of `Grids.size_3G`.
-        text_T: True where a token is text.
-    """
-
-    border_R1: IntArray
-    length_R: IntArray
-    first_D1: IntArray
-    vision_G: IntArray
-    text_T: BoolArray
 
 
 def find_runs(spec: MRopeSpec, stream: Stream, grids: Grids, kind_T: npt.NDArray[np.uint8]) -> Runs:
@@ -54,9 +37,10 @@ def find_runs(spec: MRopeSpec, stream: Stream, grids: Grids, kind_T: npt.NDArray
     Raises:
         SpanMismatchError: tokens and grids do not fit together.
     """
-    border_R1 = run_borders(kind_T, stream.start_D)
+    start_D = stream.border_D1[:-1]
+    border_R1 = run_borders(kind_T, start_D)
     whole = _Cut(border_R1, border_R1[1:] - border_R1[:-1])
-    kind_R = kind_T[whole.start_R]
+    kind_R = kind_T[border_R1[:-1]]
     vision_V: IntArray = kind_R.nonzero()[0]
     # A family without such a marker finds its spans by placeholders under every reference.
     if spec.conventions.start_required and spec.vision_start_token_id != NO_TOKEN:
@@ -68,10 +52,11 @@ def find_runs(spec: MRopeSpec, stream: Stream, grids: Grids, kind_T: npt.NDArray
             raise mismatch(stream, whole.start_R, whole.length_R, kind_R, grids)
         cut, vision_G = by_grids
     if grids.row_G is not None:
-        row_G = stream.row_D[documents_of(stream, cut.start_R[vision_G])]
-        if _crosses_rows(row_G, grids.row_G):
+        document_G = start_D.searchsorted(cut.border_R1[vision_G], side="right") - 1
+        # A span of one row has a grid of another; grid rows of -1 are unknown.
+        if ((stream.row_D[document_G] != grids.row_G) & (grids.row_G >= 0)).any():
             raise mismatch(stream, whole.start_R, whole.length_R, kind_R, grids)
-    several = len(stream.start_D) > 1 or spec.family_row.frame_gap is not None
+    several = len(start_D) > 1 or spec.family_row.frame_gap is not None
     if several and grids.images + len(grids.frames_N) < grids.size_3G.shape[1]:
         _require_whole_clips(spec, stream, cut, vision_G, grids)
     if spec.family_row.frames_as_images and spec.video_token_id in stream.tokens_T:
@@ -140,22 +125,14 @@ def _match_one_to_one(
     # Grids stand images first, and the k-th image run has the k-th image grid: a stable sort by
     # kind brings runs into the order of grids. Runs of kinds [1, 2, 1] are sorted to 0, 2, 1.
     vision_G = vision_V[kind_R[vision_V].argsort(kind="stable")]
-    if not _has_images(kind_R[vision_G], grids.images):
+    kind_G, images = kind_R[vision_G], grids.images
+    # Sorted kinds are IMAGE for the first `images` and VIDEO behind: two look-ups tell.
+    if images and kind_G[images - 1] != IMAGE:
         return None
-    misfits = np.count_nonzero(length_R[vision_G] != _needed_tokens(grids))
-    return None if misfits else vision_G
-
-
-def _has_images(kind_G: npt.NDArray[np.uint8], images: int) -> bool:
-    """Whether sorted kinds are IMAGE for the first `images` and VIDEO behind, by two look-ups."""
-    before = images == 0 or kind_G[images - 1] == IMAGE
-    behind = images == len(kind_G) or kind_G[images] == VIDEO
-    return bool(before and behind)
-
-
-def _needed_tokens(grids: Grids) -> IntArray:
-    need_G: IntArray = np.multiply.reduce(grids.size_3G)
-    return need_G
+    if images < len(kind_G) and kind_G[images] != VIDEO:
+        return None
+    fit_G = length_R[vision_G] == np.multiply.reduce(grids.size_3G)
+    return vision_G if np.logical_and.reduce(fit_G) else None
 
 
 def _cut_by_grids(
@@ -167,7 +144,7 @@ def _cut_by_grids(
     within the run, and all 6 tokens are used; the spans start at the run's start and 2 tokens on.
     """
     start_R, length_R = whole.start_R, whole.length_R
-    need_G = _needed_tokens(grids)
+    need_G = np.multiply.reduce(grids.size_3G)
     starts = []
     for kind, part in ((IMAGE, slice(grids.images)), (VIDEO, slice(grids.images, None))):
         run = (kind_R == kind).nonzero()[0]
@@ -217,8 +194,3 @@ def _require_whole_clips(
         if wrong_V.any():
             frame = int(wrong_V.argmax())
             raise wrong_gap(spec, stream, start_V, grids, frame, int(between_V[frame]))
-
-
-def _crosses_rows(span_row_G: IntArray, grid_row_G: IntArray) -> bool:
-    """Whether a span of one row has a grid of another; grid rows of -1 are unknown."""
-    return bool(((span_row_G != grid_row_G) & (grid_row_G >= 0)).any())

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mrope.collate.samples import plain
+from mrope.collate.read import plain
 
 
 def is_frame(columns: Any) -> bool:

@@ -14,11 +14,20 @@ from typing import Any
 import numpy as np
 
 from mrope.collate.pixels import check_pixels
-from mrope.collate.read import Rows, batch_of_row, measure, read_inputs
-from mrope.collate.samples import PIXELS, axes_of, plain, read_column
+from mrope.collate.read import (
+    PIXELS,
+    Rows,
+    axes_of,
+    batch_of_row,
+    measure,
+    plain,
+    read_arguments,
+    read_column,
+)
 from mrope.columns import columns as columns_of_kind
 from mrope.errors import MRopeError, SpanMismatchError
-from mrope.positions.rope_index import locate, number
+from mrope.positions.inputs import check_inputs
+from mrope.positions.rope_index import compute
 from mrope.prepare.columns import columns_of, is_frame, pixel_shape, pixels_of, with_added
 from mrope.spec.spec import MRopeSpec
 from mrope.towers import VisionSpec
@@ -160,8 +169,8 @@ def _check_row(spec: MRopeSpec, row: Mapping[str, Any]) -> tuple[int, ...]:
     """Return valid tokens, patches, segments and pairs; raise if a row cannot be collated."""
     batch = batch_of_row(row)
     rows = Rows([batch], batch["input_ids"])
-    inputs = read_inputs(spec, batch, rows, spec.family_row.packs)
-    number(spec, locate(spec, inputs))
+    inputs = check_inputs(spec, *read_arguments(spec, batch, rows, spec.family_row.packs))
+    compute(spec, inputs)
     check_pixels(spec, batch, rows, inputs)
     size = measure(inputs)
     return size.tokens, size.patches, size.segments, size.patch_pairs

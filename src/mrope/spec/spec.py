@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from mrope.errors import MRopeError
@@ -51,12 +52,13 @@ class MRopeSpec:
     tokens_per_second: int | None = None
     extra: Mapping[str, int | float] = field(default_factory=dict, hash=False)
 
-    @property
+    # Looked up once: a batch asks for them some twenty times.
+    @cached_property
     def family_row(self) -> Family:
         """The family's row of `FAMILIES`, or of `ONE_DIMENSIONAL`."""
         return FAMILIES[self.family] if self.family in FAMILIES else ONE_DIMENSIONAL[self.family]
 
-    @property
+    @cached_property
     def conventions(self) -> Reference:
         """The reference's row of `REFERENCES`."""
         return REFERENCES[self.reference]

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from mrope.towers.audio import AudioSpec, audio_tensors, audio_tokens, padded_features
-from mrope.towers.products import PRODUCTS, products_of, tower_tensors, vision_tensors
-from mrope.towers.vision import block_index, pair_index
+from mrope.towers.vision import (
+    PRODUCTS,
+    block_index,
+    pair_index,
+    products_of,
+    tower_tensors,
+    vision_tensors,
+)
 from mrope.towers.vision_spec import VisionSpec, check_release
 
 __all__ = [

@@ -1,11 +1,16 @@
-"""Compute the index tensors of a vision tower from the grids.
+"""Compute what a vision tower, or an attached model behind it, would derive from sizes.
+
+`PRODUCTS` has everything that some tower reads; a tower's row names those that it reads itself. A
+new tensor is one more product, and its name in the rows of the towers that take it.
 
 All tensors are functions of `*_grid_thw` and of a few values of the config. Apart from offsets,
 what a frame contributes depends only on its height and width, so each distinct size is computed
 once and cached, and a batch is a concatenation.
 
-Source: `transformers.vision_utils` 5.23. Functions require grids as `as_sizes` checks them, with at
-least one row; `mrope.towers.products` says which tower takes which tensors.
+Source: `transformers.vision_utils` 5.23; crops: `MiniCPMV4_7VisionModel`, transformers 5.24. Crops
+are thumbnails and slices of images and frames: frames of their own, whose patches stand side by
+side, in raster order within each. Functions require grids as `as_sizes` checks them, with at least
+one row.
 
 Shape suffixes: N grids, F frames of all grids, P patches of all frames, M merged tokens of all
 frames, W attention windows, L positions along an axis. Within one frame: h, w patches.
@@ -13,20 +18,48 @@ frames, W attention windows, L positions along an axis. Within one frame: h, w p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from itertools import chain, repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from mrope.arrays import as_grid, borders, starts, within
 from mrope.errors import MRopeError
 from mrope.towers.frame_cache import FRAME_CACHE, Piece
 
+if TYPE_CHECKING:
+    from mrope.towers.vision_spec import VisionSpec
+
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
+
+
+Tensors = Mapping[str, npt.NDArray[Any] | int | list[Any]]
+
+
+class Product(NamedTuple):
+    """One or more tensors that are computed together.
+
+    Attributes:
+        keys: names of its tensors, without the prefix `image_` or `video_`.
+        make: `(spec, size_N3) -> tensors`, at least one size, each at least 1 and divisible by
+            `spec.spatial_merge_size`. The arrays are writable and never shared.
+        needs: field of `VisionSpec` without which there is no such tensor.
+        own: whether the tower takes its tensors as keywords; otherwise an attached model reads it.
+        fixed: whether its tensors can be padded to a fixed shape: they are of patches, merged
+            tokens or segments alone.
+    """
+
+    keys: tuple[str, ...]
+    make: Callable[[Any, Int64Array], Tensors]
+    needs: str | None = None
+    own: bool = True
+    fixed: bool = True
 
 
 def frame_borders(grid_N3: Int64Array) -> Int32Array:
@@ -86,26 +119,29 @@ def pair_index(grid_thw: npt.ArrayLike, merge: int) -> Int64Array:
     return np.stack((first_M, first_M + partner_M))
 
 
-def window_order(grid_N3: Int64Array, merge: int, side: int) -> tuple[Int64Array, Int32Array]:
+def window_order(grid_N3: Int64Array, merge: int, side: int) -> Tensors:
     """Compute the permutation of merged tokens into attention windows, and the windows' borders.
 
     A frame is cut into windows of `side` x `side` merged tokens, smaller at its right and lower
     edge. Windows are in raster order, and so are the tokens within each.
 
     Returns:
-        Indices of merged tokens in window order, int64 (M,), counted over all grids; offsets of the
-        windows in patches, int32 (W + 1,).
+        `window_index` int64 (M,), merged tokens in window order, counted over all grids;
+        `cu_window_seqlens` int32 (W + 1,), offsets of the windows in patches; `max_window_seqlen`
+        int, the largest window.
     """
     order_M, lengths_W = _join(_windows, grid_N3, merge, side)
     tokens_F = (grid_N3[:, 1] * grid_N3[:, 2]).repeat(grid_N3[:, 0]) // merge**2
     # In place: `_join` concatenates, so this never writes into a cached piece.
     order_M += starts(tokens_F).repeat(tokens_F)
-    return order_M, borders(lengths_W, np.int32)
+    return {
+        "window_index": order_M,
+        "cu_window_seqlens": borders(lengths_W, np.int32),
+        "max_window_seqlen": int(lengths_W.max()),
+    }
 
 
-def table_taps(
-    grid_N3: Int64Array, merge: int, side: int, corners: bool = True
-) -> tuple[Int64Array, FloatArray]:
+def table_taps(grid_N3: Int64Array, merge: int, side: int, corners: bool = True) -> Tensors:
     """Compute the four learned positions that each patch interpolates, and their weights.
 
     The table of `side` x `side` positions is interpolated bilinearly to the size of each frame.
@@ -114,10 +150,10 @@ def table_taps(
     `patch_positions`.
 
     Returns:
-        Indices into the flat table, int64 (P, 4), and weights, float32 (P, 4).
+        `interp_indices` int64 (P, 4), into the flat table, and `interp_weights` float32 (P, 4).
     """
     indices_P4, weights_P4 = _join(_taps, grid_N3, merge, side, corners)
-    return indices_P4, weights_P4
+    return {"interp_indices": indices_P4, "interp_weights": weights_P4}
 
 
 def as_sizes(grid_thw: npt.ArrayLike | None, merge: int) -> Int64Array:
@@ -127,8 +163,9 @@ def as_sizes(grid_thw: npt.ArrayLike | None, merge: int) -> Int64Array:
         MRopeError: they are not.
     """
     grid_N3 = as_grid("grid_thw", grid_thw)
-    wrong_N = (grid_N3 < 1).any(axis=1) | (grid_N3[:, 1:] % merge != 0).any(axis=1)
-    if wrong_N.any():
+    small = np.minimum.reduce(grid_N3, axis=None, initial=1) < 1
+    if small or np.count_nonzero(grid_N3[:, 1:] % merge):
+        wrong_N = (grid_N3 < 1).any(axis=1) | (grid_N3[:, 1:] % merge != 0).any(axis=1)
         ordinal = int(wrong_N.argmax())
         raise MRopeError(
             f"grid_thw[{ordinal}] = {grid_N3[ordinal].tolist()}: sizes must be at least 1, height "
@@ -221,3 +258,191 @@ def _axis_taps(length: int, side: int, corners: bool) -> tuple[Int64Array, Float
     taps_L2 = (floor_L.astype(np.int64)[:, None] + step_2).clip(0, side - 1)
     distance_L2 = np.abs((source_L - floor_L)[:, None] - step_2.astype(np.float32))
     return taps_L2, np.float32(1) - distance_L2
+
+
+# Patches along each side of a crop's window, and of what the merger makes a token of.
+_SIDE = 2
+
+
+def merges_windows(merge: int) -> bool:
+    """Whether the tower merges windows within its layers: it does unless tokens are 2 x 2 patches.
+
+    Args:
+        merge: patches along each side that share a token, 2 or 4.
+    """
+    return merge == _SIDE**2
+
+
+def nearest_positions(side: int, size_N3: Int64Array) -> Int64Array:
+    """Compute the learned position that is nearest to each patch, int64 (P,).
+
+    Args:
+        side: learned positions along each side of the tower's table.
+
+    Example:
+        >>> nearest_positions(4, np.array([[1, 2, 4]])).tolist()
+        [0, 1, 2, 3, 8, 9, 10, 11]
+    """
+    parts = []
+    for height, width in size_N3[:, 1:].tolist():
+        rows_L, columns_L = _buckets(side, height), _buckets(side, width)
+        parts.append((rows_L[:, None] * side + columns_L).ravel())
+    return np.concatenate(parts)
+
+
+def crop_block_index(size_N3: Int64Array, merge: int) -> Int64Array:
+    """Compute the order in which the merger takes what the tower returns, int64.
+
+    Example:
+        >>> crop_block_index(np.array([[1, 2, 4]]), 2).tolist()
+        [0, 1, 4, 5, 2, 3, 6, 7]
+    """
+    # A merged window is one place of what the tower returns.
+    places_N3 = size_N3 // [1, _SIDE, _SIDE] if merges_windows(merge) else size_N3
+    return block_index(places_N3, _SIDE)
+
+
+@lru_cache(maxsize=1024)
+def _buckets(side: int, length: int) -> Int64Array:
+    """Return the learned row or column that is nearest to each of `length` patches, (L,)."""
+    # torch's own borders: they are compared for equality, and other sums would round differently.
+    borders = torch.arange(1 / side, 1.0, 1 / side).numpy()
+    place_L = np.arange(length, dtype=np.float32) / np.float32(length)
+    bucket_L: Int64Array = np.searchsorted(borders, place_L, side="right")
+    return bucket_L
+
+
+PRODUCTS: dict[str, Product] = {
+    "borders": Product(
+        ("cu_seqlens", "max_seqlen"),
+        lambda _, sizes: {
+            "cu_seqlens": frame_borders(sizes),
+            "max_seqlen": int((sizes[:, 1] * sizes[:, 2]).max()),
+        },
+    ),
+    "positions": Product(
+        ("position_ids",),
+        lambda spec, sizes: {"position_ids": patch_positions(sizes, spec.spatial_merge_size)},
+    ),
+    # A block of one patch is raster order.
+    "raster_positions": Product(
+        ("position_ids",), lambda _, sizes: {"position_ids": patch_positions(sizes, 1)}
+    ),
+    "nearest": Product(
+        ("position_ids",),
+        lambda spec, sizes: {"position_ids": nearest_positions(spec.table_side, sizes)},
+        needs="table_side",
+    ),
+    "table": Product(
+        ("interp_indices", "interp_weights"),
+        lambda spec, sizes: table_taps(sizes, spec.spatial_merge_size, spec.table_side),
+        needs="table_side",
+    ),
+    "raster_table": Product(
+        ("interp_indices", "interp_weights"),
+        lambda spec, sizes: table_taps(sizes, 1, spec.table_side, corners=False),
+        needs="table_side",
+    ),
+    "windows": Product(
+        ("window_index", "cu_window_seqlens", "max_window_seqlen"),
+        lambda spec, sizes: window_order(sizes, spec.spatial_merge_size, spec.window_side),
+        needs="window_side",
+    ),
+    "crop_windows": Product(
+        ("window_index", "cu_window_seqlens", "max_window_seqlen"),
+        lambda spec, sizes: (
+            window_order(sizes, 1, _SIDE) if merges_windows(spec.spatial_merge_size) else {}
+        ),
+    ),
+    "crop_blocks": Product(
+        ("block_index",),
+        lambda spec, sizes: {"block_index": crop_block_index(sizes, spec.spatial_merge_size)},
+        own=False,
+    ),
+    "blocks": Product(
+        ("block_index",),
+        lambda spec, sizes: {"block_index": block_index(sizes, spec.spatial_merge_size)},
+        own=False,
+    ),
+    "pairs": Product(
+        ("pair_index",),
+        lambda spec, sizes: {"pair_index": pair_index(sizes, spec.spatial_merge_size)},
+        own=False,
+        fixed=False,
+    ),
+    "source_grids": Product(
+        ("source_grids",), lambda _, sizes: {"source_grids": sizes}, own=False, fixed=False
+    ),
+    "host_grids": Product(
+        ("grid_sizes",), lambda _, sizes: {"grid_sizes": sizes.tolist()}, own=False, fixed=False
+    ),
+}
+"""Everything that some tower reads, by the names that `Tower.tensors` has."""
+
+
+@lru_cache(maxsize=64)
+def products_of(spec: VisionSpec) -> tuple[Product, ...]:
+    """Return the products that a tower reads, in the order of its row."""
+    named = [PRODUCTS[name] for name in spec.tower.tensors]
+    return tuple(one for one in named if one.needs is None or getattr(spec, one.needs) is not None)
+
+
+def vision_tensors(
+    spec: VisionSpec, grid_thw: npt.ArrayLike | None
+) -> dict[str, npt.NDArray[Any] | int]:
+    """Compute every input of a vision tower beside its pixels.
+
+    Args:
+        spec: the tower's values.
+        grid_thw: (N, 3) integers: frames, height and width in patches of each image, or of each
+            video, in the order of their pixels; of crops, which have one frame each. None or no
+            rows: no tensors, as the model does not call the tower either.
+
+    Returns:
+        The tensors under the tower's own names, `spec.keys`; empty without grids. P is the sum of
+        t * h * w, M is P / spatial_merge_size ** 2.
+
+        - `cu_seqlens` int32 (frames + 1,), `max_seqlen` int: see `frame_borders`.
+        - `position_ids` int64 (P, 2): see `patch_positions`; of crops (P,): see
+          `nearest_positions`.
+        - `window_index` int64 (M,), of crops (P,), `cu_window_seqlens` int32 (windows + 1,),
+          `max_window_seqlen` int: see `window_order`; with `spec.window_side`, and of
+        - `interp_indices` int64 (P, 4), `interp_weights` float32 (P, 4): see `table_taps`; with
+          `spec.table_side`.
+
+        The arrays are writable and never shared with the cache. Values, dtypes and shapes equal
+        those of `transformers.vision_utils` 5.23, bit for bit.
+
+    Raises:
+        MRopeError: grids of a wrong shape or dtype, sizes below 1 or not divisible by the merge.
+
+    Example:
+        >>> from mrope.towers import VisionSpec
+        >>> tensors = vision_tensors(VisionSpec(spatial_merge_size=2), [[1, 2, 4]])
+        >>> tensors["position_ids"].tolist()
+        [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
+        >>> tensors["cu_seqlens"].tolist(), tensors["max_seqlen"]
+        ([0, 8], 8)
+    """
+    return tower_tensors(spec, grid_thw, own_alone=True)
+
+
+def tower_tensors(
+    spec: VisionSpec, grid_thw: npt.ArrayLike | None, own_alone: bool = False
+) -> dict[str, Any]:
+    """Compute what `vision_tensors` returns, and what an attached model reads beside it.
+
+    Args:
+        own_alone: leave out what only attached models read.
+    """
+    size_N3 = as_sizes(grid_thw, spec.spatial_merge_size)
+    if spec.tower.sizes == "crops" and (size_N3[:, 0] != 1).any():
+        raise MRopeError(
+            "this tower takes crops, which have sizes and no grids: a crop is one frame"
+        )
+    tensors: dict[str, Any] = {}
+    if len(size_N3):
+        for product in products_of(spec):
+            if product.own or not own_alone:
+                tensors |= product.make(spec, size_N3)
+    return tensors

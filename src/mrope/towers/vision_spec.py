@@ -11,7 +11,7 @@ from mrope.errors import MRopeError
 from mrope.spec.families import FAMILIES, ONE_DIMENSIONAL, Tower, find_family
 from mrope.spec.model_config import read_int, read_model, read_tower
 from mrope.spec.references import VISION_READ_SINCE, as_release, installed_transformers
-from mrope.towers.products import PRODUCTS, products_of
+from mrope.towers.vision import PRODUCTS, products_of
 
 # Names of one value in the configs of different families.
 _CHANNELS = ("in_channels", "in_chans", "num_channels")

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from mrope.collate.collator import Collate, MRopeCollator
-from mrope.collate.samples import PIXELS
+from mrope.collate.read import PIXELS
 from mrope.collate.skip_bad import Indexed
 from mrope.columns import COLUMNS, columns
 from mrope.errors import MRopeError

@@ -143,5 +143,5 @@ def _read(
         kinds[ids == spec.extra["audio_token_id"]] = _AUDIO
         window = spec.extra.get("n_window")
         tower = AudioSpec(int(window or 1), None if window is None else 1)
-        needed[_AUDIO] = audio_tokens(tower, inputs.of("audio").size_N3[:, 0])
+        needed[_AUDIO] = audio_tokens(tower, inputs.media["audio"].size_N3[:, 0])
     return ids, kinds, needed

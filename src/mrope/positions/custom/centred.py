@@ -16,8 +16,8 @@ from mrope.arrays import IntArray
 from mrope.errors import SpanMismatchError
 from mrope.positions.custom.shared import number_cells
 from mrope.positions.grids import to_grids
-from mrope.positions.located import Located
-from mrope.positions.spans import Runs, find_runs
+from mrope.positions.located import Located, Runs
+from mrope.positions.spans import find_runs
 from mrope.positions.stream import documents_of
 from mrope.spec.spec import MRopeSpec
 

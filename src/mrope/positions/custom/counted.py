@@ -43,7 +43,7 @@ def number_counted(_spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
     """
     for modality, kind in (("image", IMAGE), ("video", VIDEO)):
         found = int(np.count_nonzero(located.kind_T == kind))
-        needed = _features(located.inputs.of(modality))
+        needed = _features(located.inputs.media[modality])
         if found != needed:
             raise SpanMismatchError(
                 f"the batch, row unknown: {found} {modality} tokens, but its grids need {needed}. "

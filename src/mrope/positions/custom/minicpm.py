@@ -147,7 +147,7 @@ def _refuse_grids(spec: MRopeSpec, inputs: BatchInputs) -> None:
 
 def _match(located: Located, spans: Spans) -> IntArray:
     """Return the merged height and width (2, V) of each span: the sizes in their order."""
-    media = located.inputs.of(spans.modality)
+    media = located.inputs.media[spans.modality]
     name = _COLUMNS[spans.modality]
     patches_N2 = _checked(media)
     size_2V: IntArray = patches_N2.T // media.merge

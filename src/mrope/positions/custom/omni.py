@@ -93,8 +93,8 @@ def number_omni_3_talker(spec: MRopeSpec, located: Located) -> tuple[Array, Arra
 
 def is_silent(spec: MRopeSpec, inputs: BatchInputs) -> bool:
     """Whether the talker's model leaves a batch, without any media, to the sum of its mask."""
-    media = any(len(inputs.of(modality).size_N3) for modality in ("image", "video"))
-    return spec.conventions.talker_sums_mask and not media and not inputs.of("audio").name
+    media = any(len(inputs.media[modality].size_N3) for modality in ("image", "video"))
+    return spec.conventions.talker_sums_mask and not media and not inputs.media["audio"].name
 
 
 _OMNI_2_5 = Thinker(dtype=np.int64, shared_markers=True)

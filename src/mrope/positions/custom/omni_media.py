@@ -113,9 +113,9 @@ def read_media(spec: MRopeSpec, inputs: BatchInputs) -> Sizes:
     Raises:
         MRopeError: grids, seconds or audio lengths of a wrong shape, dtype or value.
     """
-    images, videos = (_merged(inputs.of(one)) for one in ("image", "video"))
-    seconds = _seconds(spec, inputs.of("video"), videos)
-    sizes = Sizes(images, videos, seconds, _audio_lengths(spec, inputs.of("audio")))
+    images, videos = (_merged(inputs.media[one]) for one in ("image", "video"))
+    seconds = _seconds(spec, inputs.media["video"], videos)
+    sizes = Sizes(images, videos, seconds, _audio_lengths(spec, inputs.media["audio"]))
     _refuse_huge(sizes, inputs)
     return sizes
 
@@ -186,13 +186,13 @@ def _refuse_huge(sizes: Sizes, inputs: BatchInputs) -> None:
         if (need_N > limit).any():
             ordinal = int((need_N > limit).argmax())
             raise MRopeError(
-                f"{inputs.of(kind).name}[{ordinal}] needs {need_N[ordinal]} tokens, more than the "
-                f"{tokens} of the whole batch"
+                f"{inputs.media[kind].name}[{ordinal}] needs {need_N[ordinal]} tokens, more than "
+                f"the {tokens} of the whole batch"
             )
 
 
 def _as_counts(kind: str, inputs: BatchInputs) -> list[int] | None:
-    counts, rows = inputs.of(kind).count_B, inputs.shape[0]
+    counts, rows = inputs.media[kind].count_B, inputs.shape[0]
     if counts is None:
         return None
     if counts.shape != (rows,):
