@@ -54,7 +54,7 @@ browser: $(READY)  ## Install a Chromium for the tests that look at pages, unles
 PARITY := .venvs/4.57.6 .venvs/5.17.0 .venvs/5.23.0
 parity: $(PARITY:%=%/.ready) $(READY)  ## Compare live with transformers 4.57.6, 5.17.0, 5.23.0 and 5.24.0
 	for env in $(PARITY) $(VENV); do \
-	  PYTHONPATH=src:tests $$env/bin/python -m pytest -q -p no:cacheprovider tests/parity/test_live.py && \
+	  PARITY_BATCHES=300 PYTHONPATH=src:tests $$env/bin/python -m pytest -q -p no:cacheprovider tests/parity/test_live.py && \
 	  PYTHONPATH=src:tests $$env/bin/python tests/parity/make_goldens.py --check || exit 1; \
 	done
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from mrope.bench.harness import make_console, make_table
 from mrope.check.explain import compute_positions, print_positions, save_plot
 from mrope.cli import main
 from mrope.spec import example_config
+from support.fresh import run_python
 
 SAMPLE = ["text:3", "image:4x6", "text:2", "video:2x4x4"]
 DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
@@ -340,8 +340,7 @@ def _without(package: str, *words: str) -> subprocess.CompletedProcess[str]:
         f"import sys; sys.modules[{package!r}] = None\n"
         f"from mrope.cli import main; main({list(words)!r})"
     )
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return run_python(code)
 
 
 @pytest.mark.parametrize(

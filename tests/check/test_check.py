@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from mrope.check.summary import EXAMPLES, Findings, check_rows
 from mrope.spec import example_config
 from mrope.training.sections import ConfigError
 from support.checked import CUT, GOOD, SPEC, STRAY, Folder, Row, grown, sprinkled
+from support.fresh import run_python
 from support.malformed import IMAGE, MALFORMED, SMALL, Malformed, image, video
 from support.specs import example_spec
 
@@ -150,9 +149,7 @@ def test_made_up_rows_are_not_checked(folder: Folder) -> None:
 def test_the_report_needs_jinja2_and_says_so() -> None:
     words = ["check", "--config", str(DEMO), "--report", "x.html"]
     code = f"import sys; sys.modules['jinja2'] = None\nfrom mrope.cli import main; main({words!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
-    )
+    done = run_python(code)
     assert done.returncode == 2
     assert done.stderr == "mrope: no module 'jinja2'; pip install 'mrope[cli]'\n"
 
@@ -568,10 +565,7 @@ def test_a_worker_imports_nothing_that_only_the_command_needs() -> None:
         "heavy = ('transformers', 'datasets', 'pydantic', 'rich', 'typer', 'jinja2')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert done.stdout == "[]\n"
+    assert run_python(code).stdout == "[]\n"
 
 
 # The page of the docs.

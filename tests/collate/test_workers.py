@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import sys
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from mrope import MRopeCollator, MRopeSpec, SpanMismatchError
 from mrope.spec.spec import example_config
 from support.batches import Row, merge_rows, random_batch
+from support.fresh import run_python
 
 SPEC = MRopeSpec.from_config(example_config("qwen2_5_vl"), "transformers-5.23")
 BATCHES = 200
@@ -104,8 +104,6 @@ collate = MRopeCollator(None, MRopeSpec.from_config(example_config("qwen3_vl")))
 batch = collate([{{"input_ids": [101, 102, 7], "image_grid_thw": [[1, 2, 2]]}}])
 print(batch["position_ids"].shape, [name for name in {HEAVY} if name in sys.modules])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["[]", "torch.Size([3, 1, 3]) []"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,8 @@ from support.specs import example_spec
 
 peer = pytest.importorskip("mrope.hf.get_rope_index", exc_type=ImportError)
 
-BATCHES = 300
+# More in `make parity`, which runs this file under every release.
+BATCHES = int(os.environ.get("PARITY_BATCHES", "100"))
 # Config values that change a custom rule, beside those of `example_config`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "glm_image": {},

@@ -16,7 +16,7 @@ from twins.rope_index import slow_rope_index
 
 
 @pytest.mark.parametrize(("family", "reference"), ROWS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rng=st.randoms(use_true_random=False))
 def test_equal_to_the_twin(family: str, reference: str, rng: random.Random) -> None:
     spec = MRopeSpec.from_config(example_config(family), reference)

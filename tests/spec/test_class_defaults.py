@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from mrope import MRopeError, MRopeSpec, VisionSpec
 from mrope.spec import FAMILIES, ONE_DIMENSIONAL, resolve_reference
 from mrope.spec.class_defaults import CLASS_DEFAULTS, WRAPPERS, Defaults
 from mrope.towers import AudioSpec
+from support.fresh import run_python
 from support.specs import NEWEST as NEW
 
 transformers = pytest.importorskip("transformers")
@@ -226,5 +225,4 @@ def test_defaults_are_read_without_transformers(tmp_path: Path) -> None:
         f"spec = MRopeSpec.from_config({str(tmp_path)!r}, {NEW!r})\n"
         "print(spec.image_token_id, spec.tokens_per_second)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["151655", "4"]
+    assert run_python(code).stdout.split() == ["151655", "4"]
