@@ -36,8 +36,8 @@ from typing import Any
 MOST = {
     "functions entered": 109,  # wanted: 55
     "files entered": 24,  # wanted: 15
-    "Any per 1,000 lines of code": 65.5,  # wanted: 35
-    "lines that spell a column": 167,  # wanted: 90
+    "Any per 1,000 lines of code": 64.0,  # wanted: 35
+    "lines that spell a column": 146,  # wanted: 90
 }
 TABLE = "columns.py"
 _COLUMN = re.compile(r"""["'](image|video|audio)s?_|f["']\{[^}]+\}_""")
