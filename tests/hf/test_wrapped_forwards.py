@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -12,12 +12,22 @@ import torch
 
 accelerate = pytest.importorskip("accelerate")
 
+from accelerate.state import AcceleratorState
+
 from mrope.guard import SyncGuard
 from mrope.hf import attach, detach
 from support.models import media_of, tiny_model
 from support.steps import logits_of, make_batches
 
 FAMILIES = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "paddleocr_vl", "lfm3_vl"]
+
+
+@pytest.fixture
+def fresh_state() -> Iterator[None]:
+    """accelerate keeps the precision of a process's first `Accelerator`, a `Trainer`'s too."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def in_mixed_precision(base: Any) -> None:
@@ -94,6 +104,7 @@ def test_a_wrapper_around_a_part(family: str) -> None:
     assert torch.equal(logits_of(model, batch), expected)
 
 
+@pytest.mark.usefixtures("fresh_state")
 def test_prepared_by_accelerate() -> None:
     plain, batch = make_batches("qwen3_vl", media_of("qwen3_vl")[0])
     for one in (plain, batch):
@@ -108,6 +119,7 @@ def test_prepared_by_accelerate() -> None:
     assert torch.equal(prepared(**plain).last_hidden_state, right.float())
 
 
+@pytest.mark.usefixtures("fresh_state")
 def test_what_accelerate_has_wrapped_and_unwrapped_is_attached() -> None:
     plain, batch = make_batches("qwen3_vl", media_of("qwen3_vl")[0])
     for one in (plain, batch):

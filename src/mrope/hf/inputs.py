@@ -26,9 +26,11 @@ _ADDED: dict[str, dict[str, str]] = {
 }
 _SIZES = {modality: tuple(columns("item", modality=modality, means="size")) for modality in _ADDED}
 _NEEDED = {
-    **dict.fromkeys(("image", "video"), ("scatter_index", "split_sizes")),
-    "vision": ("feature_index", "feature_mask", "cu_seqlens"),
-    "audio": ("padded_feature", "scatter_index", "split_sizes"),
+    "image": ("image_scatter_index", "image_split_sizes"),
+    "video": ("video_scatter_index", "video_split_sizes"),
+    # A part of a sequence, of fixed shapes too, has no `has_padding`.
+    "vision": ("vision_feature_index", "vision_feature_mask", "vision_cu_seqlens", "has_padding"),
+    "audio": ("audio_padded_feature", "audio_scatter_index", "audio_split_sizes"),
 }
 # Of the table's columns text models read two: how linear layers cut a row, and ERNIE's experts.
 _READ = ("segment_sizes", "moe_mm_token_type_ids")
@@ -81,8 +83,7 @@ def is_precomputed(self: Any, inputs: Tensors, audio: bool) -> bool:
 
 
 def _missing(inputs: Tensors, modalities: list[str]) -> list[str]:
-    keys = [tower_key(one, name) for one in modalities for name in _NEEDED[one]]
-    return [key for key in keys if inputs.get(key) is None]
+    return [key for one in modalities for key in _NEEDED[one] if inputs.get(key) is None]
 
 
 def _refuse_missing(
