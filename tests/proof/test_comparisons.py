@@ -20,6 +20,7 @@ from mrope.hf.rows import ROWS
 from mrope.proof import comparisons as proof
 from mrope.proof.random_batches import random_arguments
 from mrope.proof.shrunken import shrink_config
+from mrope.proof.small_models import default_model
 from mrope.spec.families import FAMILIES
 from mrope.spec.references import describe_known
 from support.models import MODEL_FAMILIES, TINY_FAMILIES, model_config, tiny_model, tiny_spec
@@ -74,6 +75,13 @@ def test_a_small_model_from_the_users_config(family: str) -> None:
     if FAMILIES[family].packs:
         verdict = proof.compare("flatten", tiny_spec(family))
         assert verdict.equal, verdict.detail
+
+
+@pytest.mark.parametrize("family", ["dots3_note", "lfm3_vl", "video_llama_3", "hunyuan_vl"])
+def test_a_small_model_of_the_defaults_of_a_class(family: str) -> None:
+    """Whose layers, towers and kinds of experts have sizes of their own there."""
+    verdict = proof.compare("attach", default_model(family))
+    assert verdict.equal, verdict.detail
 
 
 def test_known_releases_and_workers_compare_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,9 @@ _TOWER: Mapping[str, Any] = {
     "num_key_value_heads": _HEADS,
     "hidden_size": _TOWER_WIDTH,
     "intermediate_size": 2 * _TOWER_WIDTH,
+    "moe_intermediate_size": 32,
+    "num_local_experts": 4,
+    "adapter_in_dim": _TOWER_WIDTH,
     "deepstack_visual_indexes": [0, 1],
     # The first layer attends within windows, the second over whole frames.
     "fullatt_block_indexes": [1],
@@ -79,13 +82,16 @@ def shrink_config(config: Any) -> Any:
     small = copy.deepcopy(config)
     vars(small).pop("quantization_config", None)
     text, vision = small.text_config, small.vision_config
+    for section in (text, vision):
+        # dots3-note's layers have sizes of their own; those of a small model are alike.
+        vars(section).pop("_heterogeneity_spec", None)
     ids: dict[int, int] = {}
     for section in (small, text):
         _renumber_tokens(section, ids)
     hidden = _shrink_text(text)
     _set(vision, _TOWER)
     # Qwen2-VL's tower calls its own width `embed_dim`, and that of its output `hidden_size`.
-    _set(vision, {"out_hidden_size": hidden, "text_hidden_size": hidden})
+    _set(vision, {"out_hidden_size": hidden, "text_hidden_size": hidden, "adapter_out_dim": hidden})
     if hasattr(vision, "embed_dim"):
         vision.embed_dim, vision.hidden_size = _TOWER_WIDTH, hidden
     # MiniCPM-V's tower merges windows behind this layer.
