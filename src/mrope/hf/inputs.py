@@ -26,12 +26,16 @@ _ADDED: dict[str, dict[str, str]] = {
 }
 _SIZES = {modality: tuple(columns("item", modality=modality, means="size")) for modality in _ADDED}
 _NEEDED = {
-    "image": ("image_scatter_index", "image_split_sizes"),
-    "video": ("video_scatter_index", "video_split_sizes"),
-    # A part of a sequence, of fixed shapes too, has no `has_padding`.
-    "vision": ("vision_feature_index", "vision_feature_mask", "vision_cu_seqlens", "has_padding"),
-    "audio": ("audio_padded_feature", "audio_scatter_index", "audio_split_sizes"),
+    modality: tuple(tower_key(modality, name) for name in names)
+    for modality, names in {
+        "image": ("scatter_index", "split_sizes"),
+        "video": ("scatter_index", "split_sizes"),
+        "vision": ("feature_index", "feature_mask", "cu_seqlens"),
+        "audio": ("padded_feature", "scatter_index", "split_sizes"),
+    }.items()
 }
+# A part of a sequence has none.
+_NEEDED["vision"] += ("has_padding",)
 # Of the table's columns text models read two: how linear layers cut a row, and ERNIE's experts.
 _READ = ("segment_sizes", "moe_mm_token_type_ids")
 _UNREAD = frozenset({*COLUMNS, "audio_feature_lengths", "mm_encoder_outputs"}.difference(_READ))

@@ -46,21 +46,25 @@ def own_output(self: Any, outputs: Any, encoded: Mapping[str, Encoded]) -> Any:
         return outputs
     own = {"rope_deltas": getattr(self, "rope_deltas", None)}
     for modality, tower in encoded.items():
-        name = "image" if modality == "vision" else modality
-        # Their names up to 5.23, of LFM3-VL and of VideoLLaMA 3.
-        own[f"{name}_pooler_output"] = own[f"{name}_hidden_states"] = tower.output.pooler_output
-        own[f"{name}_outputs"] = tower.by_item()
+        features = tower.output.pooler_output
+        names = _fields("image" if modality == "vision" else modality)
+        own |= zip(names, (tower.by_item(), features, features), strict=True)
     for name in _unknown_fields(type(self)):
         own.pop(name, None)
     return multimodal(**outputs, **own)
 
 
+def _fields(modality: str) -> tuple[str, ...]:
+    """Return where an output has a tower's: today, and up to 5.23."""
+    kinds = ("outputs", "pooler_output", "hidden_states")
+    return tuple(f"{modality}_{kind}" for kind in kinds)
+
+
 _OUTPUTS: dict[type, Any] = {}
 _ADDED_FIELDS = (
     "rope_deltas",
-    *(f"{name}_outputs" for name in ("image", "video")),
-    *(f"{name}_pooler_output" for name in ("image", "video")),
-    *(f"{name}_hidden_states" for name in ("image", "video")),
+    *_fields("image"),
+    *_fields("video"),
 )
 
 

@@ -30,6 +30,12 @@ _COUNTERS = {
 }
 
 
+# The sizes that all rules but MiniCPM-V's take.
+_SIZES = {
+    modality: next(columns("item", modality=modality, means="size")) for modality in MODALITIES
+}
+
+
 @dataclass
 class _Draft:
     """A batch under construction: rows of tokens, and the values of the media in their order."""
@@ -103,7 +109,7 @@ def random_arguments(spec: MRopeSpec, rng: np.random.Generator) -> dict[str, Any
 def _merge(draft: _Draft) -> dict[str, Any]:
     rng, width = draft.rng, max(map(len, draft.rows))
     # The Omnis' own functions raise without a mask.
-    full = rng.random() < _NO_MASK and "audio_seqlens" not in draft.spec.family_row.inputs
+    full = rng.random() < _NO_MASK and _SIZES["audio"] not in draft.spec.family_row.inputs
     if full:
         for row in draft.rows:
             row.extend(rng.integers(*draft.text_ids, width - len(row)).tolist())
@@ -113,7 +119,7 @@ def _merge(draft: _Draft) -> dict[str, Any]:
         where = slice(width - len(row), width) if left else slice(len(row))
         ids[index, where], mask[index, where] = row, 1
     arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": None if full else mask}
-    names = {"image_grid_thw", "video_grid_thw", *draft.values, *draft.spec.family_row.inputs}
+    names = {_SIZES["image"], _SIZES["video"], *draft.values, *draft.spec.family_row.inputs}
     for name in sorted(names - {"mm_token_type_ids", "use_audio_in_video", "downsample_mode"}):
         values = draft.values.get(name, draft.counts.get(name))
         dtype = np.float32 if name == "second_per_grid_ts" else np.int64
@@ -129,7 +135,7 @@ def _image(draft: _Draft) -> None:
     spec, row = draft.spec, draft.spec.family_row
     grid = draft.grid((1,) if row.still_images else (1, 1, 1, 2))
     frames, height, width = patches = draft.patches(grid)
-    draft.note("image_grid_thw", patches)
+    draft.note(_SIZES["image"], patches)
     draft.add(*image_tokens(spec, height, width, frames), draft.end)
 
 
@@ -138,7 +144,7 @@ def _clip(draft: _Draft) -> None:
     merged = int(spec.extra.get("temporal_merge_size", 1))
     frames, height, width = draft.grid((1, 2, 3, 5))
     frames, height, width = patches = draft.patches((frames * merged, height, width))
-    draft.note("video_grid_thw", patches)
+    draft.note(_SIZES["video"], patches)
     if spec.tokens_per_second is not None:
         draft.note("second_per_grid_ts", draft.rng.choice([0.25, 1 / 3, 0.5, 1.0, 2.7]))
     gap = [draft.end] * (row.frame_gap or 1)
@@ -152,7 +158,7 @@ def _audio(draft: _Draft) -> None:
 def _audio_length(draft: _Draft) -> int:
     """Draw the frames of an audio, and return its tokens."""
     spec, mel = draft.spec, int(draft.rng.integers(4, 400))
-    draft.note("audio_seqlens", mel)
+    draft.note(_SIZES["audio"], mel)
     if "n_window" in spec.extra:
         # Three convolutions, each of stride 2, over chunks of 2 * n_window frames.
         chunks, rest = divmod(mel, 2 * int(spec.extra["n_window"]))
@@ -162,7 +168,7 @@ def _audio_length(draft: _Draft) -> int:
 
 def _omni_clip(draft: _Draft) -> None:
     spec, grid = draft.spec, draft.grid((1, 2, 3, 6))
-    draft.note("video_grid_thw", draft.patches(grid))
+    draft.note(_SIZES["video"], draft.patches(grid))
     draft.note("second_per_grid_ts", draft.rng.choice([0.25, 0.5, 1.0, 2.7]))
     audio = _audio_length(draft) if draft.audio_in_video else 0
     draft.add(*omni_tokens(spec, int(np.prod(grid)), audio, draft.end))
@@ -170,13 +176,13 @@ def _omni_clip(draft: _Draft) -> None:
 
 def _glm_image(draft: _Draft) -> None:
     frames, height, width = draft.grid((1, 1, 3))
-    draft.note("image_grid_thw", [frames, height, width])
+    draft.note(_SIZES["image"], [frames, height, width])
     draft.add(*image_tokens(draft.spec, height, width, frames))
 
 
 def _hunyuan_image(draft: _Draft) -> None:
     frames, height, width = patches = draft.patches(draft.grid((1,)))
-    draft.note("image_grid_thw", patches)
+    draft.note(_SIZES["image"], patches)
     # Some batches have no wrapper: it is two of the placeholders.
     draft.add(*image_tokens(draft.spec, height, width, frames)[2 * int(draft.rng.integers(2)) :])
 

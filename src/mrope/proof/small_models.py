@@ -9,6 +9,7 @@ import torch
 
 from mrope.collate.collator import MRopeCollator
 from mrope.collate.padding import PaddingCollator
+from mrope.columns import count_key, tower_key
 from mrope.errors import MRopeError
 from mrope.hf.attaching import attach, base_model, detach
 from mrope.proof.shrunken import build_model, shrink_config
@@ -158,9 +159,8 @@ def _plain_batch(
         joined = _take_crops(examples) if spec.family_row.custom_index == "minicpm" else {}
         batch = dict(PaddingCollator(padding_side=padding_side)(examples)) | joined
         if spec.family_row.custom_index == "glm_image":
-            batch["images_per_sample"] = torch.tensor(
-                [len(example["image_grid_thw"]) for example in examples]
-            )
+            grids = tower_key("image", "grid_thw")
+            batch[count_key("image")] = torch.tensor([len(one[grids]) for one in examples])
         return batch
     for example, frames in zip(examples, _MEL_FRAMES, strict=True):
         _append_audio(example, spec, audio, frames)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mrope.columns import tower_key
 from mrope.positions.custom.minicpm import minicpm_tokens
 from mrope.positions.sample_rows import Medium, make_row, medium_tokens
 from mrope.spec.spec import MRopeSpec
@@ -66,9 +67,9 @@ def _example(
     example: dict[str, Any] = dict(make_row(spec, [tokens]))
     for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if grids[kind]:
-            example[f"{kind}_grid_thw"] = np.array(grids[kind])
+            example[tower_key(kind, "grid_thw")] = np.array(grids[kind])
             if in_batch:
-                example[f"{kind}_merge_sizes"] = np.full(len(grids[kind]), merges[kind])
+                example[tower_key(kind, "merge_sizes")] = np.full(len(grids[kind]), merges[kind])
         if pixels_of[kind]:
             example[pixels] = _pixels(config, spec, pixels_of[kind], rng)
     if spec.tokens_per_second is not None and grids["video"]:
