@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 try:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 except ImportError:  # before torch 2.10
     _KERNEL: Any = None
     _PARAMETERS: frozenset[str] = frozenset()
+    _ASKS = _TAKES_CUDNN = False
 else:
-    _KERNEL = varlen_attn
-    _PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
+    _KERNEL = varlen.varlen_attn
+    _PARAMETERS = frozenset(inspect.signature(_KERNEL).parameters)
+    # Flash attention's kernel was the only one up to 2.13. 2.14 takes cuDNN's where segments are
+    # longer than 128 and there is no window; 2.15 wherever it can, unless it is asked not to.
+    _ASKS = hasattr(varlen, "_select_backend")
+    _TAKES_CUDNN = hasattr(varlen, "_can_use_cudnn") and not _ASKS
 
 HAS_KERNEL = _KERNEL is not None
 _HALF = (torch.float16, torch.bfloat16)
@@ -61,6 +67,9 @@ def attend_varlen(
         (N, heads, dimension).
     """
     options = dict(_CAUSAL) if causal else {}
+    if _TAKES_CUDNN and not causal:
+        # A window of the whole segment, which is none to flash attention and its backward.
+        options["window_size"] = (longest, longest)
     if key.shape[1] != query.shape[1]:
         if _SHARES_HEADS:
             options["enable_gqa"] = True
@@ -68,8 +77,10 @@ def attend_varlen(
             groups = query.shape[1] // key.shape[1]
             key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
     # The kernel takes rows of any stride, but the last dimension must be dense.
-    parts = (one.contiguous() for one in (query, key, value))
-    attended: torch.Tensor = _KERNEL(
-        *parts, cu_seqlens, cu_seqlens, longest, longest, scale=scale, **options
-    )
+    parts = tuple(one.contiguous() for one in (query, key, value))
+    arguments = (*parts, cu_seqlens, cu_seqlens, longest, longest)
+    # Of cuDNN's kernel nothing was run here: segments of no length, as the borders of a rung are,
+    # or what building its graph for each batch costs the host.
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if _ASKS else nullcontext():
+        attended: torch.Tensor = _KERNEL(*arguments, scale=scale, **options)
     return attended
