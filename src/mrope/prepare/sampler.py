@@ -264,7 +264,8 @@ class TokenBudgetIterator(Iterator[list[int]]):
         """Continue from a saved position, in its epoch, regardless of the sampler's epoch.
 
         A state of another number of ranks is taken too: what all of them took is left out, and the
-        rest of the epoch is dealt to the ranks of now.
+        rest of the epoch is dealt to the ranks of now. A loader that saves its state some batches
+        late would skip as many of these: pass its state to `TokenBudgetSampler.resume`.
 
         Raises:
             MRopeError: the state has other lengths, another seed or another setting, with which
