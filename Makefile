@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 LOWEST_PYTHON ?= python3.10
+NEWEST_PYTHON ?= python3.13
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -153,8 +154,8 @@ lowest: .venvs/lowest/.ready  ## Run tests with the oldest supported dependencie
 
 # What a user gets who installs without constraints, except for torch. Made anew each time, since the
 # index changes. Not in CI, where a release of another project would turn it red.
-newest:  ## Run all tests with the newest release of every dependency, torch aside; warnings are allowed
-	$(PYTHON) -m venv --clear .venvs/newest
+newest:  ## Run all tests with the newest Python and dependencies, torch aside (NEWEST_PYTHON=python3.13)
+	$(NEWEST_PYTHON) -m venv --clear .venvs/newest
 	.venvs/newest/bin/pip install --quiet torch==2.13.0
 	.venvs/newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]' torch==2.13.0
 	.venvs/newest/bin/mrope doctor
@@ -162,12 +163,12 @@ newest:  ## Run all tests with the newest release of every dependency, torch asi
 
 # Apart from `newest`: torch's wheel comes with CUDA, 6.6 GB. A machine's constraint on torch is set aside.
 newest-torch:  ## The same with the newest release of torch too; types as well (6.6 GB to download)
-	$(PYTHON) -m venv --clear .venvs/newest-torch
+	$(NEWEST_PYTHON) -m venv --clear .venvs/newest-torch
 	PIP_CONSTRAINT=/dev/null .venvs/newest-torch/bin/pip install --quiet --no-cache-dir \
 	  --upgrade --upgrade-strategy eager torch -e '.[dev]'
 	.venvs/newest-torch/bin/mrope doctor
 	.venvs/newest-torch/bin/mypy src
-	.venvs/newest-torch/bin/pytest -q -n 2 --dist loadscope -p no:cacheprovider -W default
+	.venvs/newest-torch/bin/pytest -q -n 2 --dist worksteal -p no:cacheprovider -W default
 
 clean:  ## Remove everything that the targets made
 	rm -rf $(VENV) .venvs site outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
