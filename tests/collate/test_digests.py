@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from typer.testing import CliRunner
 
-from mrope import MRopeCollator, MRopeError, TokenBudgetSampler
+from mrope import MRopeCollator, MRopeError, Shapes, TokenBudgetSampler
 from mrope.check.replay import Parting, Run, Worker, compare, read_run, replay, shared_rows
 from mrope.cli import app
 from mrope.collate import BatchDigest, DigestCollator
@@ -78,6 +78,15 @@ def test_what_the_model_is_told_changes_the_digest(key: str, change: Any) -> Non
         "attention_mask": [True, True, True],
     }
     assert changed == expected[key]
+
+
+def test_a_rung_is_padding_too() -> None:
+    table, shapes = rows(6), Shapes(tokens=(128,), tokens_per_example=16)
+    found = digest(table, packing="flatten", shapes=shapes)
+    assert found.shape == (1, 128)
+    # One more for what fills the rung.
+    assert found.rows[:6] == digest(table, packing="flatten").rows
+    assert len(found.rows) == 7
 
 
 def test_a_batch_without_positions_has_a_digest() -> None:

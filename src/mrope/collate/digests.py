@@ -133,9 +133,11 @@ def _places(batch: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
             (0, slice(start, stop)) for start, stop in itertools.pairwise(edges) if start < stop
         )
         return
-    mask = batch.get("attention_mask")
-    for row in range(len(batch["input_ids"])):
-        yield row, slice(None) if mask is None else mask[row].numpy().astype(bool)
+    shape, mask = batch["input_ids"].shape, batch.get("attention_mask")
+    # A mask of pairs of tokens says nothing of padding.
+    if mask is None or mask.shape != shape:
+        mask = torch.ones(shape)
+    yield from enumerate(mask.numpy().astype(bool))
 
 
 def _positions(batch: Mapping[str, Any]) -> npt.NDArray[Any]:
