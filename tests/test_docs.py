@@ -23,7 +23,7 @@ DOCS = sorted(ROOT.rglob("docs/**/*.md"))
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 # The code of the guides needs a model and a dataset: tests/test_guides.py runs it.
 PAGES = [file for file in FILES if file.parent.name != "start"]
-MOST_PAGES, MOST_LINES, MOST_README_LINES = 20, 200, 120
+MOST_PAGES, MOST_LINES, MOST_README_LINES = 22, 200, 120
 # Text and target of a Markdown link or picture; the text may run over a line's end.
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
