@@ -129,7 +129,8 @@ COLUMNS: dict[str, Column] = {
     "images_per_sample": Column("row", "image", 0, "count"),
     "videos_per_sample": Column("row", "video", 0, "count"),
     "audios_per_sample": Column("row", "audio", 0, "count"),
-    "use_audio_in_video": Column("batch", axes=0),
+    # One for the batch, or one for each clip where they differ.
+    "use_audio_in_video": Column("batch", "video", axes=0),
     "downsample_mode": Column("batch", axes=0, integers=False),
     # With fixed shapes: which tokens take a feature of the one call for images and clips.
     "vision_feature_mask": Column("token"),

@@ -347,10 +347,20 @@ def test_audio_on_some_rows() -> None:
         assert sorted(MRopeCollator(None, spec)(order)["audio_seqlens"].tolist()) == [40, 40, 100]
 
 
-def test_flags_that_differ_are_refused_by_row() -> None:
-    rows = [audio_row((), use_audio_in_video=flag) for flag in (None, True, False)]
-    with pytest.raises(MRopeError, match="row 2: use_audio_in_video is False, but True in row 1"):
-        PaddingCollator()(rows)
+def test_flags_that_differ_become_one_for_each_clip() -> None:
+    clips = {"video_grid_thw": [[1, 2, 2]] * 2}
+    rows = [
+        audio_row((), use_audio_in_video=None),
+        audio_row((), use_audio_in_video=True, **clips),
+        audio_row((), use_audio_in_video=[True, False], **clips),
+    ]
+    flags = PaddingCollator()(rows)["use_audio_in_video"]
+    assert flags.tolist() == [True, True, True, False]
+    same = [audio_row((), use_audio_in_video=flag, **clips) for flag in (True, [True, True])]
+    assert PaddingCollator()(same)["use_audio_in_video"] is True
+    wrong = [same[0], audio_row((), use_audio_in_video=[True, False, True], **clips)]
+    with pytest.raises(MRopeError, match="row 1: use_audio_in_video has 3 values, but the row 2"):
+        PaddingCollator()(wrong)
 
 
 def test_crops_on_some_rows() -> None:

@@ -18,6 +18,7 @@ Example = Mapping[str, Any]
 _TOKENS = tuple(columns("token"))
 _JOINED = tuple(columns("item", "patch"))
 _WHOLE = tuple(columns("batch"))
+_SIZES_OF_CLIPS = tuple(columns("item", modality="video", means="size"))
 
 
 class PaddingCollator:
@@ -41,7 +42,8 @@ class PaddingCollator:
     - pixels, and what has an entry for each image, clip or audio, are concatenated on dim 0; an
       example without them adds nothing. Features of audios, and their masks, are padded in their
       last dimension first;
-    - `use_audio_in_video` and `downsample_mode` must be equal in all examples that have them, and
+    - `use_audio_in_video` is one bool, or where clips differ one for each, (videos,);
+      `downsample_mode` must be equal in all examples that have it, and
       become one value.
 
     Every other column stays a list with one entry per row.
@@ -162,8 +164,27 @@ def _concatenated(name: str, parts: Mapping[int, torch.Tensor]) -> torch.Tensor:
         raise MRopeError(f"{name} cannot be concatenated: {shapes}") from error
 
 
+def _of_clips(name: str, rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Return one bool where all clips have the same, else a bool for each of them."""
+    (size,) = (one for one in _SIZES_OF_CLIPS if COLUMNS[one].sides == 3)
+    given = [np.ravel(np.asarray(sample[name])) for sample in rows if name in sample]
+    if all(flags.all() == flags.any() == given[0].any() for flags in given):
+        return bool(given[0].any())
+    each: list[bool] = []
+    for row, sample in enumerate(rows):
+        flags, clips = np.ravel(np.asarray(sample.get(name, False))), len(sample.get(size, ()))
+        if len(flags) not in (1, clips):
+            raise MRopeError(
+                f"row {row}: {name} has {len(flags)} values, but the row {clips} clips"
+            )
+        each += [bool(flag) for flag in (flags if len(flags) == clips else flags.repeat(clips))]
+    return torch.tensor(each, dtype=torch.bool)
+
+
 def _one_value(name: str, rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Return the value of a column of which a batch has one."""
+    """Return the value of a column of which a batch has one, or one for each clip."""
+    if COLUMNS[name].modality is not None:
+        return _of_clips(name, rows)
     given = {row: _as_scalar(sample[name]) for row, sample in enumerate(rows) if name in sample}
     first, value = next(iter(given.items()))
     for row, other in given.items():

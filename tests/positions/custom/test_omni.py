@@ -20,6 +20,7 @@ from support.specs import example_spec
 from twins.omni import (
     AUDIO_END,
     FAMILIES,
+    Maker,
     processor_batch,
     random_maker,
     slow_omni_index,
@@ -329,3 +330,32 @@ def test_no_audio_no_tensors() -> None:
 def test_features_of_other_lengths(lengths: list[int]) -> None:
     with pytest.raises(MRopeError, match=r"do not fit input_features of shape \(2, 4, 40\)"):
         padded_features(AudioSpec(100), torch.zeros(2, 4, 40), lengths)
+
+
+@families
+def test_each_clip_may_have_its_audio_inside_or_not(family: str) -> None:
+    """Rows of both kinds are those of a batch of each; a row of both kinds is the twin's."""
+    spec, rng = example_spec(family), random.Random(f"{family} clips")
+    for _ in range(100):
+        maker = Maker(rng, spec, together=False)
+        flags: list[bool] = []
+        for _ in range(rng.choice([1, 2, 3])):
+            row: list[int] = []
+            for kind in rng.choices("iva", k=rng.choice([1, 2, 4])):
+                maker.together = rng.random() < 0.5
+                flags += [maker.together] * (kind == "v")
+                row += (
+                    maker.text(0, 1)
+                    + {"i": maker.image, "v": maker.video, "a": maker.audio}[kind]()
+                )
+            maker.rows.append([*row, 7])
+        batch = maker.batch("right", masked=True)
+        expected = slow_omni_index(spec, batch)
+        actual = rope_index(spec, **(batch | {"use_audio_in_video": np.array(flags, bool)}))
+        for ours, theirs in zip(actual, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs, strict=True)
+        if len(set(flags)) > 1:
+            with pytest.raises(MRopeError):
+                rope_index(spec, **(batch | {"use_audio_in_video": True}))
+            with pytest.raises(MRopeError, match="or one for each of its"):
+                rope_index(spec, **(batch | {"use_audio_in_video": [*flags, True, False]}))
