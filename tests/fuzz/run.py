@@ -19,6 +19,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from fuzz.judge import EXACT, KINDS, WrongError, judge, memory
+from fuzz.responses import DECODING, judge_responses
 from mrope import MRopeSpec
 from mrope.spec.references import installed_transformers
 from mrope.spec.spec import example_config
@@ -78,6 +79,22 @@ def _judged(rng: random.Random, row: tuple[str, str], kind: str, tally: Tally) -
         return "WRONG"
 
 
+def fuzz_responses(samples: int, seed: int) -> Tally:
+    """Damage turns behind prompts, so many of them, of every family that decodes."""
+    tally, number = Tally(), 0
+    while tally.verdicts.total() < samples:
+        row = DECODING[number % len(DECODING)]
+        try:
+            judged = judge_responses(random.Random(f"{seed} {number} turn"), spec_of(row))
+        except WrongError as wrong:
+            tally.faults.append(f"turn, {' '.join(row)}: {wrong}")
+            judged = "a turn", "WRONG"
+        if judged is not None:
+            tally.verdicts[judged] += 1
+        number += 1
+    return tally
+
+
 def shrunk(row: tuple[str, str], kind: str) -> str:
     """Return the simplest failure of a kind that hypothesis finds."""
 
@@ -134,9 +151,12 @@ def main() -> int:
     options = parser.parse_args()
     start = time.perf_counter()
     tally = fuzz(options.samples, options.seed)
+    turns = fuzz_responses(options.samples // 10, options.seed)
     seconds = time.perf_counter() - start
     peaks = memory_peaks()
     print(table(tally))
+    exact = sum(n for (_, verdict), n in turns.verdicts.items() if verdict == EXACT)
+    print(f"\n{turns.verdicts.total()} damaged turns behind prompts, by extend: {exact} exact.")
     print(
         f"\n{options.samples} samples, seed {options.seed}, {len(ROWS)} rows of families and references, "
         f"{seconds:.0f} s; the slowest took {tally.slowest[0]:.2f} s ({tally.slowest[1]}).\n"
@@ -146,9 +166,9 @@ def main() -> int:
         f"{peaks[0][0]:.2f} ({peaks[0][1]}, {peaks[0][2]}).\n"
         f"Python {platform.python_version()}, numpy {np.__version__}, {platform.machine()}."
     )
-    for fault in tally.faults:
+    for fault in [*tally.faults, *turns.faults]:
         print(f"\nWRONG: {fault}")
-    return 1 if tally.faults or peaks[0][0] > 2 else 0
+    return 1 if tally.faults or turns.faults or peaks[0][0] > 2 else 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fuzz import judge as judging
 from fuzz.judge import EXACT, KINDS, UNDAMAGED, WrongError, judge, memory
-from fuzz.run import fuzz, spec_of, table
+from fuzz.run import fuzz, fuzz_responses, spec_of, table
 from mrope import MRopeCollator, MRopeError, SpanMismatchError, rope_index
 from mrope.collate.padding import PaddingCollator
 from support.batches import ROWS
@@ -48,6 +48,18 @@ def test_the_short_run_is_clean_and_the_same_again() -> None:
     assert 100 < sum(n for (_, verdict), n in tally.verdicts.items() if verdict == EXACT) < 300
     assert fuzz(60, seed=2).verdicts == fuzz(60, seed=2).verdicts
     assert "| all | 400 |" in table(tally)
+
+
+def test_damaged_turns_behind_prompts_are_exact_or_refused() -> None:
+    tally = fuzz_responses(200, seed=1)
+    assert tally.faults == []
+    assert 40 < sum(n for (_, verdict), n in tally.verdicts.items() if verdict == EXACT) < 160
+
+
+def test_the_judge_of_turns_sees_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes of a turn without placeholders were dropped once, with the image that they were of."""
+    monkeypatch.setattr("fuzz.responses.extend", lambda spec, ids, deltas, *_, **__: (ids, deltas))
+    assert fuzz_responses(20, seed=1).faults
 
 
 @pytest.mark.parametrize("kind", ["truncated on the right", "huge size", "stray special token"])

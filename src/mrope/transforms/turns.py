@@ -29,7 +29,7 @@ class Turns(NamedTuple):
             alone.
         length_B: tokens of each row.
         width: R.
-        have_spans: whether any turn that was given with its sizes has placeholders.
+        have_spans: whether any turn that was given as a dict has placeholders, or sizes.
         media: sizes of all images, clips and audios, by the names of `rope_index`.
         counts: how many of each a row has, (B,), by the names of `rope_index`.
     """
@@ -65,7 +65,7 @@ def read_turns(
         ids_BR[row, : len(ids)] = ids
     media, counts = _join([media for _, media in read])
     spans = np.isin(ids_BR, list(placeholder_ids(spec))).any()
-    return Turns(ids_BR, length_B, known, bool(spans), media, counts)
+    return Turns(ids_BR, length_B, known, bool(spans or counts), media, counts)
 
 
 def as_text(spec: MRopeSpec, tokens: Any, replacement: int | None = None) -> Any:
