@@ -74,7 +74,9 @@ def join(spec: MRopeSpec, rows: list[list[Sample]]) -> dict[str, Any]:
         parts = [[sample[name] for sample in row if name in sample] for row in rows]
         flat = [part for row in parts for part in row]
         if COLUMNS[name].kind == "batch":
-            joined[name] = flat[0]
+            each = [one for row in rows for one in row]
+            clips = [len(one.get("video_grid_thw", ())) for one in each]
+            joined[name] = np.array([one[name] for one in each], bool).repeat(clips)
             continue
         joined[name] = np.concatenate(flat)
         if COLUMNS[name].means == "size":
@@ -84,34 +86,29 @@ def join(spec: MRopeSpec, rows: list[list[Sample]]) -> dict[str, Any]:
 
 
 def random_case(rng: random.Random, spec: MRopeSpec) -> Case:
-    flag = rng.random() < 0.5
     float64 = rng.random() < 0.5
     rows = rng.choice([1, 1, 2, 3])
     media = rng.random() < 0.8
-    prompts = [random_sample(rng, spec, flag, float64, media) for _ in range(rows)]
+    prompts = [random_sample(rng, spec, float64, media) for _ in range(rows)]
     tools = rng.random() < 0.6
-    turns = [random_turns(rng, spec, flag, float64, tools) for _ in range(rows)]
+    turns = [random_turns(rng, spec, float64, tools) for _ in range(rows)]
     return Case(spec, prompts, turns, rng.random() < 0.5)
 
 
-def random_turns(
-    rng: random.Random, spec: MRopeSpec, flag: bool, float64: bool, tools: bool
-) -> list[Any]:
+def random_turns(rng: random.Random, spec: MRopeSpec, float64: bool, tools: bool) -> list[Any]:
     turns: list[Any] = []
     for _ in range(rng.choice([0, 1, 1, 2, 3])):
         turns.append(np.array(rng.choices(TEXT_IDS, k=rng.choice([1, 1, 2, 9]))))
         if tools and rng.random() < 0.6:
-            turns.append(random_sample(rng, spec, flag, float64, True))
+            turns.append(random_sample(rng, spec, float64, True))
     return turns
 
 
-def random_sample(
-    rng: random.Random, spec: MRopeSpec, flag: bool, float64: bool, media: bool
-) -> Sample:
+def random_sample(rng: random.Random, spec: MRopeSpec, float64: bool, media: bool) -> Sample:
     """Return a row of a random batch, without padding and types, which ends with text."""
     while True:
         batch = random_batch(rng, spec)
-        if len(batch["input_ids"]) > 1 or batch.get("use_audio_in_video", flag) != flag:
+        if len(batch["input_ids"]) > 1:
             continue
         mask = batch.pop("attention_mask")
         ids = batch.pop("input_ids")[0]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from mrope.arrays import IntArray, as_integers
-from mrope.columns import COLUMNS, columns
+from mrope.columns import COLUMNS, columns, count_key
 from mrope.errors import MRopeError
 from mrope.spec.families import NO_TOKEN
 from mrope.spec.spec import MRopeSpec
@@ -113,20 +113,26 @@ def with_turns(inputs: Mapping[str, Any], turns: Turns, rows: int) -> dict[str, 
     Raises:
         MRopeError: sizes of several prompts without counts for each row.
     """
-    merged = {**turns.media, **{name: value for name, value in inputs.items() if value is not None}}
-    own = {name: merged[name] for name in merged if COLUMNS[name].kind == "item" and name in inputs}
-    for name, values in own.items():
-        (count,) = columns("row", modality=COLUMNS[name].modality, means="count")
+    own = {name: value for name, value in inputs.items() if value is not None}
+    for name in {**own, **turns.media}:
+        column = COLUMNS[name]
+        if column.modality is None or column.kind == "row":
+            continue
+        count = count_key(column.modality)
         given = inputs.get(count)
-        if given is None and rows > 1 and len(values):
+        values = np.asarray(own.get(name, [] if column.kind == "item" else False))
+        if given is None and rows > 1 and values.size and column.kind == "item":
             raise MRopeError(f"{name} of {rows} prompts need {count}: turns stand between them")
-        counts_B = np.asarray([len(values)] if given is None else given)
+        counts_B = np.zeros(rows, np.int64)
+        counts_B[:] = (len(values) if values.ndim and rows == 1 else 0) if given is None else given
+        values = np.broadcast_to(values, counts_B.sum()) if column.kind == "batch" else values
         added_B = turns.counts.get(count, np.zeros(rows, np.int64))
-        merged[count] = counts_B + added_B
+        at = counts_B.cumsum().repeat(added_B)
         if name in turns.media:
-            at = counts_B.cumsum().repeat(added_B)
-            merged[name] = np.insert(np.asarray(values), at, np.asarray(turns.media[name]), axis=0)
-    return {**turns.counts, **merged}
+            new = np.asarray(turns.media[name])
+            own[name] = np.insert(values, at, new, axis=0) if len(values) else new
+    totals = {key: np.asarray(own.get(key, 0)) + value for key, value in turns.counts.items()}
+    return {**own, **totals}
 
 
 def on_host(*tensors: torch.Tensor) -> bool:
@@ -177,10 +183,22 @@ def _read_row(
                 _refuse_sampled(spec, row, tokens, sum(map(len, ids)))
             tokens = as_text(spec, tokens)
         ids.append(tokens)
-        for name in turn if given else ():
-            if name in COLUMNS and COLUMNS[name].kind in ("item", "batch"):
-                media.setdefault(name, []).append(turn[name])
+        for name, value in _media_of(spec, turn) if given else ():
+            media.setdefault(name, []).append(value)
     return np.concatenate(ids), media
+
+
+def _media_of(spec: MRopeSpec, turn: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the sizes of a turn by name, and flags that each clip may have for itself."""
+    for name in columns("item", "batch"):
+        column = COLUMNS[name]
+        if column.kind == "batch" and column.modality and name in spec.family_row.inputs:
+            clips = sum(
+                len(turn.get(one, ())) for one in columns("item", modality="video", means="size")
+            )
+            yield name, np.broadcast_to(np.asarray(turn.get(name, False)), clips)
+        elif name in turn:
+            yield name, turn[name]
 
 
 def _turns_of(turns: Any) -> Iterator[Any]:
@@ -211,11 +229,10 @@ def _join(rows: list[dict[str, list[Any]]]) -> tuple[dict[str, Any], dict[str, A
     for name in dict.fromkeys(name for row in rows for name in row):
         parts = [row.get(name, []) for row in rows]
         flat = [np.asarray(one) for row in parts for one in row]
-        if COLUMNS[name].kind == "batch":
-            media[name] = flat[0].item()
-            continue
-        media[name] = np.concatenate(flat)
-        if COLUMNS[name].means == "size":
-            (count,) = columns("row", modality=COLUMNS[name].modality, means="count")
-            counts[count] = np.array([sum(len(one) for one in row) for row in parts])
+        column = COLUMNS[name]
+        media[name] = np.concatenate(flat) if column.modality else flat[0].item()
+        if column.means == "size":
+            counts[count_key(str(column.modality))] = np.array(
+                [sum(len(one) for one in row) for row in parts]
+            )
     return media, counts
