@@ -46,6 +46,8 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file.parent.mkdir(parents=True)
     file.write_text(TWIN)
     (tmp_path / "sglang/__init__.py").write_text("raise ImportError('needs a GPU')\n")
+    (tmp_path / "sglang-0.5.23.dist-info").mkdir()
+    (tmp_path / "sglang-0.5.23.dist-info/METADATA").write_text("Name: sglang\nVersion: 0.5.23\n")
     monkeypatch.syspath_prepend(tmp_path)
     return file
 
@@ -65,7 +67,8 @@ def test_the_command_prints_a_table(engine: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as ended:
         cli.main(["doctor", "--engine", "sglang"])
     assert ended.value.code == 0
-    assert "qwen3_vl" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "sglang 0.5.23" in printed and "qwen3_vl" in printed
 
 
 def test_without_the_engine(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mrope import MRopeSpec, rope_index
-from mrope.check.engine import _rows
+from mrope.check.engine import random_rows
 from mrope.spec import example_config
 
 MODELS = {
@@ -115,7 +115,7 @@ def verdict(folder: Path, family: str, reference: str, clips: bool) -> str:
     model = numbering(folder, family)()
     model.config = config
     count = 0
-    for row, sizes in _rows(spec, clips):
+    for row, sizes in random_rows(spec, clips):
         tokens = closed(spec, row[0].tolist())
         theirs, _ = model.get_mrope_input_positions(tokens, features(spec, tokens, sizes))
         ours, _ = rope_index(spec, [tokens], **sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from mrope.check.engine import compare_engine, describe_engine
+from mrope.check.engine import compare_engine
 from mrope.hf.rows import ROWS
 from mrope.proof.comparisons import Verdict, compare
 from mrope.proof.small_models import FAILURES, default_model, describe_error
@@ -52,7 +53,7 @@ def print_engine(engine: str) -> None:
     if not found:
         console.print(f"{engine} is not installed: nothing was compared")
         return
-    table = Table(title=f"mrope and {describe_engine(engine)}")
+    table = Table(title=f"mrope and {engine} {importlib.metadata.version(engine)}")
     for column in ("family", "images", "clips"):
         table.add_column(column)
     for family, verdicts in found.items():

@@ -6,7 +6,6 @@ torch: its file is loaded by itself, since the package around it needs a GPU to 
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +22,8 @@ from mrope.spec.families import FAMILIES
 from mrope.spec.spec import MRopeSpec, example_config
 
 _FILES = {"sglang": "srt/layers/rotary_embedding/mrope_rope_index.py"}
-_ROWS = 400
-_GRIDS = ("image_grid_thw", "video_grid_thw")
-
-_SIZES = (*_GRIDS, "second_per_grid_ts")
+_SIZES = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+_BATCHES = 400
 _NO_RULE = "no rule of its own"
 
 
@@ -41,15 +38,12 @@ def compare_engine(engine: str, reference: str = "auto") -> dict[str, dict[str, 
     if engine not in _FILES:
         raise MRopeError(f"--engine must be one of {', '.join(_FILES)}, not {engine!r}")
     package = importlib.util.find_spec(engine)
-    if package is None or not package.submodule_search_locations:
+    if package is None or package.origin is None:
         return {}
-    file = Path(next(iter(package.submodule_search_locations))) / _FILES[engine]
-    loaded = importlib.util.spec_from_file_location("engine_rope_index", file)
-    assert loaded is not None
-    assert loaded.loader is not None
-    module = importlib.util.module_from_spec(loaded)
-    loaded.loader.exec_module(module)
-    found = {}
+    module = ModuleType("engine_rope_index")
+    source = (Path(package.origin).parent / _FILES[engine]).read_text(encoding="utf-8")
+    exec(compile(source, _FILES[engine], "exec"), vars(module))
+    found: dict[str, dict[str, str]] = {}
     for family, row in FAMILIES.items():
         # The engine finds spans by their start markers.
         if row.custom_index is None and row.start_keys and reference in ("auto", *row.references):
@@ -57,52 +51,34 @@ def compare_engine(engine: str, reference: str = "auto") -> dict[str, dict[str, 
             verdicts = {
                 kind: _compare(module, spec, kind == "clips") for kind in ("images", "clips")
             }
-            if set(verdicts.values()) != {_NO_RULE}:
-                found[family] = verdicts
+            found |= {} if set(verdicts.values()) == {_NO_RULE} else {family: verdicts}
     return found
 
 
-def describe_engine(engine: str) -> str:
-    """Return an engine's name and version; its name alone where it is not installed."""
-    try:
-        return f"{engine} {importlib.metadata.version(engine)}"
-    except importlib.metadata.PackageNotFoundError:
-        return engine
-
-
-def _numbers(
-    module: ModuleType, spec: MRopeSpec, ids_1S: torch.Tensor, sizes: dict[str, Any]
-) -> torch.Tensor:
-    """Call SGLang's function for a family; RuntimeError: it has none."""
-    config = SimpleNamespace(
-        image_token_id=spec.image_token_id,
-        vision_config=SimpleNamespace(spatial_merge_size=spec.spatial_merge_size),
-        **spec.extra,
-    )
+def _numbers(module: ModuleType, spec: MRopeSpec, ids_1S: Any, sizes: dict[str, Any]) -> Any:
+    """Call SGLang's function for a family; RuntimeError or AttributeError: it has none."""
+    vision = SimpleNamespace(spatial_merge_size=spec.spatial_merge_size)
     if spec.family_row.frames_as_images:
-        glm = {name: sizes.get(name) for name in _GRIDS}
-        mask = torch.ones_like(ids_1S)
-        numbered = module.get_rope_index_glm4v(ids_1S, config, **glm, attention_mask=mask)
-        of_glm: torch.Tensor = numbered[0]
-        return of_glm
-    numbered = module.get_rope_index(
+        config = SimpleNamespace(
+            image_token_id=spec.image_token_id, vision_config=vision, **spec.extra
+        )
+        grids = (sizes.get(name) for name in _SIZES[:2])
+        return module.get_rope_index_glm4v(ids_1S, config, *grids, torch.ones_like(ids_1S))[0]
+    return module.get_rope_index(
         spatial_merge_size=spec.spatial_merge_size,
         image_token_id=spec.image_token_id,
         video_token_id=spec.video_token_id,
         vision_start_token_id=spec.vision_start_token_id,
-        model_type=spec.family.partition("@")[0],
+        model_type=spec.family,
         tokens_per_second=spec.tokens_per_second or 1,
         input_ids=ids_1S,
         **sizes,
-    )
-    positions: torch.Tensor = numbered[0]
-    return positions
+    )[0]
 
 
 def _compare(module: ModuleType, spec: MRopeSpec, clips: bool) -> str:
-    """Return "equal", the first difference, or that the engine has no rule."""
     verdict = _NO_RULE
-    for ids, sizes in _rows(spec, clips):
+    for ids, sizes in random_rows(spec, clips):
         ours, _ = rope_index(spec, ids, **sizes)
         tensors = {name: torch.as_tensor(value) for name, value in sizes.items()}
         try:
@@ -111,19 +87,19 @@ def _compare(module: ModuleType, spec: MRopeSpec, clips: bool) -> str:
             return _NO_RULE
         if not np.array_equal(ours, theirs):
             axis, _, token = np.argwhere(ours != theirs)[0]
-            grids = "".join(f", {name} {sizes[name].tolist()}" for name in _GRIDS if name in sizes)
+            given = "".join(f", {name} {value.tolist()}" for name, value in sizes.items())
             return (
                 f"token {token} of {ids.shape[1]} is at {theirs[axis, 0, token]} on axis {axis}, "
-                f"here at {ours[axis, 0, token]}{grids}"
+                f"here at {ours[axis, 0, token]}{given}"
             )
         verdict = "equal"
     return verdict
 
 
-def _rows(spec: MRopeSpec, clips: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
+def random_rows(spec: MRopeSpec, clips: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield token ids (1, S) and sizes of random rows without padding; an image has one frame."""
     rng = np.random.default_rng(0)
-    for _ in range(_ROWS):
+    for _ in range(_BATCHES):
         given = random_arguments(spec, rng)
         sizes = {name: given[name] for name in _SIZES if given.get(name) is not None}
         still = (sizes.get("image_grid_thw", np.ones((1, 3)))[:, 0] == 1).all()

@@ -279,9 +279,13 @@ def _number_apart(spec: MRopeSpec, turns: Turns) -> tuple[torch.Tensor, torch.Te
         What each number would be behind nothing, (A, B, R), and by how much it grows with each
         number before it, 1 or 0, likewise.
     """
+    assert turns.ids_BR is not None  # with images there are tokens
+    mask_BR = np.arange(turns.width) < turns.length_B.numpy()[:, None]
     numbered = []
     for before in (1, 2):
-        ids, mask = _behind(spec, turns, before)
+        around = ((0, 0), (before, 0))
+        ids = np.pad(turns.ids_BR, around, constant_values=text_id(spec))
+        mask = np.pad(mask_BR, around, constant_values=True)
         try:
             positions, _ = rope_index(spec, ids, mask, **turns.media, **turns.counts)
         except MRopeError as error:
@@ -290,15 +294,6 @@ def _number_apart(spec: MRopeSpec, turns: Turns) -> tuple[torch.Tensor, torch.Te
         numbered.append(positions[:, :, before:])
     step_ABR = numbered[1] - numbered[0]
     return torch.from_numpy(numbered[0] - step_ABR), torch.from_numpy(step_ABR)
-
-
-def _behind(spec: MRopeSpec, turns: Turns, before: int) -> tuple[Array, Array]:
-    """Return tokens of turns behind so many of text, and their mask, padded on the right."""
-    assert turns.ids_BR is not None  # with images there are tokens
-    text = np.full((len(turns.ids_BR), before), text_id(spec))
-    mask_BR = np.arange(turns.width) < turns.length_B.numpy()[:, None]
-    mask = np.concatenate((np.ones(text.shape, np.int64), mask_BR), axis=1)
-    return np.concatenate((text, turns.ids_BR), axis=1), mask
 
 
 def _bases(spec: MRopeSpec, prompts: _Rows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -316,7 +311,12 @@ def _bases(spec: MRopeSpec, prompts: _Rows) -> tuple[torch.Tensor, torch.Tensor]
         count_P = torch.arange(valid_BP.shape[1], device=valid_BP.device)
         last_B1 = torch.where(valid_BP, count_P, 0).amax(1)[:, None]
         last_AB = positions_ABP.gather(2, last_B1.expand(len(positions_ABP), -1, 1))[..., 0]
-        next_B = last_AB[_axes_that_count(spec)].amax(0) + 1
+        row = spec.family_row
+        over_time = row.custom_index or spec.conventions.advance_over_time
+        counting = (
+            slice(0, 1) if row.planes_at_zero or row.ends_in_time else slice(not over_time, None)
+        )
+        next_B = last_AB[counting].amax(0) + 1
         return torch.where(tokens_B > 0, next_B, 0), zero_B
     if ids_BP is None:
         raise MRopeError(
@@ -330,14 +330,6 @@ def _bases(spec: MRopeSpec, prompts: _Rows) -> tuple[torch.Tensor, torch.Tensor]
     at_B1 = (tokens_B - since_B.clamp(min=1)).clamp(min=0)[:, None]
     base_B = number_BP.gather(1, at_B1)[:, 0] + (since_B == 0)
     return torch.where(tokens_B > 0, base_B, 0), since_B
-
-
-def _axes_that_count(spec: MRopeSpec) -> slice:
-    """Return the axes whose largest number at a prompt's last token text goes on behind."""
-    row = spec.family_row
-    if row.planes_at_zero or row.ends_in_time:
-        return slice(0, 1)
-    return slice(0 if row.custom_index or spec.conventions.advance_over_time else 1, None)
 
 
 def _last_text(spec: MRopeSpec, ids_BP: torch.Tensor, tokens_B: torch.Tensor) -> torch.Tensor:
