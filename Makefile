@@ -1,6 +1,6 @@
 # Each target sets up its own environment: a fresh clone needs python3, make and a package index.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs browser parity integration peers ray soak fuzz cuda bench lowest newest newest-torch clean
+.PHONY: help demo test check docs browser parity integration peers ray soak slow fuzz cuda bench lowest newest newest-torch clean
 
 PYTHON ?= python3
 LOWEST_PYTHON ?= python3.10
@@ -122,6 +122,9 @@ ray: .venvs/ray/.ready  ## Run Precheck and the collator on Ray Data, and measur
 soak: $(READY)  ## Take 20,000 batches twice, and watch memory; kill workers, lose ranks, count samples (about 13 minutes)
 	PYTHONPATH=src:tests $(BIN)/python tests/soak/soak.py --json docs/benchmarks/soak.json
 	PYTHONPATH=src:tests $(BIN)/python tests/soak/elastic.py --json docs/benchmarks/soak-elastic.json
+
+slow: $(READY)  ## Train on 2,000 JPEGs of 1 to 12 megapixels; check the first step, memory and disk (about 10 minutes)
+	PYTHONPATH=src:tests $(BIN)/python tests/measure/train_photographs.py
 
 fuzz: $(READY)  ## Damage 20,000 samples; each must give the exact result or an MRopeError (about 3 minutes)
 	PYTHONPATH=src:tests $(BIN)/python -X faulthandler -m fuzz.run

@@ -14,7 +14,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT_FILES = {"__init__.py", "arrays.py", "columns.py", "errors.py", "py.typed"}
+ROOT_FILES = {"__init__.py", "__main__.py", "arrays.py", "columns.py", "errors.py", "py.typed"}
 MOST_BODY_LINES, MOST_PARAMETERS = 40, 8
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -198,8 +199,8 @@ def test_an_error_is_red_on_a_terminal(command: Command, monkeypatch: pytest.Mon
         ["explain", "--family", "qwen3_vl"],
         ["bench", "positions", "--repeats", "0"],
         ["bench", "positions", "--json", "no/such/folder/x.json"],
-        ["bench", "step", "train.steps=3"],
-        ["bench", "stage", "train.steps=3"],
+        ["bench", "step", "trainer.max_steps=3"],
+        ["bench", "stage", "trainer.max_steps=3"],
         ["bench", "step", DEMO, "--device", "abacus"],
         ["bench", "positions", "--plot", "x.nope"],
         ["explain", "--family", "qwen3_vl", "text:1", "--plot", "x"],
@@ -213,17 +214,20 @@ def test_wrong_usage_exits_with_2(command: Command, words: list[str]) -> None:
     assert "Usage" in command.err
 
 
-NO_GPU = "train.device is cuda, but torch sees no CUDA device: set it to cpu or auto, or install"
+NO_GPU = "trainer.use_cpu is false, but torch sees no CUDA device: set it to true, or install a"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["train", DEMO, "--device", "cuda"], NO_GPU),
-        (["train", DEMO, "train.device=cuda", "--compare"], NO_GPU),
-        (["bench", "step", DEMO, "--device", "cuda"], NO_GPU),
-        (["train", DEMO, "trian.steps=3"], "  trian: unknown key (did you mean 'train'?); known:"),
-        (["train", DEMO, "train.steps"], "'train.steps': must be key.of.section=value"),
+        (["train", DEMO, "trainer.use_cpu=false", "--compare"], NO_GPU),
+        (["bench", "step", DEMO, "--device", "cuda"], "the device is cuda, but torch sees no CUDA"),
+        (
+            ["train", DEMO, "trianer.max_steps=3"],
+            "  trianer: unknown key (did you mean 'trainer'?); kno",
+        ),
+        (["train", DEMO, "trainer.seed"], "'trainer.seed': must be key.of.section=value"),
         (["train", DEMO, "model.config=Qwen/Q"], "Q; give a config.json or the local folder that"),
         (["train", DEMO, "model.config=."], "  model.config: no config at "),
         (["train", DEMO, "data.source=no.jsonl"], "  data.source: nothing at "),
@@ -234,7 +238,7 @@ NO_GPU = "train.device is cuda, but torch sees no CUDA device: set it to cpu or 
         ),
         (["check", "--model", "nowhere", "--dataset", "demo"], "  --model: no config at nowhere;"),
         (["syncs", "--model", "nowhere"], "  model.config: no config at nowhere; give"),
-        (["syncs", "--model", "nowhere", "train.seed=1"], "--model takes no train.seed=1"),
+        (["syncs", "--model", "nowhere", "trainer.seed=1"], "--model takes no trainer.seed=1"),
     ],
 )
 def test_wrong_input_exits_with_2_before_anything_runs(
@@ -260,7 +264,7 @@ def test_a_config_without_a_tokenizer_says_so(command: Command, tmp_path: Path) 
     rows.write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n')
     model.write_text(json.dumps(example_config("qwen3_vl")))
     assert command("check", "--model", str(model), "--dataset", str(rows)) == 2
-    assert "no folder with a tokenizer is given, and the demo's has <|image_pad|>" in command.err
+    assert "no folder with a processor is given (data.processor), and the demo's has" in command.err
 
 
 @pytest.mark.parametrize(("equal", "code"), [(True, 0), (False, 1)])
@@ -270,20 +274,25 @@ def test_train_compares(
     seen = []
 
     def compare(cfg: Any) -> bool:
-        seen.append(cfg.train.steps)
+        seen.append(cfg.trainer["max_steps"])
         return equal
 
-    monkeypatch.setattr("mrope.training.loop.compare", compare)
-    assert command("train", DEMO, "train.steps=3", "--compare") == code
+    monkeypatch.setattr("mrope.training.compare.compare", compare)
+    assert command("train", DEMO, "trainer.max_steps=3", "--compare") == code
     assert seen == [3]
 
 
 def test_train_hands_the_config_on(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("mrope.training.loop.train", seen.append)
-    assert command("train", DEMO, "rope.enabled=false", "--device", "auto") == 0
-    (cfg,) = seen
-    assert (cfg.rope.enabled, cfg.train.device) == (False, "auto")
+
+    def train(cfg: Any, resume: bool) -> Any:
+        seen.append((cfg.rope.enabled, cfg.trainer["use_cpu"], resume))
+        return SimpleNamespace(stopped=resume)
+
+    monkeypatch.setattr("mrope.training.trainer.train", train)
+    assert command("train", DEMO, "rope.enabled=false", "--device", "cpu") == 0
+    assert command("train", DEMO, "--resume", "--device", "auto") == 130
+    assert seen == [(False, True, False), (True, True, True)]
 
 
 def test_bench_step_and_syncs_tell_configs_from_overrides(
@@ -296,13 +305,13 @@ def test_bench_step_and_syncs_tell_configs_from_overrides(
 
     monkeypatch.setattr("mrope.bench.step.bench_step", record)
     monkeypatch.setattr("mrope.check.syncs.print_step_syncs", record)
-    words = ("a.yaml", "train.seed=1", "b.yaml")
+    words = ("a.yaml", "trainer.seed=1", "b.yaml")
     assert command("bench", "step", *words, "--device", "cpu", "--steps", "4") == 0
-    assert command("syncs", "a.yaml", "train.seed=1") == 0
+    assert command("syncs", "a.yaml", "trainer.seed=1") == 0
     assert command("syncs", "--model", "folder") == 0
     assert seen == [
-        ([Path("a.yaml"), Path("b.yaml")], ["train.seed=1"], "cpu", 4, None, None),
-        (Path("a.yaml"), ["train.seed=1"], None),
+        ([Path("a.yaml"), Path("b.yaml")], ["trainer.seed=1"], "cpu", 4, None, None),
+        (Path("a.yaml"), ["trainer.seed=1"], None),
         (None, [], "folder"),
     ]
 
@@ -350,6 +359,8 @@ def _without(package: str, *words: str) -> subprocess.CompletedProcess[str]:
         ("pydantic", ["train", DEMO], "cli"),
         ("transformers", ["train", DEMO], "train"),
         ("datasets", ["train", DEMO], "train"),
+        ("accelerate", ["train", DEMO], "train"),
+        ("peft", ["train", DEMO, "peft.r=4", "data.rows=5"], "train"),
         ("matplotlib", ["bench", "positions", "--plot", "x.png"], "plot"),
     ],
 )

@@ -168,7 +168,11 @@ def test_the_command_line_wins_over_the_config(
     cfg = check_config(DEMO, ".", "../rows.jsonl", reference="transformers-5.17", rows=1)
     assert Path(str(cfg.model.config)).resolve() == odd.resolve()
     assert Path(cfg.data.source).resolve() == rows.resolve()
-    assert (cfg.rope.reference, cfg.data.rows, cfg.train.steps) == ("transformers-5.17", 1, 20)
+    assert (cfg.rope.reference, cfg.data.rows, cfg.trainer["max_steps"]) == (
+        "transformers-5.17",
+        1,
+        20,
+    )
 
 
 def test_without_a_config_the_command_line_is_all_there_is(folder: Folder) -> None:

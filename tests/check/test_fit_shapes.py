@@ -14,8 +14,7 @@ from mrope.check.fit_shapes import propose_ladder
 from mrope.check.summary import Summary
 from mrope.spec import example_config
 from mrope.training.config import build_collator, load_config
-from mrope.training.dataloader import make_loader
-from mrope.training.loop import load_run_rows
+from mrope.training.dataloader import load_rows, make_loader
 from support.checked import CUT, GOOD, Folder
 
 DEMO = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
@@ -53,11 +52,11 @@ def test_every_batch_of_the_demo_is_below_the_top_rungs(folder: Folder, words: A
         changes += ["rope.packing=flatten", "dataloader.max_tokens=256"]
     cfg = load_config(Path(DEMO), changes)
     collate = build_collator(cfg)
-    loader = make_loader(cfg, load_run_rows(cfg), collate)
+    loader = make_loader(cfg, load_rows(cfg), collate)
     shapes = {
         (batch["input_ids"].shape[1], len(batch["pixel_values"]))
         for _ in range(2)
-        for batch, _ in loader
+        for batch in loader
     }
     assert len(shapes) <= 8
     rungs = found["rope.shapes"]

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console
 
 pytest.importorskip("transformers")
 
@@ -21,7 +18,6 @@ from mrope.check.syncs import (
 )
 from mrope.cli import main
 from mrope.hf import SyncReport
-from mrope.training import loop, step
 from support.models import CONFIGS, MODEL_FAMILIES, model_config
 
 
@@ -66,27 +62,6 @@ def test_the_trainer_s_report_is_printed(
     printed = capsys.readouterr().out
     assert "0 syncs in 10 optimizer steps" in printed
     assert "logging_nan_inf_filter=False" in printed
-
-
-@pytest.mark.parametrize("pins", [True, False])
-def test_the_package_s_own_loop_has_none(pins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With pinned memory no step syncs; without it each tensor of the batch does."""
-    steps, warmup = 3, 2
-    overrides = [f"train.steps={steps + warmup}", "data.rows=12", "model.attach=true"]
-    overrides += ["rope.enabled=true", "rope.vision=true", f"dataloader.pin_memory={pins}"]
-    cfg = load_config(CONFIGS / "demo.yaml", [*overrides, "dataloader.num_workers=0"])
-    own, report = step.train_steps, SyncReport(steps, warmup, quiet=True)
-
-    def counted(*args: Any) -> Iterator[Any]:
-        with report:
-            for one in own(*args):
-                yield one
-                report.step()
-
-    monkeypatch.setattr(loop, "train_steps", counted)
-    loop.train(cfg, Console(quiet=True))
-    assert report.watched == steps
-    assert report.by_kind().keys() == (set() if pins else {"copy"})
 
 
 def test_either_a_config_or_a_model() -> None:

@@ -33,7 +33,7 @@ from mrope.bench.trace import profile_steps
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach, detach, explain_attention
 from mrope.training.config import build_collator, load_config
-from mrope.training.loop import load_run_rows
+from mrope.training.dataloader import load_rows
 from mrope.training.model import build_model
 from mrope.training.step import to_device
 from support.flash import flash_attention
@@ -81,7 +81,7 @@ def measure(name: str, one_step: Callable[[int], Any]) -> None:
 
 def measure_case(case: str, options: list[str]) -> None:
     cfg = load_config(f"configs/bench/{case}.yaml", OVERRIDES)
-    rows: Any = load_run_rows(cfg)
+    rows: Any = load_rows(cfg)
     torch.manual_seed(0)
     with CUDA:
         model: Any = build_case(cfg, options)

@@ -30,7 +30,7 @@ from mrope.bench.trace import profile_steps
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach
 from mrope.training.config import build_collator, load_config
-from mrope.training.loop import load_run_rows
+from mrope.training.dataloader import load_rows
 from mrope.training.model import build_model
 from mrope.training.step import to_device
 
@@ -68,7 +68,7 @@ def main(words: list[str]) -> None:
 
 
 def examples_of(cfg: Any) -> list[list[Any]]:
-    rows: Any = load_run_rows(cfg)
+    rows: Any = load_rows(cfg)
     size = cfg.dataloader.batch_size
     return [[rows[size * batch + row] for row in range(size)] for batch in range(BATCHES)]
 

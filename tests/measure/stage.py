@@ -24,15 +24,15 @@ BATCHES = 4
 def make_payload() -> dict[str, Any]:
     """Return the model's config and the rows of each batch, by case."""
     from mrope.training.config import load_config, model_table
-    from mrope.training.loop import load_run_rows
+    from mrope.training.dataloader import load_rows
 
     payload = {}
     for case in CASES:
         cfg = load_config(
             f"{TESTS.parent}/configs/bench/{case}.yaml",
-            ["train.dtype=bfloat16", "train.device=cpu"],
+            ["model.dtype=bfloat16"],
         )
-        rows: Any = load_run_rows(cfg)
+        rows: Any = load_rows(cfg)
         size = cfg.dataloader.batch_size
         starts = range(0, BATCHES * size, size)
         batches = [[rows[start + row] for row in range(size)] for start in starts]

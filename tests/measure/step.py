@@ -22,7 +22,7 @@ from measure.rivals import RowsOnHost, rope_index_on_device
 from mrope.bench.step import bench_step
 from mrope.collate.padding import PaddingCollator
 from mrope.training.config import load_config
-from mrope.training.loop import load_run_rows
+from mrope.training.dataloader import load_rows
 from mrope.training.sections import Config
 from mrope.training.step import to_device
 
@@ -42,14 +42,14 @@ def measure_steps(
     if device == "cpu" or not torch.cuda.is_available():
         return
     for path in configs:
-        cfg = load_config(path, [*overrides, "train.device=cuda"])
+        cfg = load_config(path, overrides)
         shape = cfg.data.shape
         if shape is not None and shape.images and shape.videos:
             print(f"{path.stem}: positions by operations on the GPU", _measure_on_device(cfg))
 
 
 def _measure_on_device(cfg: Config) -> dict[str, float]:
-    rows = load_run_rows(cfg)
+    rows = load_rows(cfg)
     batch = PaddingCollator()([rows[index] for index in range(cfg.dataloader.batch_size)])
     on_device = to_device(batch, torch.device("cuda"))
     names = ("input_ids", "attention_mask", "image_grid_thw", "video_grid_thw")

@@ -27,12 +27,8 @@ from rich.console import Console
 
 from mrope.check.syncs import TRAINER_RECIPE, run_trainer
 from mrope.hf import SyncReport
-from mrope.training.config import build_collator
-from mrope.training.dataloader import make_loader
-from mrope.training.loop import load_run_rows
-from mrope.training.model import attach_and_compile, build_model
 from mrope.training.sections import Config
-from mrope.training.step import choose_device, finish, train_steps
+from mrope.training.step import choose_device, finish
 
 CUDA = torch.cuda.is_available()
 STEPS, WARMUP = 10, 3
@@ -96,7 +92,11 @@ def config(*, attached: bool) -> Config:
     shape |= {"videos": 1, "frames": 4, "frame": [sides[0]] * 2}
     return Config.model_validate(
         {
-            "model": {"config": MODEL, "attach": attached},
+            "model": {
+                "config": MODEL,
+                "attach": attached,
+                "dtype": "bfloat16" if CUDA else "float32",
+            },
             "data": {"source": "synthetic", "rows": 64, "shape": shape},
             "rope": {"enabled": attached, "vision": attached},
             "dataloader": {
@@ -104,24 +104,9 @@ def config(*, attached: bool) -> Config:
                 "num_workers": 4 if CUDA else 0,
                 "pin_memory": True,
             },
-            "train": {"dtype": "bfloat16" if CUDA else "float32", "steps": STEPS},
+            "trainer": {"max_steps": STEPS, "seed": 0, "learning_rate": 1e-3},
         }
     )
-
-
-def run_own_loop(cfg: Config, report: SyncReport) -> float:
-    torch.manual_seed(cfg.train.seed)
-    device = choose_device("auto")
-    model = attach_and_compile(cfg, build_model(cfg).to(device))
-    loader = make_loader(cfg, load_run_rows(cfg), build_collator(cfg))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.train.lr)
-    losses = []
-    with report:
-        # One more: on CUDA a step comes out of the loop when the next one is launched.
-        for step in train_steps(model, optimizer, loader, WARMUP + STEPS + 1, device):
-            losses.append(step.loss)
-            report.step()
-    return sum(losses) / len(losses)
 
 
 def measure(name: str, run: Any, console: Console) -> dict[str, Any]:
@@ -152,7 +137,6 @@ def main() -> None:
         "Trainer, plain model, defaults": lambda one: run_trainer(plain, {}, one),
         "Trainer, attached, defaults": lambda one: run_trainer(attached, {}, one),
         "Trainer, attached, recipe": lambda one: run_trainer(attached, TRAINER_RECIPE, one),
-        "own loop, attached": lambda one: run_own_loop(attached, one),
     }
     results = {name: measure(name, run, console) for name, run in runs.items()}
     versions = {one.__name__: one.__version__ for one in (torch, transformers, accelerate)}

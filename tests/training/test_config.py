@@ -66,29 +66,33 @@ data: {sorce: demo}
 dataloader: {batch_size: "4", num_workers: -1, start_method: spwan, pin_memory: 1}
 rope: {enable: true, reference: transformers-5.22}
 tran: {steps: 3}
-train: 5
+train: {steps: 3}
+trainer: 5
 """
     allowed = "'sdpa', 'eager' or 'flash_attention_2'"
     assert message(tmp_path, text).splitlines() == [
-        f"{tmp_path}/run.yaml: 10 problems",
+        f"{tmp_path}/run.yaml: 11 problems",
         f"  model.attn_implementation: must be {allowed}, not 'flash' (str)",
-        "  data.sorce: unknown key (did you mean 'source'?); known: source, shape, rows, processor, "
-        "min_pixels, max_pixels, fps",
+        "  data.sorce: unknown key (did you mean 'source'?); known: source, eval_source, shape, rows, "
+        "processor, min_pixels, max_pixels, fps, loss, download",
         "  dataloader.batch_size: must be a valid integer, not '4' (str)",
         "  dataloader.num_workers: must be greater than or equal to 0, not -1 (int)",
         "  dataloader.pin_memory: must be a valid boolean, not 1 (int)",
         "  dataloader.start_method: must be 'spawn', 'fork' or 'forkserver', not 'spwan' (str)",
         "  rope.reference: must be one of auto, transformers-4.57, transformers-5.17, "
         "transformers-5.23 (did you mean 'transformers-5.23'?), not 'transformers-5.22'",
-        "  rope.enable: unknown key (did you mean 'enabled'?); known: enabled, reference, vision, packing, layout, shapes, pad_to_multiple_of, on_error, rejects, max_rejects",
-        "  train: must be a section with the keys steps, seed, lr, weight_decay, device, dtype, "
-        "log_file",
-        "  tran: unknown key (did you mean 'train'?); known: model, data, dataloader, rope, train",
+        "  rope.enable: unknown key (did you mean 'enabled'?); known: enabled, reference, vision, packing, layout, shapes, pad_to_multiple_of, on_error, rejects, max_rejects, max_rejects_in_a_row",
+        "  trainer: must be a valid dictionary, not 5 (int)",
+        "  tran: unknown key (did you mean 'trainer'?); known: model, data, dataloader, rope, "
+        "trainer, peft",
+        "  train: this section is gone: steps is trainer.max_steps, lr trainer.learning_rate, seed "
+        "and weight_decay are keys of trainer, dtype is model.dtype, device: cpu trainer.use_cpu: "
+        "true; losses are in the checkpoint's trainer_state.json, every trainer.logging_steps steps",
     ]
 
 
 def test_a_missing_key(tmp_path: Path) -> None:
-    assert "  model: missing" in message(tmp_path, "train: {steps: 3}")
+    assert "  model: missing" in message(tmp_path, "trainer: {max_steps: 3}")
     assert "  model.config: missing" in message(tmp_path, "model: {}")
 
 
@@ -116,11 +120,11 @@ def test_no_file_and_no_text(tmp_path: Path) -> None:
 
 
 def test_overrides_are_read_as_yaml(tmp_path: Path) -> None:
-    file = minimal(tmp_path, extra="train: {steps: 7}")
-    changes = ["rope.enabled=false", "train.lr=1e-4", "dataloader.batch_size=2"]
+    file = minimal(tmp_path, extra="trainer: {max_steps: 7}")
+    changes = ["rope.enabled=false", "trainer.learning_rate=1e-4", "dataloader.batch_size=2"]
     cfg = load_config(file, changes)
-    assert (cfg.rope.enabled, cfg.train.lr, cfg.dataloader.batch_size) == (False, 1e-4, 2)
-    assert cfg.train.steps == 7
+    assert (cfg.rope.enabled, cfg.dataloader.batch_size) == (False, 2)
+    assert cfg.trainer == {"max_steps": 7, "learning_rate": 1e-4}
 
 
 @pytest.mark.parametrize("override", ["rope.enabled", "=3", "rope..enabled=1", "[=3"])
@@ -131,9 +135,9 @@ def test_an_override_of_a_wrong_form(tmp_path: Path, override: str) -> None:
 
 def test_a_wrong_override_is_named_with_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(minimal(tmp_path), ["train.step=3"])
-    assert str(caught.value).startswith(f"{tmp_path}/run.yaml with train.step=3: 1 problem\n")
-    assert "did you mean 'steps'?" in str(caught.value)
+        load_config(minimal(tmp_path), ["rope.visio=3"])
+    assert str(caught.value).startswith(f"{tmp_path}/run.yaml with rope.visio=3: 1 problem\n")
+    assert "did you mean 'vision'?" in str(caught.value)
 
 
 def test_relative_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +148,7 @@ def test_relative_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.Mo
 model: {config: model}
 data: {source: rows.jsonl, processor: model}
 rope: {reference: transformers-5.23}
-train: {log_file: logs/run.jsonl}
+trainer: {output_dir: out, resume_from_checkpoint: out/checkpoint-3}
 """
     file = write(tmp_path, text)
     monkeypatch.chdir("/")
@@ -152,7 +156,8 @@ train: {log_file: logs/run.jsonl}
     assert cfg.model.config == str(tmp_path / "model")
     assert cfg.data.source == str(tmp_path / "rows.jsonl")
     assert cfg.data.processor == str(tmp_path / "model")
-    assert cfg.train.log_file == str(tmp_path / "logs" / "run.jsonl")
+    assert cfg.trainer["output_dir"] == str(tmp_path / "out")
+    assert cfg.trainer["resume_from_checkpoint"] == str(tmp_path / "out" / "checkpoint-3")
     assert cfg.spec().family == "qwen2_vl"
 
 
@@ -173,7 +178,7 @@ def test_a_path_that_is_not_there(tmp_path: Path, text: str, words: str) -> None
 def test_a_config_cannot_be_changed(tmp_path: Path) -> None:
     cfg = load_config(minimal(tmp_path))
     with pytest.raises(ValueError, match="frozen"):
-        cfg.train.steps = 3
+        cfg.peft = {}
 
 
 def test_an_unknown_family_names_the_key(tmp_path: Path) -> None:
@@ -249,7 +254,14 @@ def test_neither_config_nor_collator_imports_transformers() -> None:
 
 def test_config_error_is_an_mrope_error() -> None:
     assert issubclass(ConfigError, MRopeError)
-    assert set(Config.model_fields) == {"model", "data", "dataloader", "rope", "train"}
+    assert set(Config.model_fields) == {
+        "model",
+        "data",
+        "dataloader",
+        "rope",
+        "trainer",
+        "peft",
+    }
 
 
 def test_an_attached_model_needs_the_vision_tensors(tmp_path: Path) -> None:
@@ -372,7 +384,7 @@ def test_dropped_rows_of_a_config_are_on_file_by_their_number(tmp_path: Path) ->
         {"input_ids": [9]},
     ]
     with pytest.warns(RejectWarning, match="has no grid"):
-        ((batch, _),) = make_loader(cfg, rows, build_collator(cfg))
+        (batch,) = make_loader(cfg, rows, build_collator(cfg))
     assert len(batch["input_ids"]) == 2 and INDEX not in batch
     (record,) = read_rejects(tmp_path / "rejects.jsonl")
     assert record["index"] == 1

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mrope import MRopeError, load_config
-from mrope.training.loop import load_run_rows
+from mrope.training.dataloader import load_rows
 from mrope.training.open_source import open_source, split_source
 from support.checked import Folder
 
@@ -88,7 +88,7 @@ def test_every_form_is_trained_on_and_checked(
     WRITERS[name](place)
     source = f"data.source={json.dumps(str(place))}"
     cfg = load_config(CONFIGS / "demo.yaml", [source, "data.rows=3"])
-    rows = load_run_rows(cfg)
+    rows = load_rows(cfg)
     assert [int(rows[row]["input_ids"][2]) for row in range(len(rows))] == [0, 1, 2]
     folder = Folder(tmp_path / "..", capsys)
     words = ("check", "--model", str(folder.model), "--dataset", str(place), "--workers", "0")
@@ -170,8 +170,8 @@ def test_pictures_of_a_split_are_relative_to_the_dataset(tmp_path: Path) -> None
     (tmp_path / "train.jsonl").write_text(line)
     (tmp_path / "test.jsonl").write_text(line)
     options = [f"data.source={tmp_path}:train", "data.rows=null"]
-    rows = load_run_rows(load_config(CONFIGS / "demo.yaml", options))
-    assert rows[0]["image_grid_thw"].tolist() == [[1, 4, 4]]
+    rows: Any = load_rows(load_config(CONFIGS / "demo.yaml", options))
+    assert rows.prepare(0)["image_grid_thw"].tolist() == [[1, 4, 4]]
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,7 @@ from mrope.collate.collator import MRopeCollator
 from mrope.errors import MRopeError
 from mrope.towers import VisionSpec
 from mrope.training.config import build_collator, load_config
-from mrope.training.dataloader import make_loader
-from mrope.training.loop import load_run_rows
+from mrope.training.dataloader import load_rows, make_loader
 from mrope.training.sections import Config
 
 _BATCHES = 4
@@ -56,7 +55,7 @@ def bench_stage(
         repeats: interleaved rounds, at least 1.
 
     Raises:
-        ConfigError, MRopeError: as `load_run_rows` does.
+        ConfigError, MRopeError: as `load_rows` does.
     """
     report: dict[str, Any] = {"conditions": conditions(), "repeats": repeats, "cases": {}}
     table = make_table(
@@ -106,8 +105,8 @@ def first_batches(cfg: Config) -> list[Examples]:
     """Return the examples of the first batches that the config's DataLoader would collate."""
     loading = cfg.dataloader.model_copy(update={"num_workers": 0, "pin_memory": False})
     in_process = cfg.model_copy(update={"dataloader": loading})
-    loader = make_loader(in_process, load_run_rows(cfg), list)
-    return [examples for examples, _ in islice(loader, _BATCHES)]
+    loader = make_loader(in_process, load_rows(cfg), list)
+    return list(islice(loader, _BATCHES))
 
 
 def make_stages(cfg: Config, inner: Callable[[Any], Any]) -> dict[str, MRopeCollator]:

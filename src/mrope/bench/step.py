@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,10 @@ from mrope.hf import attach, detach
 from mrope.hf.attaching import base_model
 from mrope.spec.spec import MRopeSpec
 from mrope.training.config import build_collator, load_config
-from mrope.training.dataloader import RowDataset, make_loader
-from mrope.training.loop import load_run_rows
+from mrope.training.dataloader import RowDataset, load_rows, make_loader
 from mrope.training.model import build_model
 from mrope.training.sections import Config
-from mrope.training.step import choose_device, endless, finish, guarded_step, to_device
+from mrope.training.step import choose_device, finish, guarded_step, to_device
 
 VARIANTS = ("positions", "vision", "attached")
 _MODES = {"compiled": None, "captured": "reduce-overhead"}
@@ -120,8 +119,8 @@ def bench_step(
     }
     console.print(one_line(report["conditions"]))
     for path in configs:
-        cfg = load_config(path, [*overrides, f"train.device={device}"])
-        case = _measure_case(cfg, steps, rivals or {})
+        cfg = load_config(path, overrides)
+        case = _measure_case(cfg, device, steps, rivals or {})
         report["cases"][path.stem] = case
         console.print(step_table(path.stem, case))
         write_json(report, json_file)  # after each case, so that a failure keeps the earlier ones
@@ -129,10 +128,12 @@ def bench_step(
         plot_cases(report["cases"], plot_file)
 
 
-def _measure_case(cfg: Config, steps: int, rivals: Mapping[str, Rival]) -> dict[str, Any]:
-    where = torch.device("cuda" if _on_cuda(cfg.train.device) else "cpu")
-    torch.manual_seed(cfg.train.seed)
-    rows = load_run_rows(cfg)
+def _measure_case(
+    cfg: Config, device: str, steps: int, rivals: Mapping[str, Rival]
+) -> dict[str, Any]:
+    where = torch.device("cuda" if _on_cuda(device) else "cpu")
+    torch.manual_seed(cfg.seed)
+    rows = load_rows(cfg)
     with where:  # initialising large models on the CPU takes minutes
         model = build_model(cfg)
     case = {}
@@ -181,7 +182,7 @@ def _measure(
     """Measure a variant: `run` is what its step calls, and syncs are found in `model`."""
     measured = Measured()
     loader = make_loader(cfg, rows, build_collator(cfg))
-    batches = (to_device(batch, where) for batch, _ in endless(loader))
+    batches = (to_device(batch, where) for batch in _endless(loader))
     # The first steps load kernels and fill the allocator.
     for batch in islice(batches, _WARM_UP):
         _step(run, batch)
@@ -208,6 +209,14 @@ def _measure(
     if where.type == "cuda":
         measured.device = profile_steps(partial(_step, run), islice(batches, _PROFILED))
     return measured
+
+
+def _endless(loader: Any) -> Iterator[Any]:
+    """Yield batches, epoch after epoch."""
+    for epoch in count():
+        if hasattr(loader.batch_sampler, "set_epoch"):
+            loader.batch_sampler.set_epoch(epoch)
+        yield from loader
 
 
 def _host_time(

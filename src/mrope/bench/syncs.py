@@ -69,7 +69,7 @@ def count_config(cfg: Config) -> Iterator[Row]:
 def count_row(cfg: Config, media: str, padded: bool) -> Row:
     """Return one row of the table: the case, and the syncs of its step in each of `COLUMNS`."""
     # Counts depend on shapes alone; the seed makes failures repeatable.
-    torch.manual_seed(cfg.train.seed)
+    torch.manual_seed(cfg.seed)
     model = build_model(cfg)
     plain, batch = _batches(cfg, media, padded)
     positions = plain | {"position_ids": batch["position_ids"]}

@@ -130,7 +130,7 @@ def _epochs(
             f"dataloader.batch_size is {options.batch_size}, but there are only {len(length_N)} "
             "good rows"
         )
-    rng = np.random.default_rng(cfg.train.seed)
+    rng = np.random.default_rng(cfg.seed)
     border_B = np.arange(batches) * options.batch_size
     for _ in range(_repeats(batches)):
         yield rng.permutation(len(length_N))[: batches * options.batch_size], border_B

@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any
 from mrope.check.rows import CheckedRows, Examples
 from mrope.collate.read import PIXELS
 from mrope.errors import MRopeError
-from mrope.training.dataloader import model_columns, open_table, row_processing
+from mrope.training.dataloader import load_rows, model_columns, open_table
+from mrope.training.rows import Rows
 
 if TYPE_CHECKING:
-    import datasets
-
-    from mrope.training.demo.processing import Processing
     from mrope.training.sections import Config
 
 # Other columns that an input of a family's rule is read from.
@@ -40,16 +38,15 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class MessageRows:
-    """Rows of `messages`, each processed on access."""
+    """Rows of `messages`, each prepared on access; one that cannot be raises its error."""
 
-    table: datasets.Dataset
-    process: Processing
+    rows: Rows
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return self.process(self.table[index], index)
+        return self.rows.prepare(index)
 
 
 def check_config(
@@ -129,9 +126,9 @@ def _examples(cfg: Config) -> Examples:
     spec = cfg.spec()
     table = open_table(cfg)
     if "input_ids" not in table.column_names:
-        from mrope.training.model import load_model_config
-
-        return MessageRows(table, row_processing(cfg, spec, load_model_config(cfg)))
+        made = load_rows(cfg)
+        assert isinstance(made, Rows)
+        return MessageRows(made)
     wanted = {*model_columns(spec)}
     wanted |= {also for name, also in _ALSO.items() if name in spec.family_row.inputs}
     # Pixels are most of a row's bytes, and position ids do not depend on them.

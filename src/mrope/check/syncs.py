@@ -15,11 +15,10 @@ from mrope.errors import MRopeError
 from mrope.guard import Site
 from mrope.hf import SyncReport, attach, detach
 from mrope.training.config import as_config, build_collator, load_config
-from mrope.training.dataloader import RowDataset
-from mrope.training.loop import load_run_rows
+from mrope.training.dataloader import RowDataset, load_rows
 from mrope.training.model import attach_and_compile, build_model
 from mrope.training.sections import Config
-from mrope.training.step import choose_device, guarded_step, to_device
+from mrope.training.step import guarded_step, to_device
 
 # What transformers' Trainer needs to run without syncs; docs/start/trainer.md says what
 # each setting gives up.
@@ -91,26 +90,26 @@ def run_trainer(cfg: Config, options: dict[str, Any], report: SyncReport) -> flo
 
     if not is_accelerate_available():
         raise MRopeError("transformers' Trainer needs accelerate; pip install accelerate")
-    torch.manual_seed(cfg.train.seed)
-    on_cpu = torch.cuda.is_available() and choose_device(cfg.train.device).type == "cpu"
+    torch.manual_seed(cfg.seed)
+    # Only beside a CUDA device: it also turns `dataloader_pin_memory` off.
+    on_cpu = torch.cuda.is_available() and bool(cfg.trainer.get("use_cpu"))
     with tempfile.TemporaryDirectory() as folder, report:
         arguments = TrainingArguments(
             folder,
             max_steps=report.warmup + report.steps,
             per_device_train_batch_size=cfg.dataloader.batch_size,
             dataloader_num_workers=cfg.dataloader.num_workers,
-            learning_rate=cfg.train.lr,
+            learning_rate=cfg.trainer.get("learning_rate", 5e-5),
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            # Only beside a CUDA device: it also turns `dataloader_pin_memory` off.
             use_cpu=on_cpu,
             **options,
         )
         trainer = Trainer(
             model=attach_and_compile(cfg, build_model(cfg)),
             args=arguments,
-            train_dataset=load_run_rows(cfg),
+            train_dataset=load_rows(cfg),
             data_collator=build_collator(cfg),
             callbacks=[report],
         )
@@ -130,8 +129,8 @@ def _config(config: Path | None, overrides: list[str], model: str | None) -> Con
 def count_step_syncs(cfg: Config) -> tuple[list[Site], list[Site]]:
     """Count the sync sites of one step, forward and backward: plain, and attached."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(cfg.train.seed)
-    rows = load_run_rows(cfg)
+    torch.manual_seed(cfg.seed)
+    rows = load_rows(cfg)
     model = build_model(cfg).to(device)
     found = []
     for attached in (False, True):

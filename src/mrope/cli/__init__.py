@@ -47,6 +47,8 @@ _EXTRAS = {
     "typing_extensions": "cli",
     "jinja2": "cli",
     "transformers": "train",
+    "accelerate": "train",
+    "peft": "train",
     "datasets": "train",
     "PIL": "train",
     "skimage": "train",
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: always. 0: success; 1: losses of `train --compare` differ, a row is bad, or
             `doctor` found a difference; 2: invalid usage or input, with one message on standard
-            error; 130: Ctrl-C ended a check.
+            error; 130: Ctrl-C ended training or a check.
     """
     try:
         app(args=None if arguments is None else list(arguments))
@@ -120,21 +122,34 @@ def train(
             help="Run with and without MRopeCollator; exit with 1 unless every loss is equal.",
         ),
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue from the last checkpoint in trainer.output_dir."),
+    ] = False,
     device: Annotated[
-        Device | None, typer.Option(help="Short for train.device=...; auto: CUDA if available.")
+        Device | None,
+        typer.Option(help="cpu is short for trainer.use_cpu=true; auto: CUDA if available."),
     ] = None,
 ) -> None:
-    """Train a model from a config: mrope train configs/demo.yaml train.steps=3."""
+    """Train a model from a config: mrope train configs/demo.yaml trainer.max_steps=3.
+
+    Ctrl-C saves a checkpoint and exits with 130.
+    """
     from mrope.training.config import load_config
 
-    device_override = [] if device is None else [f"train.device={device.value}"]
-    cfg = load_config(config, [*(overrides or ()), *device_override])
-    from mrope.training import loop
+    on_device = {"cpu": ["trainer.use_cpu=true"], "cuda": ["trainer.use_cpu=false"]}
+    added = [] if device is None else on_device.get(device.value, [])
+    cfg = load_config(config, [*(overrides or ()), *added])
+    if compare:
+        from mrope.training.compare import compare as compare_losses
 
-    if not compare:
-        loop.train(cfg)
-    elif not loop.compare(cfg):
-        raise typer.Exit(1)
+        if not compare_losses(cfg):
+            raise typer.Exit(1)
+        return
+    from mrope.training import trainer
+
+    if trainer.train(cfg, resume=resume).stopped:
+        raise typer.Exit(130)
 
 
 @app.command()

@@ -51,7 +51,9 @@ class Device(str, Enum):
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Training config (YAML).")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Values to override, such as train.steps=3."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Values to override, such as trainer.max_steps=3."
+    ),
 ]
 JsonFile = Annotated[
     Path | None,

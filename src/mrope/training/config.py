@@ -17,11 +17,17 @@ from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
 from mrope.collate.collator import Collate, MRopeCollator
-from mrope.collate.padding import PaddingCollator
 from mrope.errors import MRopeError
 from mrope.spec.model_config import as_mapping
 from mrope.spec.references import nearest
+from mrope.training.rows import PadRows
 from mrope.training.sections import Config, ConfigError
+
+_MOVED = (
+    "train: this section is gone: steps is trainer.max_steps, lr trainer.learning_rate, seed and "
+    "weight_decay are keys of trainer, dtype is model.dtype, device: cpu trainer.use_cpu: true; "
+    "losses are in the checkpoint's trainer_state.json, every trainer.logging_steps steps"
+)
 
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -39,8 +45,8 @@ def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Con
         >>> import tempfile, pathlib
         >>> file = pathlib.Path(tempfile.mkdtemp()) / "run.yaml"
         >>> _ = file.write_text("model: {config: {model_type: qwen3_vl}}")
-        >>> load_config(file, ["train.steps=3"]).train.steps
-        3
+        >>> load_config(file, ["trainer.max_steps=3"]).trainer
+        {'max_steps': 3}
     """
     file = Path(path)
     table = _read(file, overrides)
@@ -86,7 +92,7 @@ def build_collator(cfg: Config, inner_collate: Collate | None = None) -> Collate
     pad_token_id = _pad_token_id(model_table(cfg.model.config))
     if inner_collate is None:
         fixed = cfg.rope.enabled and cfg.rope.shapes is not None and cfg.rope.shapes.patches
-        inner_collate = PaddingCollator(pad_token_id=pad_token_id, join_pixels=not fixed)
+        inner_collate = PadRows(pad_token_id=pad_token_id, join_pixels=not fixed)
     if not cfg.rope.enabled:
         return inner_collate
     return MRopeCollator(
@@ -154,6 +160,8 @@ def _problem(entry: Mapping[str, Any]) -> str:
     """Describe one entry of pydantic's error list in a line: key, what is allowed, value."""
     keys = [str(part) for part in entry["loc"]]
     name = ".".join(keys)
+    if name == "train":
+        return _MOVED
     if entry["type"] in ("extra_forbidden", "missing"):
         known = _known_keys(keys[:-1])
         if entry["type"] == "missing":

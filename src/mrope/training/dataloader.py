@@ -1,143 +1,59 @@
-"""Prepare the rows that a config's `data` section names, and make the DataLoader over them.
-
-All preparation runs in the main process; workers read finished columns. They import this module
-when they unpickle the dataset, so that it imports nothing heavier than torch at its top.
-"""
+"""Open the rows that a config's `data` section names, and make the DataLoader over them."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from mrope.collate.collator import Collate, MRopeCollator
 from mrope.collate.read import PIXELS
 from mrope.collate.skip_bad import Indexed
 from mrope.columns import COLUMNS, columns
 from mrope.errors import MRopeError
-from mrope.positions.spans import token_types
 from mrope.prepare.sampler import TokenBudgetSampler
 from mrope.prepare.streams import TokenBudgetStream
 from mrope.prepare.work import WorkModel
-from mrope.training.open_source import open_source, split_source
+from mrope.training.rows import Rows, RowStream, count_example, dataset_folder, start_worker
+from mrope.training.sizes_file import SizesFile
 from mrope.training.synthetic import SyntheticRows, patch_shape
 
 if TYPE_CHECKING:
     import datasets
 
     from mrope.spec.spec import MRopeSpec
-    from mrope.training.demo.processing import Processing
-    from mrope.training.sections import Config, DataSection
+    from mrope.training.conversations import Conversations
+    from mrope.training.sections import Config
 
 _DEMO_ROWS = 80
 GRIDS = tuple(name for name in columns("item", means="size") if COLUMNS[name].sides == 3)
 CROPS = tuple(name for name in columns("item", means="size") if COLUMNS[name].sides == 2)
 _COLUMNS = ("input_ids", "attention_mask", "labels", "mm_token_type_ids", *PIXELS, *GRIDS)
 _SECONDS, _EXPERT_TYPES = "second_per_grid_ts", "moe_mm_token_type_ids"
+_ALSO_SECONDS = "video_second_per_grid"  # which the collator reads, and no forward
+
+RowDataset = Rows | SyntheticRows
 
 
-class TensorRows(Dataset[dict[str, torch.Tensor]]):
-    """Rows of a `datasets.Dataset` as tensors, each without the columns that are empty in it.
+def load_rows(cfg: Config) -> RowDataset:
+    """Return the rows that a config trains on.
 
-    A table has every column in every row, null or an empty list in rows without images. A batch
-    without images must not have the key at all.
-
-    Args:
-        columns: of the rows.
+    Raises:
+        ConfigError: the model's config is not usable.
+        MRopeError: the dataset cannot be read, or has neither token columns nor conversations.
     """
+    from mrope.training.model import load_model_config
 
-    def __init__(self, columns: datasets.Dataset) -> None:
-        # The format is applied when a row is read, in the worker; the table stays memory-mapped.
-        self.columns = columns.with_format("torch")
-
-    def __len__(self) -> int:
-        return len(self.columns)
-
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Return the number of tokens of each row, int64 (N,)."""
-        return np.array([len(ids) for ids in self.columns.with_format("numpy")["input_ids"]])
-
-    def patches(self) -> npt.NDArray[np.int64]:
-        """Return the number of patches of each row, images and clips together, int64 (N,)."""
-        return np.array([grids.prod(axis=1).sum() for grids in self._grids()], np.int64)
-
-    def patch_pairs(self) -> npt.NDArray[np.int64]:
-        """Return the sum of squared patches over the images and frames of each row, int64 (N,)."""
-        pairs = (grids[:, 0] @ grids[:, 1:].prod(axis=1) ** 2 for grids in self._grids())
-        return np.array([*pairs], np.int64)
-
-    def segments(self) -> npt.NDArray[np.int64]:
-        """Return the number of images and frames of each row, int64 (N,)."""
-        return np.array([grids[:, 0].sum() for grids in self._grids()], np.int64)
-
-    def _grids(self) -> Iterator[npt.NDArray[np.int64]]:
-        """Yield the grids of each row, images and clips together, int64 (grids, 3)."""
-        names = [name for name in GRIDS if name in self.columns.column_names]
-        columns = self.columns.with_format("numpy").select_columns(names)
-        none = np.empty((0, 3), np.int64)
-        for row in columns if names else [{}] * len(self):
-            # A null in a column of arrays comes back as one NaN of no dimension.
-            given = (grid for grid in row.values() if np.ndim(grid) == 2)
-            yield np.concatenate([none, *given])
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = self.columns[index]
-        # A null in a column of arrays comes back as one NaN of no dimension.
-        return {
-            name: value
-            for name, value in row.items()
-            if isinstance(value, torch.Tensor) and value.ndim and len(value)
-        }
-
-
-RowDataset = TensorRows | SyntheticRows
-
-
-class RowStream(IterableDataset[dict[str, Any]]):
-    """Read the rows of a map-style dataset in order, every worker its own ones.
-
-    Args:
-        rows: map-style dataset.
-    """
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = get_worker_info()
-        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for index in range(first, len(self.rows), step):
-            yield self.rows[index]
-
-
-def measure_row(row: Mapping[str, Any]) -> tuple[int, int]:
-    """Return tokens and patches of a row."""
-    return len(row["input_ids"]), sum(int(row[name].prod(1).sum()) for name in GRIDS if name in row)
-
-
-class WithProcessId:
-    """Collate with `collate`, and return (batch, id of the process that collated it).
-
-    Args:
-        collate: any collate function.
-    """
-
-    def __init__(self, collate: Collate) -> None:
-        self.collate = collate
-
-    def __call__(self, examples: Any) -> tuple[Any, int]:
-        """Return the batch of `examples`, and the id of this process."""
-        return self.collate(examples), os.getpid()
+    return prepare_rows(cfg, cfg.spec(), load_model_config(cfg))
 
 
 def prepare_rows(cfg: Config, spec: MRopeSpec, model_config: Any) -> RowDataset:
-    """Open or make the dataset that a config names, and turn it into columns.
+    """Open or make the dataset that a config names; no row is prepared before a batch needs it.
 
     Args:
         cfg: the training config.
@@ -145,21 +61,22 @@ def prepare_rows(cfg: Config, spec: MRopeSpec, model_config: Any) -> RowDataset:
         model_config: the model's live transformers config.
 
     Raises:
-        MRopeError: the dataset cannot be read, or has neither token columns nor conversations.
+        MRopeError: as `load_rows`, or the model's processor cannot be loaded.
     """
     if cfg.data.shape is not None:
         vision = model_config.vision_config
-        dtype = getattr(torch, cfg.train.dtype)
+        dtype = getattr(torch, cfg.model.dtype)
         rows = cfg.data.rows or _DEMO_ROWS
         return SyntheticRows(spec, cfg.data.shape, rows, patch_shape(spec, vision), dtype)
     table = open_table(cfg)
     if "input_ids" in table.column_names:
-        return TensorRows(_tokenized(table, spec))
-    return TensorRows(_processed(table, cfg, spec, model_config))
+        return Rows(_tokenized(table, spec), spec, None, _sizes_file(cfg, None))
+    conversations = open_conversations(cfg, spec, model_config)
+    return Rows(table, spec, conversations, _sizes_file(cfg, conversations))
 
 
 def open_table(cfg: Config) -> datasets.Dataset:
-    """Open or make the table that a config names, without processing its rows.
+    """Open or make the table that a config names, without preparing its rows.
 
     Raises:
         MRopeError: the table cannot be read, or has neither `input_ids` nor `messages`.
@@ -168,9 +85,12 @@ def open_table(cfg: Config) -> datasets.Dataset:
         # Imports datasets and PIL, which workers do without.
         from mrope.training.demo.dataset import photographs
 
-        table = photographs(cfg.data.rows or _DEMO_ROWS, cfg.train.seed)
+        table = photographs(cfg.data.rows or _DEMO_ROWS, cfg.seed)
     else:
-        table = _open(cfg.data)
+        from mrope.training.open_source import open_source
+
+        table = open_source(cfg.data.source)
+        table = table.select(range(min(cfg.data.rows or len(table), len(table))))
     names = table.column_names
     if not {"input_ids", "messages"} & set(names):
         raise MRopeError(
@@ -180,11 +100,42 @@ def open_table(cfg: Config) -> datasets.Dataset:
     return table
 
 
-def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[Any]:
-    """Make the DataLoader of a config, which yields (batch, id of the process that collated it).
+def open_conversations(cfg: Config, spec: MRopeSpec, model_config: Any) -> Conversations:
+    """Return what prepares rows of `messages`; its processor is loaded, to find faults early.
 
-    Rows are shuffled by `train.seed`. Without `dataloader.max_tokens` an incomplete last batch is
-    dropped.
+    Raises:
+        MRopeError: the processor cannot be loaded, or is not the model's.
+    """
+    from mrope.training.conversations import Conversations
+    from mrope.training.open_source import split_source
+    from mrope.training.processor import check_processor
+
+    demo = cfg.data.source == "demo"
+    folder = processor_folder(cfg)
+    vision = model_config.vision_config
+    sides = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size"}
+    sides["merge_size"] = "spatial_merge_size"
+    made = Conversations(
+        spec,
+        cfg.data,
+        source=folder,
+        pictures=Path() if demo else dataset_folder(split_source(cfg.data.source)[0]),
+        model_type=model_config.model_type,
+        patches={name: int(getattr(vision, side, 1)) for name, side in sides.items()},
+        trust_remote_code=cfg.model.trust_remote_code,
+    )
+    whose = f"the processor in {folder}"
+    if folder is None:
+        whose = "no folder with a processor is given (data.processor), and the demo's"
+    check_processor(made.processor, whose, spec, model_config)
+    return made
+
+
+def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[Any]:
+    """Make the DataLoader of a config.
+
+    Rows are shuffled by `trainer.seed`. Without `dataloader.max_tokens` an incomplete last batch is
+    dropped; with it, the loader has as many batches in every epoch, see `EpochsInTurn`.
 
     Args:
         cfg: a training config.
@@ -195,27 +146,39 @@ def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[A
         MRopeError: fewer rows than one batch takes, or a row above the token budget.
     """
     options = cfg.dataloader
-    # The index of a row, under which the rejects file names it, is known to the dataset alone.
-    skips = isinstance(collate, MRopeCollator) and collate.on_error is not None
-    table = Indexed(rows) if skips else rows
+    table = indexed(rows, collate)
     if options.max_tokens is not None and options.buffer_size is not None:
         stream = _make_stream(cfg, table, options.max_tokens, options.buffer_size)
         return DataLoader(stream, batch_size=None, **_loader_options(cfg, collate))
     if options.max_tokens is not None:
-        sampler = make_sampler(cfg, rows, options.max_tokens)
+        sampler = EpochsInTurn(make_sampler(cfg, rows, options.max_tokens))
         return DataLoader(table, batch_sampler=sampler, **_loader_options(cfg, collate))
-    if len(rows) < options.batch_size:
-        raise MRopeError(
-            f"dataloader.batch_size is {options.batch_size}, but there are only {len(rows)} rows"
-        )
+    require_a_batch(cfg, rows)
     return DataLoader(
         table,
         batch_size=options.batch_size,
         shuffle=True,
         drop_last=True,
-        generator=torch.Generator().manual_seed(cfg.train.seed),
+        generator=torch.Generator().manual_seed(cfg.seed),
         **_loader_options(cfg, collate),
     )
+
+
+def indexed(rows: RowDataset, collate: Collate) -> Any:
+    """Return rows that carry their index, under which the rejects file names them, if it may."""
+    skips = isinstance(collate, MRopeCollator) and collate.on_error is not None
+    return Indexed(rows) if skips else rows
+
+
+def require_a_batch(cfg: Config, rows: RowDataset) -> None:
+    """Raise if there are fewer rows than `dataloader.batch_size`.
+
+    Raises:
+        MRopeError: there are.
+    """
+    size = cfg.trainer.get("per_device_train_batch_size", cfg.dataloader.batch_size)
+    if len(rows) < size:
+        raise MRopeError(f"dataloader.batch_size is {size}, but there are only {len(rows)} rows")
 
 
 def make_sampler(cfg: Config, rows: RowDataset, max_tokens: int) -> TokenBudgetSampler:
@@ -227,16 +190,16 @@ def make_sampler(cfg: Config, rows: RowDataset, max_tokens: int) -> TokenBudgetS
     shapes = cfg.rope.shapes
     ladder = shapes.ladder() if shapes is not None and cfg.rope.enabled else None
     has_rungs = ladder is not None and bool(ladder.patches)
+    sizes = rows.sizes(cfg.dataloader.num_workers, skip=cfg.rope.on_error == "skip")
     counts: dict[str, Any] = {}
-    # Reading all grids takes time, and is needed by these alone.
     if needs_patches(cfg) or has_rungs:
-        counts["patches"] = rows.patches()
+        counts["patches"] = sizes["patches"]
     if has_rungs:
-        counts["segments"] = rows.segments()
+        counts["segments"] = sizes["segments"]
     if cfg.dataloader.balance == "work":
-        counts["patch_pairs"] = rows.patch_pairs()
+        counts["patch_pairs"] = sizes["patch_pairs"]
     return TokenBudgetSampler(
-        rows.lengths(), max_tokens, **counts, **sampler_options(cfg), shapes=ladder
+        sizes["tokens"], max_tokens, **counts, **sampler_options(cfg), shapes=ladder
     )
 
 
@@ -257,22 +220,89 @@ def sampler_options(cfg: Config) -> dict[str, Any]:
         "cost": WorkModel.from_config(cfg.model.config) if by_work else None,
         # The filled-up row must fit into the budget too.
         "pad_to_multiple_of": cfg.rope.pad_to_multiple_of,
-        "seed": cfg.train.seed,
+        "seed": cfg.seed,
     }
 
 
-def _make_stream(cfg: Config, rows: Any, max_tokens: int, buffer_size: int) -> TokenBudgetStream:
+class EpochsInTurn(Sampler[list[int]]):
+    """Take batches from a sampler's epochs in turn, as many in each epoch as in the first.
+
+    Epochs of a `TokenBudgetSampler` differ by some batches, and transformers' `Trainer` counts its
+    steps, where it resumes and where it ends, by the length of the first. Here its epoch k is
+    batches k * L to (k + 1) * L of all epochs of the sampler, one after another: none is left out
+    at a border, and a resumed run continues at the batch where it stopped.
+
+    Args:
+        sampler: whose epochs are plans that its seed and the epoch decide.
+    """
+
+    def __init__(self, sampler: TokenBudgetSampler) -> None:
+        self.sampler = sampler
+        self.epoch = 0
+        self._length = len(sampler.plan(0).grid_SR)
+        self._steps: dict[int, int] = {}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of later iterators."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[list[int]]:
+        skipped, left = self.epoch * self._length, self._length
+        for epoch in count():
+            # Known epochs that are passed over are not planned again.
+            if skipped >= (steps := self._steps.get(epoch, skipped + 1)):
+                skipped -= steps
+                continue
+            plan = self.sampler.plan(epoch)
+            steps = self._steps[epoch] = len(plan.grid_SR)
+            for step in range(min(skipped, steps), min(skipped + left, steps)):
+                yield plan.batch(step, self.sampler.rank)
+                left -= 1
+            if not left:
+                return
+            skipped = max(skipped - steps, 0)
+
+
+class _Endless(IterableDataset[Any]):
+    """Read a stream epoch after epoch, without an end: all ranks take as many steps.
+
+    Args:
+        make: makes the stream. Each worker has one of its own, since they share the epoch of one.
+    """
+
+    def __init__(self, make: Callable[[], TokenBudgetStream]) -> None:
+        self.make = make
+        make()  # raises for arguments that are wrong
+
+    def __iter__(self) -> Iterator[Any]:
+        stream = self.make()
+        for epoch in count():
+            stream.set_epoch(epoch)
+            empty = True
+            for batch in stream:
+                empty = False
+                yield batch
+            if empty:
+                raise MRopeError("a worker has no row: use fewer dataloader.num_workers, or ranks")
+
+
+def _make_stream(cfg: Config, rows: Any, max_tokens: int, buffer_size: int) -> _Endless:
     """Make the stream of batches of a config with `dataloader.buffer_size`."""
-    return TokenBudgetStream(
+    make = partial(
+        TokenBudgetStream,
         RowStream(rows),
         max_tokens,
         max_patches=cfg.dataloader.max_patches,
         pad_to_multiple_of=cfg.rope.pad_to_multiple_of,
         buffer_size=buffer_size,
-        size=measure_row,
-        seed=cfg.train.seed,
+        size=partial(count_example, cfg.spec()),
+        seed=cfg.seed,
         presharded=True,
     )
+    return _Endless(make)
 
 
 def _loader_options(cfg: Config, collate: Collate) -> dict[str, Any]:
@@ -285,55 +315,38 @@ def _loader_options(cfg: Config, collate: Collate) -> dict[str, Any]:
             "multiprocessing_context": options.start_method,
             "persistent_workers": options.persistent_workers,
             "prefetch_factor": options.prefetch_factor,
+            "worker_init_fn": partial(start_worker, None),
         }
     return {
         "num_workers": options.num_workers,
         "pin_memory": options.pin_memory,
-        "collate_fn": WithProcessId(collate),
+        "collate_fn": collate,
         **workers,
     }
 
 
-def _open(section: DataSection) -> datasets.Dataset:
-    table = open_source(section.source)
-    return table.select(range(min(section.rows or len(table), len(table))))
+def _sizes_file(cfg: Config, conversations: Conversations | None) -> SizesFile | None:
+    """Return the file for the counts of a config's rows; None for the demo's."""
+    from mrope.training.open_source import split_source
+
+    if cfg.data.source == "demo":
+        return None
+    words: list[object] = [cfg.data.source, cfg.data.rows, cfg.spec().family]
+    if conversations is not None:
+        import transformers
+
+        processor = conversations.processor
+        sides = cfg.data.min_pixels, cfg.data.max_pixels, cfg.data.fps
+        words += [transformers.__version__, *sides, processor.to_dict(), processor.chat_template]
+        words.append(len(processor.tokenizer))
+    return SizesFile.beside(split_source(cfg.data.source)[0], words)
 
 
-def _processed(
-    table: datasets.Dataset, cfg: Config, spec: MRopeSpec, model_config: Any
-) -> datasets.Dataset:
-    process = row_processing(cfg, spec, model_config)
-    return table.map(
-        process,
-        with_indices=True,
-        remove_columns=table.column_names,
-        features=process.features(),
-        desc="Preparing rows",
-    )
-
-
-def row_processing(cfg: Config, spec: MRopeSpec, model_config: Any) -> Processing:
-    """Return the processing that turns rows of `messages` into columns, as a config asks.
-
-    Raises:
-        MRopeError: the tokenizer is not that of the model.
-    """
-    from mrope.training.demo.processing import build_processing
-
-    source, _ = split_source(cfg.data.source)
-    return build_processing(
-        spec,
-        model_config,
-        folder=cfg.data.processor or _tokenizer_folder(cfg.model.config),
-        min_pixels=cfg.data.min_pixels,
-        max_pixels=cfg.data.max_pixels,
-        fps=cfg.data.fps,
-        pictures=source if source.is_dir() else source.parent,
-    )
-
-
-def _tokenizer_folder(config: Mapping[str, Any] | str) -> str | None:
-    """Return the model's folder if it holds a tokenizer, else None."""
+def processor_folder(cfg: Config) -> str | None:
+    """Return `data.processor`, or the model's folder if it holds a tokenizer, else None."""
+    config = cfg.model.config
+    if cfg.data.processor is not None:
+        return cfg.data.processor
     if isinstance(config, str) and (Path(config) / "tokenizer_config.json").is_file():
         return config
     return None
@@ -352,8 +365,8 @@ def _tokenized(table: datasets.Dataset, spec: MRopeSpec) -> datasets.Dataset:
         if (pixels in names) != (grid in names):
             have, lack = (pixels, grid) if pixels in names else (grid, pixels)
             raise MRopeError(f"data.source: the dataset has {have} but no {lack}")
-    if "mm_token_type_ids" not in names:
-        table = table.map(_add_types, fn_kwargs={"spec": spec}, desc="Marking placeholders")
+    if _ALSO_SECONDS in names and _SECONDS not in names:
+        table = table.rename_column(_ALSO_SECONDS, _SECONDS)
     # A model's forward refuses keywords that it does not know.
     wanted = dict.fromkeys(model_columns(spec))
     return table.select_columns([name for name in wanted if name in table.column_names])
@@ -369,8 +382,3 @@ def model_columns(spec: MRopeSpec) -> tuple[str, ...]:
         # Without it ERNIE's forward sends images to the experts of text, without an error.
         own.append(_EXPERT_TYPES)
     return (*_COLUMNS, *own)
-
-
-def _add_types(row: Mapping[str, Any], spec: MRopeSpec) -> dict[str, Any]:
-    # Without this column transformers' own forward raises, or falls back to 1-D positions.
-    return {"mm_token_type_ids": token_types(spec, np.asarray(row["input_ids"]))}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mrope.training.arguments import lora_config
 from mrope.training.config import model_table
 from mrope.training.sections import Config, ConfigError
 
@@ -46,7 +47,7 @@ def build_model(cfg: Config) -> torch.nn.Module:
     auto: Any = AutoModelForImageTextToText
     options: dict[str, Any] = {
         "attn_implementation": cfg.model.attn_implementation,
-        "dtype": getattr(torch, cfg.train.dtype),
+        "dtype": getattr(torch, cfg.model.dtype),
         "trust_remote_code": _may_run_own_code(cfg, model_table(cfg.model.config)),
     }
     # `from_pretrained` of a folder without weights raises.
@@ -56,6 +57,25 @@ def build_model(cfg: Config) -> torch.nn.Module:
         model = auto.from_config(load_model_config(cfg), **options)
     trained: torch.nn.Module = model.train()
     return trained
+
+
+def add_adapter(cfg: Config, model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model with the LoRA adapter that `peft` describes, or as it is.
+
+    Raises:
+        ConfigError: the section's fields or values are wrong.
+        ModuleNotFoundError: peft is not installed.
+    """
+    if cfg.peft is None:
+        return model
+    from peft import get_peft_model
+
+    options = lora_config(cfg)
+    try:
+        adapted: torch.nn.Module = get_peft_model(model, options)
+    except ValueError as error:
+        raise ConfigError(f"peft: {error}") from error
+    return adapted
 
 
 def attach_and_compile(cfg: Config, model: torch.nn.Module) -> torch.nn.Module:

@@ -25,6 +25,9 @@ from mrope.spec.spec import MRopeSpec
 from mrope.towers import VisionSpec
 from mrope.training.open_source import DATA_FILES, split_source
 
+# Fields of `TrainingArguments` that hold a path.
+_PATHS = ("output_dir", "resume_from_checkpoint")
+
 DEMO = "demo"
 SYNTHETIC = "synthetic"
 
@@ -70,6 +73,20 @@ def _data_source(value: str, info: ValidationInfo) -> str:
     return source
 
 
+def _with_paths(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    """Return `trainer` with its paths as ones that can be opened."""
+
+    def is_path(key: str, entry: Any) -> bool:
+        # `resume_from_checkpoint: true` is the last checkpoint, in transformers as a text too.
+        text = isinstance(entry, str) and entry.lower() not in ("true", "false")
+        return key in _PATHS and text
+
+    return {
+        key: _resolved(entry, info) if is_path(key, entry) else entry
+        for key, entry in value.items()
+    }
+
+
 def _folder(value: str, info: ValidationInfo) -> str:
     path = Path(_resolved(value, info))
     if not path.is_dir():
@@ -98,6 +115,7 @@ class ModelSection(_Section):
     Attributes:
         config: the model's config in transformers' form: a mapping, the path of a `config.json`,
             or a local model folder. Weights in the folder are loaded; otherwise they are random.
+        dtype: of the weights. `trainer.bf16` keeps them in float32 and computes in bfloat16.
         attn_implementation: passed to transformers.
         trust_remote_code: allow a folder with a model class of its own to run its code.
         attach: attach the model (`mrope.hf.attach`); requires `rope.vision`. No effect with
@@ -109,6 +127,7 @@ class ModelSection(_Section):
     """
 
     config: Annotated[dict[str, Any] | str, BeforeValidator(_model_config)]
+    dtype: Literal["float32", "bfloat16"] = "float32"
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
     attach: bool = False
@@ -155,23 +174,29 @@ class DataSection(_Section):
         source: "demo" (photographs from packages), "synthetic" (random, to measure with), a folder
             written by `save_to_disk`, a Parquet or JSON file, or a folder of such files; with
             ":train" behind the path, its split of that name.
+        eval_source: rows to evaluate on, as `source`; `trainer.eval_strategy` says when.
         shape: of the rows of "synthetic".
         rows: rows of the demo to make; for another source, use only so many of its first rows.
             None: 80 of the demo, all of another source.
-        processor: folder with the tokenizer and the image processor's settings, for rows that are
-            not tokenized yet. None: the model's folder, or the demo's own.
-        min_pixels, max_pixels: limits that the image processor scales every image and frame into;
-            None: the processor's own.
+        processor: folder with the model's processor, for rows of `messages`. None: the model's
+            folder.
+        min_pixels, max_pixels: limits that the processor scales every image into, and every frame
+            of a clip where its limits are those of a frame; None: the processor's own.
         fps: frames per second of clips in rows without an `fps` column.
+        loss: tokens with a label: all text, or the assistant's turns alone.
+        download: read pictures from http and https URLs.
     """
 
     source: Annotated[str, AfterValidator(_data_source)] = DEMO
+    eval_source: Annotated[str, AfterValidator(_data_source)] | None = None
     shape: ShapeSection | None = None
     rows: Annotated[int, Field(ge=1)] | None = None
     processor: Annotated[str, AfterValidator(_folder)] | None = None
     min_pixels: Annotated[int, Field(ge=1)] | None = None
     max_pixels: Annotated[int, Field(ge=1)] | None = None
     fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
+    loss: Literal["all", "answers"] = "all"
+    download: bool = False
 
     @model_validator(mode="after")
     def _shape_is_of_synthetic_rows(self) -> Self:
@@ -183,7 +208,7 @@ class DataSection(_Section):
 
 
 class DataLoaderSection(_Section):
-    """Arguments of `torch.utils.data.DataLoader`.
+    """Arguments of `torch.utils.data.DataLoader`; `trainer` takes them by its own names too.
 
     With `num_workers: 0` the last three are ignored. `max_tokens` is our own: a
     `TokenBudgetSampler` fills batches up to so many tokens, and `max_patches` patches if given, and
@@ -198,7 +223,7 @@ class DataLoaderSection(_Section):
     max_patches: Annotated[int, Field(ge=1)] | None = None
     balance: Literal["tokens", "work"] = "tokens"
     num_workers: Annotated[int, Field(ge=0)] = 2
-    pin_memory: bool = False
+    pin_memory: bool = True
     start_method: Literal["spawn", "fork", "forkserver"] = "spawn"
     persistent_workers: bool = True
     prefetch_factor: Annotated[int, Field(ge=1)] = 2
@@ -254,6 +279,7 @@ class RopeSection(_Section):
         on_error: "skip": drop examples that cannot be collated; see `mrope.collate.skip_bad`.
         rejects: path of the JSON-lines files that record them; see `SkipBad`.
         max_rejects: stop after more than so many in a worker, or than this share of its examples.
+        max_rejects_in_a_row: stop after more than so many of a worker's examples one after another.
     """
 
     enabled: bool = True
@@ -266,13 +292,14 @@ class RopeSection(_Section):
     on_error: Literal["raise", "skip"] = "raise"
     rejects: Annotated[str, AfterValidator(_resolved)] | None = None
     max_rejects: int | float | None = None
+    max_rejects_in_a_row: int | None = 100
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:
         if self.pad_to_multiple_of != 1 and self.packing is None:
             raise ValueError("rope.pad_to_multiple_of needs rope.packing: flatten")
-        for name in ("rejects", "max_rejects"):
-            if getattr(self, name) is not None and self.on_error != "skip":
+        for name in ("rejects", "max_rejects", "max_rejects_in_a_row"):
+            if name in self.model_fields_set and self.on_error != "skip":
                 raise ValueError(f"rope.{name} needs rope.on_error: skip")
         # Both check their own values, and raise ValueError.
         self.flatten()
@@ -289,38 +316,28 @@ class RopeSection(_Section):
         """Return the collator's options for bad examples."""
         if self.on_error == "raise":
             return "raise"
-        return SkipBad(rejects=self.rejects, max_rejects=self.max_rejects)
-
-
-class TrainSection(_Section):
-    """The training loop.
-
-    Attributes:
-        steps: optimizer steps; rows are repeated epoch after epoch as needed.
-        seed: of random weights, the order of the rows, and the demo's rows.
-        lr, weight_decay: of AdamW.
-        device: "auto" is CUDA if torch sees a device.
-        dtype: of the weights.
-        log_file: file for one JSON line per step.
-    """
-
-    steps: Annotated[int, Field(ge=1)] = 20
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
-    device: Literal["cpu", "cuda", "auto"] = "auto"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    log_file: Annotated[str, AfterValidator(_resolved)] | None = None
+        return SkipBad(
+            rejects=self.rejects,
+            max_rejects=self.max_rejects,
+            max_rejects_in_a_row=self.max_rejects_in_a_row,
+        )
 
 
 class Config(_Section):
-    """A whole training config, as `load_config` returns it; its paths can be opened as they are."""
+    """A whole training config, as `load_config` returns it; its paths can be opened as they are.
+
+    Attributes:
+        trainer: fields of transformers' `TrainingArguments`; see `mrope.training.arguments`, which
+            checks them when training starts, since transformers is not imported here.
+        peft: fields of peft's `LoraConfig`; None: all weights are trained.
+    """
 
     model: ModelSection
     data: DataSection = DataSection()
     dataloader: DataLoaderSection = DataLoaderSection()
     rope: RopeSection = RopeSection()
-    train: TrainSection = TrainSection()
+    trainer: Annotated[dict[str, Any], AfterValidator(_with_paths)] = {}
+    peft: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _attach_needs_vision(self) -> Self:
@@ -340,6 +357,11 @@ class Config(_Section):
         if self.dataloader.buffer_size is not None and self.rope.shapes is not None:
             raise ValueError("rope.shapes needs the sampler: remove dataloader.buffer_size")
         return self
+
+    @property
+    def seed(self) -> int:
+        """The seed of random weights, of the rows' order and of the demo's rows."""
+        return int(self.trainer.get("seed", 42))  # the default of `TrainingArguments`
 
     def spec(self) -> MRopeSpec:
         """Return the spec of the model under the chosen reference, without transformers.

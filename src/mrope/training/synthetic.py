@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from mrope.collate.read import RowSize
 from mrope.errors import MRopeError
 from mrope.positions.sample_rows import Medium, Part, make_row, medium_tokens, refuse_custom_layouts
 from mrope.spec.families import NO_TOKEN
+from mrope.training.counts import Sizes, as_sizes
 
 if TYPE_CHECKING:
     from mrope.spec.spec import MRopeSpec
@@ -69,26 +69,16 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return self.rows
 
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Return the number of tokens of each row, int64 (N,)."""
-        return np.full(len(self), self.shape.width)
+    def sizes(self, workers: int = 0, skip: bool = False) -> Sizes:
+        """Return the sizes of all rows; the arguments are those of `Rows.sizes`."""
+        del workers, skip
+        return as_sizes(np.array([self._size(row) for row in range(len(self))], np.int64))
 
-    def patches(self) -> npt.NDArray[np.int64]:
-        """Return the number of patches of each row, images and clips together, int64 (N,)."""
-        return np.array([_patches(grids) for grids in self._grids()], np.int64)
-
-    def patch_pairs(self) -> npt.NDArray[np.int64]:
-        """Return the sum of squared patches over the images and frames of each row, int64 (N,)."""
-        pairs = (sum(t * (h * w) ** 2 for t, h, w in grids) for grids in self._grids())
-        return np.array([*pairs], np.int64)
-
-    def segments(self) -> npt.NDArray[np.int64]:
-        """Return the number of images and frames of each row, int64 (N,)."""
-        return np.array([sum(t for t, _, _ in grids) for grids in self._grids()], np.int64)
-
-    def _grids(self) -> Iterator[list[list[int]]]:
-        for row in range(len(self)):
-            yield [*self._images(torch.Generator().manual_seed(row)), *self.clips]
+    def _size(self, row: int) -> RowSize:
+        grids = [*self._images(torch.Generator().manual_seed(row)), *self.clips]
+        sides = [height * width for frames, height, width in grids for _ in range(frames)]
+        pairs, width = sum(side**2 for side in sides), self.shape.width
+        return RowSize(width, width, sum(sides), len(sides), pairs, max(sides, default=0))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         # Seeded by the index, so that a row is the same in every worker and every epoch.

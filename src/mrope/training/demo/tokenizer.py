@@ -36,6 +36,7 @@ CHAT_TEMPLATE = r"""
 {%- endif -%}
 {{- '<|im_end|>\n' -}}
 {%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """
 
 

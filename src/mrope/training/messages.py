@@ -12,6 +12,9 @@ from typing import Any
 
 from mrope.errors import MRopeError
 
+CLIP_COLUMNS = ("fps", "frame_indices", "frame_times")
+"""What a row, or an item of video, may say of the frames of a clip."""
+
 _ROLES = ("system", "user", "assistant", "tool")
 # Keys under which an item holds its own picture or clip.
 _HELD_BY = {
@@ -30,11 +33,13 @@ class Conversation:
     Attributes:
         messages: each with `role`, and as `content` a text or items of text, image and video.
         images, videos: one value for each item, in order; None: the next of the row's column.
+        clips: what each item of video says of its frames: `fps`, `frame_indices`, `frame_times`.
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     images: list[Any] = field(default_factory=list)
     videos: list[Any] = field(default_factory=list)
+    clips: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_messages(messages: Any) -> Conversation:
@@ -52,10 +57,12 @@ def read_messages(messages: Any) -> Conversation:
         >>> picture = {"type": "image_url", "image_url": {"url": "cat.png"}}
         >>> read_messages([{"role": "user", "content": [picture]}])
         Conversation(messages=[{'role': 'user', 'content': [{'type': 'image'}]}], \
-images=['cat.png'], videos=[])
+images=['cat.png'], videos=[], clips=[])
     """
     if not _is_list(messages):
         raise MRopeError(f"messages must be a list, not {_name(messages)}")
+    if not messages:
+        raise MRopeError("messages is empty")
     read = Conversation()
     for number, message in enumerate(messages):
         where = f"message {number}"
@@ -120,6 +127,8 @@ def _read_item(read: Conversation, item: Any, where: str) -> dict[str, Any]:
     value = _url(item.get(key), where) if key == "image_url" else item.get(key)
     shown = _SHOWN_AS[kind]
     (read.images if shown == "image" else read.videos).append(value)
+    if shown == "video":
+        read.clips.append({name: item[name] for name in CLIP_COLUMNS if name in item})
     return {"type": shown}
 
 

@@ -1,0 +1,5 @@
+"""Run the command line: `python -m mrope`, and so `torchrun -m mrope`."""
+
+from mrope.cli import main
+
+main()

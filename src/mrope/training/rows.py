@@ -1,0 +1,261 @@
+"""The rows of a training run: columns as they are, or conversations that workers prepare.
+
+Workers import this module when they unpickle the dataset, so that it imports nothing heavier than
+torch at its top.
+"""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from mrope.collate.padding import PaddingCollator
+from mrope.collate.read import RowSize
+from mrope.collate.samples import PIXELS
+from mrope.collate.skip_bad import INDEX
+from mrope.columns import columns
+from mrope.errors import MRopeError
+from mrope.positions.spans import token_types
+from mrope.prepare.ranks import find_rank
+from mrope.training.counts import Sizes, as_sizes, count_columns
+from mrope.training.sizes_file import SizesFile
+
+if TYPE_CHECKING:
+    import datasets
+
+    from mrope.spec.spec import MRopeSpec
+    from mrope.training.conversations import Conversations
+
+FAILED = "mrope_failed"
+"""Key under which a row that cannot be prepared carries its error to the collate function."""
+
+# Fewer are counted here: to start workers takes longer.
+_MANY = 20_000
+_UNCOUNTED, _ONE_TOKEN = RowSize(-1, 0, 0, 0, 0, 0), RowSize(1, 1, 0, 0, 0, 0)
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """Rows of a table; one that cannot be prepared comes as its index and its error.
+
+    Args:
+        table: rows of columns that a model takes, or of conversations.
+        spec: of the model.
+        conversations: prepares rows of conversations; None: the rows are columns.
+        sizes_file: where counts of all rows are kept; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        table: datasets.Dataset,
+        spec: MRopeSpec,
+        conversations: Conversations | None = None,
+        sizes_file: SizesFile | None = None,
+    ) -> None:
+        # The format is applied when a row is read, in the worker; the table stays memory-mapped.
+        # Of conversations "arrow", which decodes nothing: not pictures, whose bytes and paths are
+        # read, and not what else a feature holds, which `_conversation` does.
+        self.table = table.with_format("torch" if conversations is None else "arrow")
+        self.features = None if conversations is None else _without_pictures(table.features)
+        self.spec = spec
+        self.conversations = conversations
+        self.sizes_file = sizes_file
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return self.prepare(index)
+        except MRopeError as error:
+            return {FAILED: error, INDEX: index}
+
+    def prepare(self, index: int) -> dict[str, Any]:
+        """Return a row as the collate function takes it.
+
+        Raises:
+            MRopeError: it cannot be prepared; the message names the row.
+        """
+        if self.conversations is not None:
+            return self.conversations.prepare(self._conversation(index), index)
+        row = self.table[index]
+        if self.spec.family_row.timed:
+            _warn_of_missing_seconds(row)
+        if row.get("mm_token_type_ids") is None and row.get("input_ids") is not None:
+            # Without it transformers' own forward raises, or falls back to 1-D positions.
+            ids = np.asarray(row["input_ids"])
+            row["mm_token_type_ids"] = torch.from_numpy(token_types(self.spec, ids))
+        return dict(row)
+
+    def count(self, index: int) -> RowSize:
+        """Return tokens and patches of a row, from its sizes alone.
+
+        Raises:
+            MRopeError: they cannot be counted; the message names the row.
+        """
+        if self.conversations is not None:
+            return self.conversations.count(self._conversation(index), index)
+        try:
+            return count_columns(self.spec, self._counted[index])
+        except MRopeError as error:
+            raise MRopeError(f"row {index} of the dataset: {error}") from error
+
+    def _conversation(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = self.table[index].to_pylist()[0]
+        assert self.features is not None
+        decoded: dict[str, Any] = self.features.decode_example(row)
+        return decoded
+
+    @property
+    def _counted(self) -> datasets.Dataset:
+        names = [name for name in self.table.column_names if name not in PIXELS]
+        return self.table.select_columns(names).with_format("numpy")
+
+    def sizes(self, workers: int = 0, skip: bool = False) -> Sizes:
+        """Return the sizes of all rows, and keep them in `sizes_file`.
+
+        Args:
+            workers: processes that count, if there are many rows.
+            skip: count a row that cannot be counted as one token: the collate function rejects it.
+
+        Raises:
+            MRopeError: a row cannot be counted, without `skip`.
+        """
+        table_NF = (
+            None
+            if self.sizes_file is None
+            else self.sizes_file.read(len(self), len(RowSize._fields))
+        )
+        if table_NF is None:
+            table_NF = np.array([*self._count_all(workers)], np.int64)
+            if self.sizes_file is not None:
+                self.sizes_file.write(table_NF)
+        bad_N = table_NF[:, 0] < 0
+        if bad_N.any() and not skip:
+            self.count(int(bad_N.argmax()))  # raises the row's own error
+        table_NF[bad_N] = _ONE_TOKEN
+        return as_sizes(table_NF)
+
+    def _count_all(self, workers: int) -> Iterator[RowSize]:
+        processes = workers if len(self) >= _MANY else 0
+        batches: Any = DataLoader(
+            _Counting(self), batch_size=64, num_workers=processes, collate_fn=list
+        )
+        for batch in batches:
+            yield from batch
+
+
+def _without_pictures(features: datasets.Features) -> datasets.Features:
+    """Return the features of a table, of which pictures stay bytes and paths."""
+    import datasets
+
+    def undecoded(feature: Any) -> Any:
+        if isinstance(feature, datasets.Image):
+            return datasets.Image(decode=False)
+        if isinstance(feature, datasets.List):
+            return datasets.List(undecoded(feature.feature), length=feature.length)
+        if isinstance(feature, dict):
+            return {name: undecoded(one) for name, one in feature.items()}
+        return feature
+
+    return datasets.Features(undecoded(dict(features)))
+
+
+class _Counting(Dataset[RowSize]):
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> RowSize:
+        try:
+            return self.rows.count(index)
+        except MRopeError:
+            return _UNCOUNTED
+
+
+class RowStream(IterableDataset[dict[str, Any]]):
+    """Read the rows of a map-style dataset in order, every worker of every rank its own ones.
+
+    Args:
+        rows: map-style dataset.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+        self.rank, self.ranks = find_rank(None, None)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        first = self.rank * workers + number
+        for index in range(first, len(self.rows), self.ranks * workers):
+            yield self.rows[index]
+
+
+def start_worker(own: Callable[[int], Any] | None, number: int) -> None:
+    """Let a worker outlive Ctrl-C, which a terminal sends to it too: its process saves first.
+
+    Args:
+        own: what the loader calls in a worker besides; None: nothing.
+        number: of the worker.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if own is not None:
+        own(number)
+
+
+class PadRows(PaddingCollator):
+    """A `PaddingCollator` that raises the error of a row that could not be prepared."""
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the padded batch of `examples`.
+
+        Raises:
+            MRopeError: that of the first such row.
+        """
+        for example in examples:
+            if FAILED in example:
+                raise example[FAILED]
+        return super().__call__(examples)
+
+
+def count_example(spec: MRopeSpec, example: Mapping[str, Any]) -> tuple[int, int]:
+    """Return tokens and patches of a prepared row; one that failed counts as a token."""
+    size = _ONE_TOKEN if FAILED in example else count_columns(spec, example)
+    return size.tokens, size.patches
+
+
+def dataset_folder(source: Path) -> Path:
+    """Return the folder of a dataset: what relative paths in it are relative to."""
+    return source if source.is_dir() else source.parent
+
+
+_SECONDS = tuple(columns("item", means="seconds"))
+_warned = False
+
+
+def _warn_of_missing_seconds(row: Mapping[str, Any]) -> None:
+    """Warn, once in a process, of a clip whose seconds nobody knows."""
+    global _warned
+    clips = row.get("video_grid_thw")
+    has_clips = isinstance(clips, torch.Tensor) and clips.ndim > 0 and len(clips) > 0
+    if has_clips and not _warned and all(_is_null(row.get(name)) for name in _SECONDS):
+        _warned = True
+        warnings.warn(
+            f"a row has clips but no {_SECONDS[0]}: one second a step is assumed, which is right "
+            "only for clips of two frames a second or so",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or bool(torch.as_tensor(value).double().isnan().all())
