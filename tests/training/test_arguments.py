@@ -90,3 +90,13 @@ def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
     (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
     with pytest.raises(MRopeError, match="there is no checkpoint"):
         train(config(tmp_path, trainer={"resume_from_checkpoint": "true"}))
+
+
+def test_what_the_trainer_would_find_out_late_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="trainer.eval_strategy needs data.eval_source"):
+        arguments(tmp_path, eval_strategy="epoch")
+    rope = {"packing": "flatten"}
+    loader = {"max_tokens": 100, "buffer_size": 4}
+    endless = config(tmp_path, rope=rope, dataloader=loader, trainer={"max_steps": -1})
+    with pytest.raises(ConfigError, match="buffer_size needs trainer.max_steps: a stream has no"):
+        training_arguments(endless)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ from mrope.training.dataloader import load_rows
 from mrope.training.model import build_model
 from mrope.training.sections import Config
 from mrope.training.trainer import StageTrainer, TrainResult, run, train
-from training.runs import FLAT, config, losses_of
+from training.runs import FLAT, config, losses_of, write_rows
 
 BUDGET = {"max_tokens": 150}
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": "gaussian"}
@@ -102,18 +103,17 @@ def test_an_interrupted_and_resumed_run_is_an_uninterrupted_one(
 
 
 def test_a_checkpoint_is_loaded_by_transformers_alone(tmp_path: Path) -> None:
-    cfg = config(
-        tmp_path,
-        trainer={"max_steps": 2, "save_steps": 1, "eval_strategy": "steps"},
-        data={
-            "source": str(config(tmp_path).data.source),
-            "eval_source": str(config(tmp_path).data.source),
-        },
-    )
+    """Of flattened batches, evaluated at every step."""
+    rows = {"source": str(write_rows(tmp_path)), "eval_source": str(write_rows(tmp_path))}
+    trainer = {"max_steps": 2, "save_steps": 1, "eval_strategy": "steps"}
+    cfg = config(tmp_path, data=rows, rope=FLAT, dataloader=BUDGET, trainer=trainer)
     console = silent()
     result = train(cfg, console=console)
     assert result.checkpoint is not None and result.checkpoint.endswith("checkpoint-2")
     assert "2 steps in " in printed(console) and "checkpoint-2" in printed(console)
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    evaluated = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert len(evaluated) == 2 and evaluated[0] != evaluated[1]
     for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
         auto: Any = AutoModelForImageTextToText
         model = auto.from_pretrained(folder)

@@ -1,1 +1,1 @@
-"""The training config, and the reference training loop."""
+"""The training config: rows, batches and model as it says, under transformers' `Trainer`."""

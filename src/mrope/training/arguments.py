@@ -70,6 +70,7 @@ def training_arguments(cfg: Config, **changes: Any) -> Any:
         arguments = TrainingArguments(**fields)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"trainer: {error}") from error
+    _require_rows(cfg, arguments)
     # `use_cpu` turns it off, with which the report would count syncs that a GPU would not have.
     arguments.dataloader_pin_memory = fields["dataloader_pin_memory"]
     _warn_of_bfloat16(cfg, arguments)
@@ -153,6 +154,13 @@ def _require_device(fields: Mapping[str, Any]) -> None:
             "trainer.use_cpu is false, but torch sees no CUDA device: set it to true, or install a "
             "CUDA build of torch"
         )
+
+
+def _require_rows(cfg: Config, arguments: Any) -> None:
+    if arguments.eval_strategy != "no" and cfg.data.eval_source is None:
+        raise ConfigError("trainer.eval_strategy needs data.eval_source: the rows to evaluate on")
+    if cfg.dataloader.buffer_size is not None and arguments.max_steps <= 0:
+        raise ConfigError("dataloader.buffer_size needs trainer.max_steps: a stream has no length")
 
 
 def _warn_of_bfloat16(cfg: Config, arguments: Any) -> None:

@@ -47,7 +47,7 @@ class TrainResult:
         losses: of each batch of this run, if it was watched.
         rope_index_calls: of the model's own `get_rope_index`; None: not counted, or it has none.
         positions_given: number of batches that came with `position_ids`.
-        checkpoint: the last one; None: nothing was saved.
+        checkpoint: the last one of this run; None: nothing was saved.
         stopped: whether Ctrl-C ended the run.
         seconds: that training took, by `Trainer`.
         report: syncs of some steps; None: they were not watched.
@@ -114,7 +114,7 @@ def run(
         out = trainer.train(resume_from_checkpoint=checkpoint)
     if arguments.save_strategy != "no" and not stop.asked:
         trainer.save_model()
-    return _result(trainer, stop.asked, out, report, calls), trainer
+    return _result(trainer, stop, out, report, calls), trainer
 
 
 class StageTrainer(Trainer):  # type: ignore[misc]
@@ -191,8 +191,9 @@ class _Stop(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.asked = False
-        ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo") if ranks else None
+        self.saved: str | None = None
+        self.has_ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo") if self.has_ranks else None
 
     def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
         """Set what `Trainer` does next; called by it."""
@@ -203,6 +204,10 @@ class _Stop(TrainerCallback):  # type: ignore[misc]
         if self.asked:
             control.should_save = control.should_training_stop = True
 
+    def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """Keep where the last checkpoint of this run is; called by `Trainer`."""
+        self.saved = os.path.relpath(f"{args.output_dir}/checkpoint-{state.global_step}")
+
 
 @contextmanager
 def _stopping(trainer: StageTrainer) -> Iterator[_Stop]:
@@ -212,7 +217,7 @@ def _stopping(trainer: StageTrainer) -> Iterator[_Stop]:
 
     def ask(number: int, _: Any) -> None:
         # torchrun passes the signal on that the terminal has sent already.
-        if stop.asked and dist.is_initialized() is False:
+        if stop.asked and not stop.has_ranks:
             signal.signal(number, previous)
             raise KeyboardInterrupt
         stop.asked = True
@@ -331,20 +336,19 @@ def _quiet_pinning() -> Iterator[None]:
 
 def _result(
     trainer: StageTrainer,
-    stopped: bool,
+    stop: _Stop,
     out: Any,
     report: SyncReport | None,
     calls: list[int] | None,
 ) -> TrainResult:
     losses = torch.stack(trainer.losses).float().tolist() if trainer.losses else []
-    found = _last_checkpoint(trainer.args.output_dir)
     return TrainResult(
         steps=trainer.state.global_step,
         losses=tuple(losses),
         rope_index_calls=calls[0] if calls else None,
         positions_given=trainer.positions_given,
-        checkpoint=None if found is None else os.path.relpath(found),
-        stopped=stopped,
+        checkpoint=stop.saved,
+        stopped=stop.asked,
         seconds=out.metrics["train_runtime"],
         report=report if report is not None and report.watched else None,
     )
