@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LOWEST := positions/test_rope_index positions/test_twin positions/test_malformed spec/test_families \
-  collate/test_collator collate/test_workers towers/test_vision training/test_loop test_cli parity/test_live
+  collate/test_collator collate/test_workers towers/test_vision training/test_trainer test_cli parity/test_live
 LOWEST_TESTS := $(LOWEST:%=tests/%.py)
 # One thread per process, since tests run in one process per core.
 export OMP_NUM_THREADS ?= 1

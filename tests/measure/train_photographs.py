@@ -5,8 +5,9 @@
 Run by `make slow`. JPEGs, and conversations that name them by path, are written into a temporary
 folder. A small model trains on batches up to a token budget, so that the sizes of all rows are
 counted first, twice: once without the file of sizes, once with it. Fails if the first step takes
-more than a minute, if memory of the process and its workers grows by more than 15 % after the
-first steps, or if anything but the table and the sizes is written.
+more than two minutes (workers import transformers, and two cores may be busy), if memory of the
+process and its workers grows by more than 15 % after the first steps, or if anything but the table
+and the sizes is written.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 ROWS, STEPS, WARM_UP = 2000, 24, 8
-MOST_SECONDS, MOST_GROWTH = 60, 1.15
+MOST_SECONDS, MOST_GROWTH = 120, 1.15
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]

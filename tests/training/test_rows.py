@@ -201,6 +201,10 @@ def test_rows_that_cannot_be_prepared_are_skipped_and_recorded(tmp_path: Path) -
     assert sum(len(batch["cu_seq_lens_q"]) - 1 for batch in batches) == 3
     records = read_rejects(tmp_path / "rejects.jsonl")
     assert sorted(record["index"] for record in records) == [1, 3]
+    plain = config(tmp_path, data=data, rope=skip | {"enabled": False}, dataloader=loader)
+    with pytest.warns(RejectWarning):
+        batches = [*make_loader(plain, load_rows(plain), build_collator(plain))]
+    assert sum(len(batch["input_ids"]) for batch in batches) == 3
     assert all("of the dataset: " in record["message"] for record in records)
     failed = opened(cfg)[3]
     assert "row 3 of the dataset: messages is empty" in str(failed[FAILED])
@@ -208,9 +212,9 @@ def test_rows_that_cannot_be_prepared_are_skipped_and_recorded(tmp_path: Path) -
     strict = config(tmp_path, data=data, rope=FLAT, dataloader=loader)
     with pytest.raises(MRopeError, match="row 3 of the dataset: messages is empty"):
         make_loader(strict, load_rows(strict), build_collator(strict))
-    plain = config(tmp_path, data=data, dataloader={"batch_size": 5})
+    whole = config(tmp_path, data=data, dataloader={"batch_size": 5})
     with pytest.raises(MRopeError, match=r"row [13] of the dataset"):
-        next(iter(make_loader(plain, load_rows(plain), build_collator(plain))))
+        next(iter(make_loader(whole, load_rows(whole), build_collator(whole))))
 
 
 @pytest.mark.filterwarnings("ignore::mrope.collate.skip_bad.RejectWarning")

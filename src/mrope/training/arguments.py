@@ -61,7 +61,10 @@ def training_arguments(cfg: Config, **changes: Any) -> Any:
     given = checked_fields("trainer", cfg.trainer, TrainingArguments)
     if cfg.peft is not None:
         lora_config(cfg)  # raises before rows are opened and weights are loaded
-    fields = {**_DEFAULTS, **_loader_fields(cfg, given), **given, **changes}
+    ours = {**_DEFAULTS, **_loader_fields(cfg, given)}
+    # An older release lacks some, such as the start method of workers.
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    fields = {name: ours[name] for name in ours if name in known} | given | changes
     copies = fields.get("accelerator_config")
     if copies is None or isinstance(copies, dict):
         fields["accelerator_config"] = {"non_blocking": True, **(copies or {})}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
 from mrope.collate.collator import Collate, MRopeCollator
+from mrope.collate.skip_bad import BadExampleFilter, SkipBad
 from mrope.errors import MRopeError
 from mrope.spec.model_config import as_mapping
 from mrope.spec.references import nearest
@@ -83,7 +85,8 @@ def build_collator(cfg: Config, inner_collate: Collate | None = None) -> Collate
             with the `pad_token_id` of the model's config, or with 0.
 
     Returns:
-        An `MRopeCollator` around `inner_collate`; with `rope.enabled: false` that function alone.
+        An `MRopeCollator` around `inner_collate`; with `rope.enabled: false` that function alone,
+        without the rows that it cannot collate if `rope.on_error` is "skip".
 
     Raises:
         ConfigError: the model's config is not of a known M-RoPE family.
@@ -93,8 +96,11 @@ def build_collator(cfg: Config, inner_collate: Collate | None = None) -> Collate
     if inner_collate is None:
         fixed = cfg.rope.enabled and cfg.rope.shapes is not None and cfg.rope.shapes.patches
         inner_collate = PadRows(pad_token_id=pad_token_id, join_pixels=not fixed)
+    on_error = cfg.rope.skip_bad()
     if not cfg.rope.enabled:
-        return inner_collate
+        if not isinstance(on_error, SkipBad):
+            return inner_collate
+        return partial(BadExampleFilter(on_error).collate, inner_collate)
     return MRopeCollator(
         inner_collate,
         cfg.spec(),
@@ -102,7 +108,7 @@ def build_collator(cfg: Config, inner_collate: Collate | None = None) -> Collate
         packing=cfg.rope.flatten(pad_token_id),
         layout=cfg.rope.layout,
         shapes=None if cfg.rope.shapes is None else cfg.rope.shapes.ladder(pad_token_id),
-        on_error=cfg.rope.skip_bad(),
+        on_error=on_error,
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from mrope.collate.collator import Collate, MRopeCollator
+from mrope.collate.collator import Collate
 from mrope.collate.read import PIXELS
 from mrope.collate.skip_bad import Indexed
 from mrope.columns import COLUMNS, columns
@@ -146,7 +146,7 @@ def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[A
         MRopeError: fewer rows than one batch takes, or a row above the token budget.
     """
     options = cfg.dataloader
-    table = indexed(rows, collate)
+    table = indexed(cfg, rows)
     if options.max_tokens is not None and options.buffer_size is not None:
         stream = _make_stream(cfg, table, options.max_tokens, options.buffer_size)
         return DataLoader(stream, batch_size=None, **_loader_options(cfg, collate))
@@ -164,10 +164,9 @@ def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[A
     )
 
 
-def indexed(rows: RowDataset, collate: Collate) -> Any:
-    """Return rows that carry their index, under which the rejects file names them, if it may."""
-    skips = isinstance(collate, MRopeCollator) and collate.on_error is not None
-    return Indexed(rows) if skips else rows
+def indexed(cfg: Config, rows: RowDataset) -> Any:
+    """Return rows with their index, under which the rejects file names them, if it may."""
+    return Indexed(rows) if cfg.rope.on_error == "skip" else rows
 
 
 def require_a_batch(cfg: Config, rows: RowDataset) -> None:

@@ -135,7 +135,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         rows: tuple[RowDataset, RowDataset | None],
     ) -> None:
         collate = build_collator(cfg)
-        training, evaluation = (one and indexed(one, collate) for one in rows)
+        training, evaluation = (one and indexed(cfg, one) for one in rows)
         self.cfg, self.rows = cfg, rows[0]
         self.keeps_losses = False
         self.losses: list[torch.Tensor] = []
