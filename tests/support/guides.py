@@ -51,7 +51,7 @@ def make_workspace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         )
     )
     # Without torchvision transformers cannot build the processor of videos, and so none.
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda _: build_processor("demo"))
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: build_processor("demo"))
     rows = photographs(30).filter(lambda row: not row["videos"]).remove_columns(["videos", "fps"])
     rows.save_to_disk("train")
 
