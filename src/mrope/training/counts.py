@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from mrope.arrays import IntArray
-from mrope.collate.read import RowSize, measure, read_row
-from mrope.collate.samples import PIXELS
+from mrope.collate.read import PIXELS, RowSize, measure, read_row
 from mrope.spec.spec import MRopeSpec
 
 Sizes = dict[str, IntArray]

@@ -17,8 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from mrope.collate.padding import PaddingCollator
-from mrope.collate.read import RowSize
-from mrope.collate.samples import PIXELS
+from mrope.collate.read import PIXELS, RowSize
 from mrope.collate.skip_bad import INDEX
 from mrope.columns import columns
 from mrope.errors import MRopeError
