@@ -199,7 +199,7 @@ def check(
 
     mrope check --model FOLDER --dataset PATH --report report.html
 
-    mrope check --replay first/digests.jsonl second/digests.jsonl
+    mrope check --replay first.jsonl second.jsonl
     """
     if replay is not None:
         from mrope.check.replay import replay as replay_runs
