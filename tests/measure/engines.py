@@ -46,12 +46,12 @@ def numbering(folder: Path, family: str) -> Any:
                 if "mm_grid" in ast.dump(one)[:90] or "mrope_input" in ast.dump(one)[:90]
             ]
     kept = [one for one in methods if isinstance(one, ast.FunctionDef)]
-    cls = ast.ClassDef(name, [], [], kept, [])
+    cls = ast.ClassDef(name, [], [], [*kept], [])
     module = ast.Module([cls], [])
-    for node in ast.walk(module):
-        if isinstance(node, ast.FunctionDef):
-            node.returns = None
-            for one in (*node.args.args, *node.args.kwonlyargs):
+    for part in ast.walk(module):
+        if isinstance(part, ast.FunctionDef):
+            part.returns = None
+            for one in (*part.args.args, *part.args.kwonlyargs):
                 one.annotation = None
     space: dict[str, Any] = {"np": np, "torch": torch, "MultiModalFeatureSpec": None, "Any": Any}
     exec(compile(ast.fix_missing_locations(module), str(file), "exec"), space)

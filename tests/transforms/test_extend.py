@@ -90,9 +90,11 @@ def test_tensors_without_a_sync(
         case = random_case(rng, spec)
         positions, deltas, given = prompts_of(case)
         lengths = np.array([rng.choice([0, 1, 2, 9]) for _ in case.prompts])
-        texts = {name: given.get(name) for name in ("attention_mask", "input_ids")}
+        texts: dict[str, Any] = {n: given.get(n) for n in ("attention_mask", "input_ids")}
         expected = extend(spec, positions, deltas, lengths, width=9, **texts)
-        on_device = {k: None if v is None else torch.from_numpy(v) for k, v in texts.items()}
+        on_device: dict[str, Any] = {
+            k: None if v is None else torch.from_numpy(v) for k, v in texts.items()
+        }
         arguments = [torch.from_numpy(one) for one in (positions, deltas, lengths)]
         with monkeypatch.context() as patch:
             # What is on a CPU here stands for what is on a device: only the host looks into it.
@@ -130,7 +132,7 @@ def test_sampled_placeholders(family: str, reference: str) -> None:
     rng = random.Random(f"{family} {reference} sampled")
     ids = np.array([rng.choices(TEXT_IDS, k=4) for _ in range(2)])
     positions, deltas = rope_index(spec, ids)
-    given = {"input_ids": ids} if positions.dtype == np.float32 else {}
+    given: dict[str, Any] = {"input_ids": ids} if positions.dtype == np.float32 else {}
     tokens = {spec.image_token_id, spec.video_token_id, int(spec.extra.get("audio_token_id", -1))}
     # Where the rule looks for markers, a sampled one begins what is no image.
     by_markers = spec.family_row.custom_index or spec.family_row.frames_as_images
@@ -208,7 +210,7 @@ def test_families_that_need_the_prompt(family: str) -> None:
     if family != "hunyuan_vl":
         with pytest.raises(MRopeError, match="its positions may be fractions"):
             extend(spec, positions, deltas, [2])
-        sizes = {"image_grid_thw": np.array([[1, 2, 2]] * 2)}
+        sizes: dict[str, Any] = {"image_grid_thw": np.array([[1, 2, 2]] * 2)}
         ids = np.array([[7, 101, 102, 9, 5]] * 2)
         positions, deltas = rope_index(spec, ids, np.ones_like(ids), **sizes)
         with pytest.raises(MRopeError, match="of 2 prompts need images_per_sample"):

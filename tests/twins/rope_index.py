@@ -47,7 +47,8 @@ def slow_rope_index(spec: MRopeSpec, batch: dict[str, Any]) -> tuple[Any, Any]:
 def _number_row(spec: MRopeSpec, tokens: list[int], spans: dict[int, list[Any]]) -> list[Any]:
     if spec.family in PUBLISHED:
         media = {token: _taken(grids) for token, grids in spans.items()}
-        return PUBLISHED[spec.family](spec, tokens, media)
+        published: list[Any] = PUBLISHED[spec.family](spec, tokens, media)
+        return published
     numbers: list[tuple[int, int, int]] = []
     cursor = 0
     at = 0
