@@ -19,7 +19,8 @@ from support.turns import random_sample
 MAPPED = [
     family
     for family, row in FAMILIES.items()
-    if NEWEST in row.references and (row.custom_index is None or "audio_seqlens" in row.inputs)
+    if NEWEST in row.references
+    and (row.custom_index is None or row.source or "audio_seqlens" in row.inputs)
 ]
 
 

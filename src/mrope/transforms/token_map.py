@@ -128,7 +128,8 @@ def _read(
     """Return a row's tokens, the kind of each, and how many each image, clip and audio needs."""
     row = spec.family_row
     by_audio = "audio_seqlens" in row.inputs
-    if (row.custom_index is not None and not by_audio) or sizes.get("use_audio_in_video"):
+    own_layout = row.custom_index is not None and not by_audio and row.source is None
+    if own_layout or np.any(sizes.get("use_audio_in_video", False)):
         raise MRopeError(
             f"{spec.family}: a placeholder of an engine cannot be mapped where tokens are laid out "
             "by a rule of their own, or audio stands inside of clips"
