@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from mrope.arrays import as_grid, borders, starts, within
 from mrope.errors import MRopeError
@@ -305,6 +304,8 @@ def crop_block_index(size_N3: Int64Array, merge: int) -> Int64Array:
 @lru_cache(maxsize=1024)
 def _buckets(side: int, length: int) -> Int64Array:
     """Return the learned row or column that is nearest to each of `length` patches, (L,)."""
+    import torch
+
     # torch's own borders: they are compared for equality, and other sums would round differently.
     borders = torch.arange(1 / side, 1.0, 1 / side).numpy()
     place_L = np.arange(length, dtype=np.float32) / np.float32(length)
