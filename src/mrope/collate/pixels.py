@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,10 +75,11 @@ def check_pixels(
             if found != np.add.reduce(needed_N) and (len(needed_N) or count == 1):
                 raise _mismatch(name, media, [found], None if count > 1 else 0)
             continue
-        counts_B = np.zeros(count, np.int64) if media.count_B is None else media.count_B
-        needed_B = np.bincount(np.arange(count).repeat(counts_B), needed_N, count)
-        if needed_B.tolist() != found_B:
-            raise _mismatch(name, media, found_B, int((needed_B != found_B).argmax()))
+        counts = [0] * count if media.count_B is None else media.count_B.tolist()
+        needed = iter(needed_N.tolist())
+        for row, (grids, found) in enumerate(zip(counts, found_B, strict=True)):
+            if sum(islice(needed, grids)) != found:
+                raise _mismatch(name, media, found_B, row)
 
 
 def take_pixels(batch: MutableMapping[str, Any], needed: int) -> list[torch.Tensor]:

@@ -55,6 +55,12 @@ _SECONDS = tuple(columns("item", means="seconds"))
 _MASKS = {str(COLUMNS[name].modality): name for name in columns("item", means="mask")}
 _SIZES = {one: tuple(columns("item", modality=one, means="size")) for one in MODALITIES}
 _COUNTS = {one: count_key(one) for one in MODALITIES}
+# Columns of sizes, each with the column of counts, and the mask whose sums it may be.
+_COUNTED = {
+    name: (_COUNTS[modality], _MASKS.get(modality))
+    for modality, names in _SIZES.items()
+    for name in names
+}
 
 
 def read_sample(example: Mapping[str, Any]) -> dict[str, Any]:
@@ -410,14 +416,11 @@ def _add_counts(spec: MRopeSpec, given: dict[str, Any], rows: Rows) -> None:
 
     Otherwise sizes are checked over the whole batch.
     """
-    for modality, names in _SIZES.items():
-        key = _COUNTS[modality]
-        name = next((one for one in names if one in given), None)
-        if name is None or key in given:
+    for name, (key, mask) in _COUNTED.items():
+        if name not in given or key in given:
             continue
-        if modality == "audio" and key not in spec.family_row.inputs:
+        if mask is not None and key not in spec.family_row.inputs:
             continue
-        mask = _MASKS.get(modality)
         masks = None if mask is None else rows.of(mask)
         own = rows.of(name) if masks is None else [_sums(one) for one in masks]
         if own is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy.typing as npt
@@ -55,6 +55,23 @@ class FrameCache:
             array.flags.writeable = False
         self._keep(key, piece)
         return piece
+
+    def recall_all(
+        self, build: Callable[..., Piece], sizes: Collection[tuple[int, ...]], *options: int
+    ) -> dict[tuple[int, ...], Piece]:
+        """Return `recall(build, *size, *options)` for each size, taking the lock once."""
+        pieces: dict[tuple[int, ...], Piece] = {}
+        with self.lock:
+            for size in sizes:
+                key = (build, *size, *options)
+                piece = self._pieces.get(key)
+                if piece is not None:
+                    self._pieces.move_to_end(key)
+                    pieces[size] = piece
+        if len(pieces) < len(sizes):
+            for size in set(sizes).difference(pieces):
+                pieces[size] = self.recall(build, *size, *options)
+        return pieces
 
     def clear(self) -> None:
         """Drop every entry."""

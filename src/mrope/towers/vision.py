@@ -179,7 +179,7 @@ def _join(build: Callable[..., Piece], grid_N3: Int64Array, *options: int) -> Pi
     frames, heights, widths = grid_N3.T.tolist()
     # `tolist` gave Python ints, which hash faster than numpy scalars.
     sizes = list(zip(heights, widths, strict=True))
-    pieces = {size: FRAME_CACHE.recall(build, *size, *options) for size in set(sizes)}
+    pieces = FRAME_CACHE.recall_all(build, set(sizes), *options)
     of_frames = chain.from_iterable(map(repeat, map(pieces.__getitem__, sizes), frames))
     return tuple(map(np.concatenate, zip(*of_frames, strict=True)))
 
