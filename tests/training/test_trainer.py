@@ -182,3 +182,29 @@ def test_weights_are_those_of_the_trainer_alone(tmp_path: Path) -> None:
     _, ours = run(cfg, training_arguments(cfg), (load_rows(cfg), None))
     left, right = plain.model.state_dict(), ours.model.state_dict()
     assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.filterwarnings("ignore:bfloat16 on a CPU")
+def test_a_compiled_model_is_saved_under_the_names_of_its_weights(
+    half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One graph: `fullgraph` raises otherwise. Its backend is the quickest to compile."""
+    own = torch.nn.Module.compile
+    calls: list[dict[str, Any]] = []
+
+    def compile_quickly(self: torch.nn.Module, **options: Any) -> None:
+        calls.append(options)
+        own(self, **options | {"backend": "eager"})
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    ladder = {"tokens": [256], "patches": [512], "longest": 256, "patches_per_segment": 8}
+    cfg = config(
+        tmp_path,
+        model={"compile": True},
+        rope={"shapes": ladder},
+        trainer={"max_steps": 1, "bf16": half},
+    )
+    assert train(cfg, console=silent()).report is None
+    assert calls == [{"fullgraph": True, "dynamic": False, "mode": None}]
+    assert weights(tmp_path / "out").keys() == build_model(cfg).state_dict().keys()

@@ -22,6 +22,7 @@ from mrope.training.answers import answer_spans, answer_tokens
 from mrope.training.clips import video_metadata
 from mrope.training.counts import count_columns, count_text
 from mrope.training.messages import Conversation, in_order, read_messages
+from mrope.training.naming import naming_row
 from mrope.training.pictures import frames_of, picture_size, read_picture
 
 if TYPE_CHECKING:
@@ -161,21 +162,6 @@ class Conversations:
     def _size(self, picture: Any) -> dict[str, int]:
         height, width = picture_size(picture, self.pictures, self.data.download)
         return {"height": height, "width": width}
-
-
-class naming_row:
-    """Raise whatever a row makes a library raise as an `MRopeError` that names the row."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, Exception):
-            kind = "" if isinstance(error, MRopeError) else f"{type(error).__name__}: "
-            raise MRopeError(f"row {self.index} of the dataset: {kind}{error}") from error
 
 
 def _shown(talk: Conversation, row: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:

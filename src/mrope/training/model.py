@@ -79,22 +79,21 @@ def add_adapter(cfg: Config, model: torch.nn.Module) -> torch.nn.Module:
 
 
 def attach_and_compile(cfg: Config, model: torch.nn.Module) -> torch.nn.Module:
-    """Attach the model and compile it, as the config asks; return what the loop is to call.
+    """Attach the model and compile it, as the config asks, and return it.
 
-    Parameters and state dict stay those of `model`.
+    It is compiled in place: a model that `torch.compile` wraps has other names of its weights,
+    which `from_pretrained` would not find in a checkpoint.
     """
     if not cfg.model.attach or not cfg.rope.enabled:
         return model
     from mrope.hf import attach
 
     attach(model, attention=cfg.model.attention)
-    if not cfg.model.compile:
-        return model
-    # Without dynamic shapes: a ladder has few, and kernels for known sizes are faster.
-    mode = "reduce-overhead" if cfg.model.compile == "captured" else None
-    compiled: Any = torch.compile(model, fullgraph=True, dynamic=False, mode=mode)
-    module: torch.nn.Module = compiled
-    return module
+    if cfg.model.compile:
+        # Without dynamic shapes: a ladder has few, and kernels for known sizes are faster.
+        mode = "reduce-overhead" if cfg.model.compile == "captured" else None
+        model.compile(fullgraph=True, dynamic=False, mode=mode)
+    return model
 
 
 def _may_run_own_code(cfg: Config, table: Mapping[str, Any]) -> bool:

@@ -24,6 +24,7 @@ from mrope.errors import MRopeError
 from mrope.positions.spans import token_types
 from mrope.prepare.ranks import find_rank
 from mrope.training.counts import Sizes, as_sizes, count_columns
+from mrope.training.naming import naming_row
 from mrope.training.sizes_file import SizesFile
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class Rows(Dataset[dict[str, Any]]):
         # read, and not what else a feature holds, which `_conversation` does.
         self.table = table.with_format("torch" if conversations is None else "arrow")
         self.features = None if conversations is None else _without_pictures(table.features)
+        names = [name for name in table.column_names if name not in PIXELS]
+        self.counted = table.select_columns(names).with_format("numpy")
         self.spec = spec
         self.conversations = conversations
         self.sizes_file = sizes_file
@@ -83,14 +86,17 @@ class Rows(Dataset[dict[str, Any]]):
         """
         if self.conversations is not None:
             return self.conversations.prepare(self._conversation(index), index)
-        row = self.table[index]
+        with naming_row(index):
+            return self._columns(self.table[index])
+
+    def _columns(self, row: dict[str, Any]) -> dict[str, Any]:
         if self.spec.family_row.timed:
             _warn_of_missing_seconds(row)
         if row.get("mm_token_type_ids") is None and row.get("input_ids") is not None:
             # Without it transformers' own forward raises, or falls back to 1-D positions.
             ids = np.asarray(row["input_ids"])
             row["mm_token_type_ids"] = torch.from_numpy(token_types(self.spec, ids))
-        return dict(row)
+        return row
 
     def count(self, index: int) -> RowSize:
         """Return tokens and patches of a row, from its sizes alone.
@@ -100,21 +106,15 @@ class Rows(Dataset[dict[str, Any]]):
         """
         if self.conversations is not None:
             return self.conversations.count(self._conversation(index), index)
-        try:
-            return count_columns(self.spec, self._counted[index])
-        except MRopeError as error:
-            raise MRopeError(f"row {index} of the dataset: {error}") from error
+        with naming_row(index):
+            return count_columns(self.spec, self.counted[index])
 
     def _conversation(self, index: int) -> dict[str, Any]:
-        row: dict[str, Any] = self.table[index].to_pylist()[0]
-        assert self.features is not None
-        decoded: dict[str, Any] = self.features.decode_example(row)
+        with naming_row(index):
+            row: dict[str, Any] = self.table[index].to_pylist()[0]
+            assert self.features is not None
+            decoded: dict[str, Any] = self.features.decode_example(row)
         return decoded
-
-    @property
-    def _counted(self) -> datasets.Dataset:
-        names = [name for name in self.table.column_names if name not in PIXELS]
-        return self.table.select_columns(names).with_format("numpy")
 
     def sizes(self, workers: int = 0, skip: bool = False) -> Sizes:
         """Return the sizes of all rows, and keep them in `sizes_file`.
