@@ -12,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mrope.training.open_source import DATA_FILES
+
 FOLDER = ".mrope_sizes"
+_TABLES = (*DATA_FILES, ".arrow")
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,16 @@ class SizesFile:
         """Return the file for a dataset at a path.
 
         Args:
-            source: a file, or a folder of files; their sizes and times are part of the name.
+            source: a file, or a folder of files; sizes and times of those with rows are part of the
+                name.
             words: whatever else the counts depend on.
         """
         folder = source if source.is_dir() else source.parent
         files = sorted(source.rglob("*")) if source.is_dir() else [source]
         digest = hashlib.blake2b(digest_size=12)
         for file in files:
-            if file.is_file() and FOLDER not in file.parts:
+            # Not pictures, which may stand beside the rows by the million.
+            if file.name.endswith(_TABLES):
                 stat = file.stat()
                 digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         digest.update(repr(words).encode())
