@@ -37,7 +37,7 @@ def pixels(patches: int, width: int = 1176, seed: int = 0) -> list[list[float]]:
 IMAGE = {"image_grid_thw": [[1, 4, 4]], "pixel_values": pixels(16)}
 PADDED = [1, 2, 9] + [0] * 97
 MASK = [1] * 3 + [0] * 97
-ROWS = {
+ROWS: dict[str, dict[str, Any]] = {
     "ids (1, n)": {"input_ids": [IDS], "labels": [IDS], **IMAGE},
     "a grid (3,)": {"input_ids": IDS, "labels": IDS, **IMAGE, "image_grid_thw": [1, 4, 4]},
     "padded on the right": {"input_ids": PADDED, "labels": PADDED, "attention_mask": MASK},

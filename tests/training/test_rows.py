@@ -20,7 +20,6 @@ from mrope.collate.process_files import read_rejects
 from mrope.collate.skip_bad import RejectWarning
 from mrope.training import rows as rows_module
 from mrope.training.config import as_config
-from mrope.training.counts import count_columns
 from mrope.training.dataloader import EpochsInTurn, load_rows, make_loader, make_sampler
 from mrope.training.rows import FAILED, Rows
 from mrope.training.sizes_file import FOLDER
@@ -78,31 +77,6 @@ def test_seconds_as_one_number_reach_the_collator(tmp_path: Path) -> None:
         warnings.simplefilter("error")  # once in a process
         opened(config(tmp_path, "qwen2_5_vl", data=written(tmp_path, [clip])))[0]
     rows_module._warned = False
-
-
-def test_rows_are_counted_as_they_are_collated(tmp_path: Path) -> None:
-    ids, pixels = [7, 3, *[5] * 4, 8], np.zeros((16, 1176), np.float32).tolist()
-    image = {"image_grid_thw": [[1, 4, 4]], "pixel_values": pixels}
-    padded = [1] * 3 + [0] * 97
-    cases: list[tuple[dict[str, Any], tuple[int, ...]]] = [
-        ({"input_ids": ids, "labels": ids} | image, (7, 16, 1, 256)),
-        ({"input_ids": [ids], "labels": [ids]} | image, (7, 16, 1, 256)),
-        (
-            {"input_ids": ids, "labels": ids} | image | {"image_grid_thw": [1, 4, 4]},
-            (7, 16, 1, 256),
-        ),
-        ({"input_ids": ids, "labels": ids, "video_grid_thw": [[2, 2, 4]]}, (7, 16, 2, 128)),
-        ({"input_ids": padded, "labels": padded, "attention_mask": padded}, (3, 0, 0, 0)),
-    ]
-    spec = config(tmp_path, "qwen2_5_vl").spec()
-    for row, expected in cases:
-        size = count_columns(spec, row)
-        assert (size.tokens, size.patches, size.segments, size.patch_pairs) == expected
-    rows = [row for row, _ in cases[:1]] * 40
-    loader = {"max_tokens": 64, "max_patches": 64}
-    cfg = config(tmp_path, "qwen2_5_vl", data=written(tmp_path, rows), dataloader=loader, rope=FLAT)
-    for batch in make_loader(cfg, load_rows(cfg), build_collator(cfg)):
-        assert batch["input_ids"].shape[1] <= 64 and len(batch["pixel_values"]) <= 64
 
 
 # Budgets.
