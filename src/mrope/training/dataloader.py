@@ -16,10 +16,11 @@ from mrope.collate.read import PIXELS
 from mrope.collate.skip_bad import Indexed
 from mrope.columns import COLUMNS, columns
 from mrope.errors import MRopeError
+from mrope.prepare.ranks import find_rank
 from mrope.prepare.sampler import TokenBudgetSampler
 from mrope.prepare.streams import TokenBudgetStream
 from mrope.prepare.work import WorkModel
-from mrope.training.rows import Rows, RowStream, count_example, dataset_folder, start_worker
+from mrope.training.rows import Rows, count_example, dataset_folder, start_worker
 from mrope.training.sizes_file import SizesFile
 from mrope.training.synthetic import SyntheticRows, patch_shape
 
@@ -290,16 +291,19 @@ class _Endless(IterableDataset[Any]):
 
 def _make_stream(cfg: Config, rows: Any, max_tokens: int, buffer_size: int) -> _Endless:
     """Make the stream of batches of a config with `dataloader.buffer_size`."""
+    # Found here: a worker that is started anew knows no ranks.
+    rank, ranks = find_rank(None, None)
     make = partial(
         TokenBudgetStream,
-        RowStream(rows),
+        rows,
         max_tokens,
         max_patches=cfg.dataloader.max_patches,
         pad_to_multiple_of=cfg.rope.pad_to_multiple_of,
         buffer_size=buffer_size,
         size=partial(count_example, cfg.spec()),
         seed=cfg.seed,
-        presharded=True,
+        rank=rank,
+        num_replicas=ranks,
     )
     return _Endless(make)
 

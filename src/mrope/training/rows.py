@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from mrope.collate.padding import PaddingCollator
 from mrope.collate.read import PIXELS, RowSize
@@ -22,7 +22,6 @@ from mrope.collate.skip_bad import INDEX
 from mrope.columns import columns
 from mrope.errors import MRopeError
 from mrope.positions.spans import token_types
-from mrope.prepare.ranks import find_rank
 from mrope.training.counts import Sizes, as_sizes, count_columns
 from mrope.training.naming import naming_row
 from mrope.training.sizes_file import SizesFile
@@ -178,25 +177,6 @@ class _Counting(Dataset[RowSize]):
             return self.rows.count(index)
         except MRopeError:
             return _UNCOUNTED
-
-
-class RowStream(IterableDataset[dict[str, Any]]):
-    """Read the rows of a map-style dataset in order, every worker of every rank its own ones.
-
-    Args:
-        rows: map-style dataset.
-    """
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-        self.rank, self.ranks = find_rank(None, None)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = get_worker_info()
-        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        first = self.rank * workers + number
-        for index in range(first, len(self.rows), self.ranks * workers):
-            yield self.rows[index]
 
 
 def start_worker(own: Callable[[int], Any] | None, number: int) -> None:
