@@ -104,7 +104,7 @@ PINS_LEFT_OUT := transformers|tokenizers|huggingface.hub|packaging|rich|typer
 	grep -vE '^($(PINS_LEFT_OUT))==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/pip install --quiet --no-cache-dir -c $(@D)/constraints.txt torch==2.13.0 transformers==5.9.0 \
 	  accelerate codetiming datasets einops hydra-core json_repair modelscope pandas peft pillow pytest \
-	  pytest-timeout ray tensordict==0.10.0 torchdata
+	  pytest-timeout cachetools fastapi ray tensordict==0.10.0 torchdata uvicorn
 	$(@D)/bin/pip install --quiet --no-cache-dir --no-deps ms-swift==4.6.0 verl==0.9.1 veomni==0.1.12
 	touch $@
 

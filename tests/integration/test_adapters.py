@@ -17,6 +17,7 @@ import torch
 import mrope.collate.packing
 from mrope import MRopeCollator, VisionSpec
 from mrope.collate.padding import PaddingCollator
+from mrope.transforms import extend
 from mrope.transforms.adapters import to_ms_swift, to_veomni, to_verl
 from support.models import model_config, tiny_examples, tiny_spec
 
@@ -272,3 +273,93 @@ def test_veomni_s_model_reads_the_metadata(family: str) -> None:
     borders = metadata["vit_video_cu_seqlens"][[0, -1]]
     other = batch | {"multimodal_metadata": metadata | {"vit_video_cu_seqlens": borders}}
     assert (logits(model, other) - wanted).abs().max() > 1e-3
+
+
+def verl_rollout(family: str) -> tuple[dict[str, Any], list[dict[str, Any]], Any]:
+    """Prompts padded on the left and responses padded on the right, as verl holds them."""
+    examples = tiny_examples(family)
+    for example in examples:
+        example.pop("labels", None)
+    prompts = padded(family, examples, "left")
+    answers = torch.tensor([[11, 12, 13, 14], [21, 22, 0, 0], [31, 32, 33, 0]])
+    batch = {
+        **{name: prompts[name] for name in prompts if "pixel" in name or "grid_thw" in name},
+        "input_ids": torch.cat((prompts["input_ids"], answers), 1),
+        "attention_mask": torch.cat((prompts["attention_mask"], (answers > 0).long()), 1),
+        "response_mask": (answers > 0).long(),
+    }
+    positions, _ = extend(
+        tiny_spec(family),
+        prompts["position_ids"],
+        prompts["rope_deltas"],
+        (answers > 0).sum(1),
+        attention_mask=prompts["attention_mask"],
+        width=answers.shape[1],
+    )
+    return batch, examples, positions
+
+
+def verl_positions(family: str, batch: dict[str, Any], examples: list[dict[str, Any]]) -> Any:
+    """Return position ids (B, 4, S) as verl's agent loop computes them, row by row."""
+    from support.models import tiny_model
+
+    loop = peer("verl.experimental.agent_loop.agent_loop", "verl 0.9.1")
+    spec = tiny_spec(family)
+    holder = SimpleNamespace(
+        processor=SimpleNamespace(
+            get_rope_index=tiny_model(family).model.get_rope_index,
+            image_token_id=spec.image_token_id,
+            video_token_id=spec.video_token_id,
+        )
+    )
+    rows = []
+    for row, example in enumerate(examples):
+        media = {
+            name: torch.as_tensor(example[name]) for name in example if name.endswith("grid_thw")
+        }
+        rows.append(
+            loop.AgentLoopWorker._compute_position_ids(
+                holder,
+                batch["input_ids"][row : row + 1],
+                batch["attention_mask"][row : row + 1],
+                {**media, "mm_token_type_ids": torch.zeros(1)},
+            )
+        )
+    return torch.cat(rows)
+
+
+def verl_update(family: str, batch: dict[str, Any]) -> tuple[float, float]:
+    """Return loss and gradient norm of an actor's update with a reference, by verl's own losses."""
+    from support.models import tiny_model
+
+    algorithms = peer("verl.trainer.ppo.core_algos", "verl 0.9.1")
+    functional = importlib.import_module("verl.utils.torch_functional")
+    mask, width = batch["response_mask"], batch["response_mask"].shape[1]
+    given = {name: batch[name] for name in batch if "pixel" in name or "grid_thw" in name}
+    logprobs = []
+    for seed in (0, 1):
+        model = tiny_model(family, seed=seed)
+        logits = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            position_ids=batch["position_ids"].transpose(0, 1),
+            **given,
+        ).logits[:, -width - 1 : -1]
+        labels = batch["input_ids"][:, -width:]
+        logprobs.append(functional.logprobs_from_logits(logits, labels, inplace_backward=False))
+        if seed == 0:
+            actor = model
+    penalty = algorithms.kl_penalty(logprobs[0], logprobs[1].detach(), "low_var_kl")
+    loss = -(logprobs[0] * mask).sum() + (penalty * mask).sum()
+    loss.backward()
+    norms = [p.grad.norm() for p in actor.parameters() if p.grad is not None]
+    return loss.item(), torch.stack(norms).norm().item()
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_verl_updates_its_actor_at_extended_positions(family: str) -> None:
+    batch, examples, positions = verl_rollout(family)
+    own = {**batch, "position_ids": verl_positions(family, batch, examples)}
+    ours = to_verl({**batch, "position_ids": positions})
+    assert_same(ours["position_ids"], own["position_ids"])
+    assert verl_update(family, ours) == verl_update(family, own)
