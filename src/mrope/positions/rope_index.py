@@ -192,12 +192,19 @@ def number(spec: MRopeSpec, located: Located) -> tuple[npt.NDArray[Any], npt.NDA
 def padding_of(spec: MRopeSpec, inputs: BatchInputs) -> Padding:
     """Return what stands at padding, and what of it counts in rope deltas."""
     if spec.family_row.custom_index is not None:
+        silent = _rule(spec).silent
+        if silent is not None and is_silent(spec, inputs):
+            return silent
+    return padding_with(spec, inputs.has_grids)
+
+
+def padding_with(spec: MRopeSpec, has_grids: bool) -> Padding:
+    """Return what `padding_of` does for a batch with images or clips, or with neither."""
+    if spec.family_row.custom_index is not None:
         rule = _rule(spec)
-        if rule.silent is not None and is_silent(spec, inputs):
-            return rule.silent
-        return rule.padding if inputs.has_grids or rule.text is None else rule.text
+        return rule.padding if has_grids or rule.text is None else rule.text
     conventions = spec.conventions
-    text = conventions.text_batch_fill_in_delta and not inputs.has_grids
+    text = conventions.text_batch_fill_in_delta and not has_grids
     return Padding(conventions.fill, text, over_padded=conventions.delta_over_padded)
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from mrope.errors import MRopeError
-from mrope.positions.rope_index import rope_index
+from mrope.positions.rope_index import padding_with, rope_index
 from mrope.spec.spec import MRopeSpec
 from mrope.transforms.turns import Turns, on_host, read_turns, text_id, with_turns
 
@@ -32,21 +32,6 @@ class _Rows(NamedTuple):
     positions_ABN: torch.Tensor
     valid_BN: torch.Tensor
     ids_BN: torch.Tensor | None = None
-
-
-class _Rule(NamedTuple):
-    """How a family counts text, found by numbering a little of it.
-
-    Attributes:
-        step_A: by how much each axis counts on: 1, or 0 where text stands still on it.
-        fill: position at padding.
-        one_end, no_end: largest position + 1 of a padded row of one token, and of one of none.
-    """
-
-    step_A: tuple[int, ...]
-    fill: int
-    one_end: int
-    no_end: int
 
 
 def extend(
@@ -156,7 +141,7 @@ def _read_prompts(
     input_ids: Any,
 ) -> _Rows:
     """Check shapes, and bring flattened prompts into rows."""
-    axes = len(_rule(spec, False).step_A)
+    axes = len(_steps(spec))
     wanted = (axes,) if lengths is None else (axes, axes + 1)
     if positions.ndim != 3 or len(positions) not in wanted:
         raise MRopeError(
@@ -186,18 +171,10 @@ def _read_prompts(
 
 
 @lru_cache(maxsize=64)
-def _rule(spec: MRopeSpec, has_media: bool) -> _Rule:
-    """Number three tokens, one, and none, in a batch with or without images."""
-    grids = np.empty((0, 3), np.int64) if has_media else None
-    ids, mask = np.full((3, 3), text_id(spec)), np.array([[1, 1, 1], [0, 0, 1], [0, 0, 0]])
-    positions, deltas = rope_index(spec, ids, mask, image_grid_thw=grids)
-    step_A = tuple(int(step) for step in positions[:, 0, 2] - positions[:, 0, 1])
-    _, one, none = (deltas[:, 0] + (3 if _over_padded(spec) else mask.sum(1))).tolist()
-    return _Rule(step_A, int(positions[0, 1, 0]), int(one), int(none))
-
-
-def _over_padded(spec: MRopeSpec) -> bool:
-    return spec.family_row.custom_index is None and spec.conventions.delta_over_padded
+def _steps(spec: MRopeSpec) -> tuple[int, ...]:
+    """Return by how much text counts on, on each axis: 1, or 0 where it stands still."""
+    positions, _ = rope_index(spec, np.full((1, 2), text_id(spec)), np.ones((1, 2), np.int64))
+    return tuple(int(step) for step in positions[:, 0, 1] - positions[:, 0, 0])
 
 
 def _check_deltas(
@@ -242,13 +219,12 @@ def _deltas(spec: MRopeSpec, rows: _Rows, has_media: torch.Tensor, padded: bool)
         end_B = counting_ABN.masked_fill(~valid_BN, -(1 << 24)).amax((0, 2)) + 1
     if not padded:
         return (end_B - tokens_B)[:, None]
-    text, seen = (_rule(spec, media) for media in (False, True))
-    if text.one_end != seen.one_end:
-        least = torch.where(has_media, seen.one_end, text.one_end).to(end_B.dtype)
+    text, seen = (padding_with(spec, media) for media in (False, True))
+    end_B = torch.where(tokens_B > 0, end_B, seen.empty_end)
+    if text.fill_counts:
+        least = torch.where(has_media, seen.empty_end, text.fill + 1).to(end_B.dtype)
         end_B = torch.where(valid_BN.all(1), end_B, torch.maximum(end_B, least))
-    none = torch.where(has_media, seen.no_end, text.no_end).to(end_B.dtype)
-    end_B = torch.where(tokens_B > 0, end_B, none)
-    return (end_B - (valid_BN.shape[1] if _over_padded(spec) else tokens_B))[:, None]
+    return (end_B - (valid_BN.shape[1] if seen.over_padded else tokens_B))[:, None]
 
 
 def _continue(spec: MRopeSpec, prompts: _Rows, turns: Turns, has_media: torch.Tensor) -> _Rows:
@@ -264,10 +240,10 @@ def _continue(spec: MRopeSpec, prompts: _Rows, turns: Turns, has_media: torch.Te
         answer_ABR = from_0_ABR + step_ABR * base_B[:, None]
     else:
         counted_BR = base_B[:, None] + (before_B[:, None] + count_R).to(dtype)
-        answer_ABR = torch.stack([counted_BR * step for step in _rule(spec, False).step_A])
+        answer_ABR = torch.stack([counted_BR * step for step in _steps(spec)])
     valid_BN = torch.cat((valid_BP, count_R < length_B[:, None]), 1)
     positions_ABN = torch.cat((positions_ABP, answer_ABR.to(dtype)), 2)
-    text, seen = (_rule(spec, media).fill for media in (False, True))
+    text, seen = (padding_with(spec, media).fill for media in (False, True))
     fill = torch.where(has_media, seen, text).to(dtype)
     return _Rows(torch.where(valid_BN, positions_ABN, fill), valid_BN)
 
