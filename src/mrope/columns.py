@@ -94,6 +94,9 @@ TOWER_KEYS = {
 }
 """What `tower_key` returns, by modality and name, for code that runs in each batch."""
 
+LINEAR_KEYS = ("linear_places", "linear_chunks", "linear_slots", "linear_shape")
+"""How linear attention reads a flattened row; see `mrope.collate.linear_columns`."""
+
 COLUMNS: dict[str, Column] = {
     **{
         key: Column("derived", modality, of_part=_DERIVED[name])
@@ -136,6 +139,7 @@ COLUMNS: dict[str, Column] = {
     "vision_feature_mask": Column("token"),
     "rope_deltas": Column("derived"),
     "segment_sizes": Column("derived", of_part=False),
+    **{key: Column("derived", of_part=False) for key in LINEAR_KEYS},
     "has_padding": Column("derived", of_part=False),
     "moe_text_index": Column("derived", of_part=False),
     "moe_vision_index": Column("derived", of_part=False),

@@ -121,7 +121,10 @@ class MRopeCollator:
         self.on_error = resolve_option("on_error", SkipBad, on_error, "skip", "raise", short_forms)
         if short_forms:
             raise TypeError(f"MRopeCollator takes no {', '.join(short_forms)}")
-        self._arrangement = Padded(shapes) if self.packing is None else OneRow(self.packing, shapes)
+        if self.packing is None:
+            self._arrangement: Padded | OneRow = Padded(shapes)
+        else:
+            self._arrangement = OneRow(self.packing, shapes, spec.family_row.linear)
         self._filter = None if self.on_error is None else BadExampleFilter(self.on_error)
 
     def __call__(self, examples: Any) -> Any:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from mrope.collate.ladder import Shapes, choose_rung
+from mrope.collate.linear_columns import linear_columns
 from mrope.collate.placement import Placement, token_columns
 from mrope.columns import IGNORED_LABEL, fill_of
 from mrope.errors import MRopeError
@@ -97,10 +98,12 @@ class OneRow:
     Attributes:
         options: see `Flatten`.
         shapes: the ladder; None: the row is as long as its tokens, and up to a multiple.
+        linear: add what layers of linear attention read.
     """
 
     options: Flatten
     shapes: Shapes | None = None
+    linear: bool = False
 
     # Rows may hold several examples, which are kept apart.
     apart: ClassVar[bool] = True
@@ -148,6 +151,7 @@ class OneRow:
               to one.
             - `segment_sizes`: the same as a list of ints, for attached models (`mrope.hf.attach`).
             - `use_cache` False: with a cache transformers masks as if there were no borders.
+            - with `linear` what `linear_columns` returns.
 
             With a ladder the borders have empty segments at the end, `max_length_q` and
             `max_length_k` are the rung, and there is no list of lengths.
@@ -193,6 +197,8 @@ class OneRow:
         else:
             longest = placement.width
             borders = self._fixed(borders, len(located.stream.row_D), longest)
+        if self.linear:
+            added |= linear_columns(length_D, self.shapes and len(borders) - 1)
         return added | {
             "cu_seq_lens_q": borders,
             "cu_seq_lens_k": borders.copy(),

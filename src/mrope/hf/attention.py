@@ -225,30 +225,6 @@ def undo_varlen(module: torch.nn.Module) -> None:
         module.config = attached[0]
 
 
-def mix_by_segment(
-    self: Any, hidden_states: torch.Tensor, segment_sizes: list[int] | None = None, **kwargs: Any
-) -> torch.Tensor:
-    """Run a linear attention layer on each segment; replaces the layer's forward.
-
-    The layer's state and its convolution run along the row, across segment borders. transformers
-    leaves the borders to optional kernels, and raises if these are not installed.
-
-    Args:
-        hidden_states: (1, T, hidden).
-        segment_sizes: tokens of each segment; None: the layer's own forward, on the whole rows.
-    """
-    own = type(self).forward
-    if segment_sizes is None:
-        whole: torch.Tensor = own(self, hidden_states, **kwargs)
-        return whole
-    # They hold the borders of the whole row. A segment has none, and a layer that is given borders
-    # raises where the kernels for them are missing.
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"):
-        kwargs.pop(name, None)
-    segments = torch.split(hidden_states, segment_sizes, dim=1)
-    return torch.cat([own(self, segment, **kwargs) for segment in segments], dim=1)
-
-
 def is_flash(config: Any) -> bool:
     """Whether a model runs under flash attention."""
     return "flash" in (config._attn_implementation or "")  # noqa: SLF001 - no public name

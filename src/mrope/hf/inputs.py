@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mrope.columns import COLUMNS, columns, tower_key
+from mrope.columns import COLUMNS, LINEAR_KEYS, columns, tower_key
 from mrope.errors import MRopeError
 
 Tensors = MutableMapping[str, Any]
@@ -36,8 +36,8 @@ _NEEDED = {
 }
 # A part of a sequence has none.
 _NEEDED["vision"] += ("has_padding",)
-# Of the table's columns text models read two: how linear layers cut a row, and ERNIE's experts.
-_READ = ("segment_sizes", "moe_mm_token_type_ids")
+# Of the table's columns text models read: how linear layers cut a row, and ERNIE's experts.
+_READ = ("segment_sizes", *LINEAR_KEYS, "moe_mm_token_type_ids")
 _UNREAD = frozenset({*COLUMNS, "audio_feature_lengths", "mm_encoder_outputs"}.difference(_READ))
 
 

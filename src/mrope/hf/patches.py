@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 
 from mrope.errors import MRopeError
-from mrope.hf.attention import mix_by_segment
 from mrope.hf.experts import route
 from mrope.hf.features import merge_crops, merge_patches, merge_windows, pair_frames
 from mrope.hf.forward import attached_forward
 from mrope.hf.indexer import pool_states, select_tokens
+from mrope.hf.linear import mix_segments
 from mrope.hf.methods import as_method_of, bind, find_foreign, foreign_on_instance
 from mrope.hf.rows import ROWS
 from mrope.hf.scatter import add_deepstack
@@ -97,7 +97,10 @@ PATCHES = (
     # In text models: ERNIE's experts, linear attention, Qwen4-Exp's indexer and GLM-5-Next's.
     Patch(_holding("text_moe", "vision_moe"), route),
     Patch(
-        _holding("conv1d", "in_proj_qkv", "out_proj"), mix_by_segment, calls_own=True, by_name=True
+        _holding("conv1d", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
+        mix_segments,
+        calls_own=True,
+        by_name=True,
     ),
     Patch(_holding("index_qk_proj"), select_tokens),
     Patch(_defining("get_pooled_states"), pool_states, "get_pooled_states"),

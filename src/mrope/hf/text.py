@@ -19,6 +19,7 @@ from transformers.masking_utils import (
     packed_sequence_mask_function,
 )
 
+from mrope.columns import LINEAR_KEYS
 from mrope.errors import MRopeError
 from mrope.hf.attention import ONLY_CAUSAL, TEXT_ATTENTION, has_layers, is_flash
 from mrope.hf.inputs import Tensors, cache_of, drop_unread, take_mask
@@ -97,15 +98,15 @@ def packed_mask(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
     Args:
         text: the text model, with the attribute `mrope_attention` that `attach` sets.
         embeds: (1, T, hidden).
-        inputs: `seq_idx` (1, T) is taken out; `position_ids` loses its text row; `segment_sizes`
-            stays only for models with linear layers.
+        inputs: `seq_idx` (1, T) is taken out; `position_ids` loses its text row; how linear layers
+            cut the row stays only for models that have some.
 
     Returns:
         A mask (1, 1, T, T) made on the device from `seq_idx`; None where a kernel takes
         `cu_seq_lens_q`, flash attention or the variable-length one.
 
     Raises:
-        MRopeError: linear layers, and a batch of fixed shapes, which has no host lengths for them.
+        MRopeError: linear layers, and a batch without what they read.
     """
     config = text.config
     seq_idx = inputs.pop("seq_idx")
@@ -118,13 +119,14 @@ def packed_mask(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
             config, embeds, None, None, and_mask_function=packed_sequence_mask_function(seq_idx)
         )
     if has_layers(config, "linear_attention"):
-        if inputs.get("segment_sizes") is None:
+        if inputs.get("linear_slots") is None:
             raise MRopeError(
-                "shapes with packing='flatten' is not supported for text models with linear "
-                "layers, whose segments are cut by host ints; pad the batches instead"
+                "the text model has linear layers, and the flattened row has no linear_slots: it "
+                "is a part of a sequence, or another collator's"
             )
         return _by_layer(config, full, None)
-    inputs.pop("segment_sizes", None)
+    for name in ("segment_sizes", *LINEAR_KEYS):
+        inputs.pop(name, None)
     return full
 
 

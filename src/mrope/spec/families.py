@@ -87,6 +87,7 @@ class Family:
         one_dimensional: the model itself numbers tokens 0, 1, 2 ..., padding included, on one axis:
             position ids are (B, S), and only the towers' tensors are worth computing.
         packs: packing verified: no attention across examples (see `mrope.collate.packing`).
+        linear: the text model has layers of linear attention, whose state runs along the row.
         references: keys of `REFERENCES` that the family was compared with. With a `source`: those
             whose conventions for padding and rope deltas it can have.
         source: where the rule is published, for a family without a class in transformers: its
@@ -116,6 +117,7 @@ class Family:
     timed: bool = False
     one_dimensional: bool = False
     packs: bool = True
+    linear: bool = False
     references: tuple[str, ...] = tuple(REFERENCES)
     source: str | None = None
     image_keys: tuple[str, ...] = ("image_token_id",)
@@ -138,6 +140,8 @@ _WINDOWED = Tower(("borders", "positions", "windows"))
 _INTERPOLATED = Tower(("borders", "positions", "table"))
 # The tower reads its grids on the host, whatever else it is given.
 _ON_HOST = Tower(("borders", "positions", "host_grids"))
+
+_DELTA = Family(frames_apart=True, linear=True, tower=_INTERPOLATED)
 
 _COUNTS = ("images_per_sample", "videos_per_sample")
 
@@ -193,9 +197,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": Family(timed=True, tower=_WINDOWED),
     "qwen3_vl": Family(frames_apart=True, tower=_INTERPOLATED),
     "qwen3_vl_moe": Family(frames_apart=True, tower=_INTERPOLATED),
-    "qwen3_5": Family(frames_apart=True, tower=_INTERPOLATED),
-    "qwen3_5_moe": Family(frames_apart=True, tower=_INTERPOLATED),
-    "qwen4_exp": Family(frames_apart=True, references=_SINCE_5_6, tower=_INTERPOLATED),
+    "qwen3_5": _DELTA,
+    "qwen3_5_moe": _DELTA,
+    "qwen4_exp": replace(_DELTA, references=_SINCE_5_6),
     # LMMs-Lab's config class exposes each id under two names; a hand-written one may have either.
     "aero_realtime": Family(
         frames_apart=True,

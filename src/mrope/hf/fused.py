@@ -1,0 +1,188 @@
+"""Kernels of flash-linear-attention, given borders and chunks, and as operators that compile.
+
+The package marks its functions as not to be compiled, so that a graph would break at each layer.
+As operators of a library of our own their kernels are one node each of a graph. An operator saves
+its arguments alone: its backward runs the forward again, as each release saves something else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any
+
+import torch
+
+_RULE = "fla.ops.gated_delta_rule", "chunk_gated_delta_rule"
+_CONVOLUTION = "fla.modules.causal_conv1d", "causal_conv1d"
+_ACTIVATIONS = ("silu", "swish")
+
+
+# A constant under torch.compile, which cannot trace an import.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has(function: tuple[str, str]) -> bool:
+    return _find(function) is not None
+
+
+@cache
+def _find(function: tuple[str, str]) -> Any:
+    """Return a function of the package; None where it is not installed, or fails to import."""
+    module, name = function
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except Exception:  # noqa: BLE001 - as transformers: whatever its Triton raises
+        return None
+
+
+def can_run(tensor: torch.Tensor) -> bool:
+    """Whether the package's delta rule takes what a layer computes from this tensor."""
+    return tensor.is_cuda and _has(_RULE)
+
+
+def can_convolve(tensor: torch.Tensor, activation: str) -> bool:
+    """Whether its convolution does; a graph has the taps as one kernel of its own."""
+    compiling = torch.compiler.is_compiling()
+    return not compiling and tensor.is_cuda and activation in _ACTIVATIONS and _has(_CONVOLUTION)
+
+
+def convolve(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    segments: dict[str, Any],
+) -> torch.Tensor:
+    """Convolve states (B, S, channels) by weights (channels, K) within segments."""
+    mixed: torch.Tensor = _find(_CONVOLUTION)(
+        states,
+        weight.to(states.dtype),
+        bias,
+        activation=activation,
+        cu_seqlens=segments.get("cu_seqlens"),
+        chunk_indices=segments.get("linear_chunks"),
+    )[0]
+    return mixed
+
+
+def delta_rule(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+    segments: dict[str, Any],
+) -> torch.Tensor:
+    """Return the gated delta rule within segments.
+
+    Args:
+        query, key: (B, S, key heads, d); normalized within.
+        value: (B, S, heads, d).
+        decay: (B, S, heads), float32, its log.
+        beta: (B, S, heads).
+        segments: `cu_seqlens` and `linear_chunks` of one row; empty: each row is one.
+    """
+    # Under autocast a projection is of half precision, and the rest may not be.
+    parts = (query, key, value.to(query.dtype), decay, beta.to(query.dtype))
+    borders = segments.get("cu_seqlens"), segments.get("linear_chunks")
+    run = delta_rule_operator if torch.compiler.is_compiling() else _run
+    result: torch.Tensor = run(*parts, *borders)
+    return result
+
+
+def _run(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    chunks: torch.Tensor | None,
+) -> torch.Tensor:
+    result: torch.Tensor = _find(_RULE)(
+        query,
+        key,
+        value,
+        g=decay,
+        beta=beta,
+        use_qk_l2norm_in_kernel=True,
+        cu_seqlens=cu_seqlens,
+        chunk_indices=chunks,
+    )[0]
+    return result
+
+
+@torch.library.custom_op("mrope::delta_rule", mutates_args=())
+def delta_rule_operator(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    chunks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run `delta_rule` as one node of a graph."""
+    return _run(query, key, value, decay, beta, cu_seqlens, chunks).contiguous()
+
+
+@delta_rule_operator.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    chunks: torch.Tensor | None,
+) -> torch.Tensor:
+    return torch.empty_like(value, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("mrope::delta_rule_backward", mutates_args=())
+def delta_rule_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    chunks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of query, key, value, decay and beta."""
+    with torch.enable_grad():
+        parts = [one.detach().requires_grad_() for one in (query, key, value, decay, beta)]
+        out = _run(*parts, cu_seqlens, chunks)
+        gradients = torch.autograd.grad(out, parts, gradient)
+    first, second, third, fourth, fifth = (one.contiguous() for one in gradients)
+    return first, second, third, fourth, fifth
+
+
+@delta_rule_backward.register_fake
+def _(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    chunks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    contiguous = torch.contiguous_format
+    first, second, third, fourth, fifth = (
+        torch.empty_like(one, memory_format=contiguous)
+        for one in (query, key, value, decay, beta)
+    )
+    return first, second, third, fourth, fifth
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return (*delta_rule_backward(gradient, *ctx.saved_tensors), None, None)
+
+
+delta_rule_operator.register_autograd(_backward, setup_context=_save)
