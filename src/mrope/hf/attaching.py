@@ -98,7 +98,7 @@ def detach(model: Model) -> Model:
     Raises:
         MRopeError: the model is not attached.
     """
-    base = _attached_base(model)
+    base = attached_base(model)
     del base.mrope_strict, base.mrope_owner
     held = {module for owner in _OWNERS if owner.holds() for module in owner.base.modules()}
     for module in base.modules():
@@ -117,7 +117,7 @@ def explain_attention(model: torch.nn.Module) -> str:
     """
     lines = (
         f"{type(part).__name__}: {part.mrope_attention}, {part.mrope_attention_reason}"
-        for _, part in attending_parts(_attached_base(model))
+        for _, part in attending_parts(attached_base(model))
     )
     return "\n".join(dict.fromkeys(lines))  # copies of one tower attend alike
 
@@ -166,7 +166,7 @@ def _is_attached(base: torch.nn.Module) -> bool:
     return "mrope_owner" in vars(base)
 
 
-def _attached_base(model: torch.nn.Module) -> Any:
+def attached_base(model: torch.nn.Module) -> Any:
     """Return the base model of an attached model.
 
     Raises:

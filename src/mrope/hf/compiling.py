@@ -1,0 +1,104 @@
+"""Compile an attached model layer by layer, for batches of fixed shapes.
+
+Equal layers share a graph, so that a model compiles in the time of a few layers, and what wraps
+layers stays between them: the hooks of FSDP2, gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mrope.errors import MRopeError
+from mrope.hf.attaching import Model, attached_base
+from mrope.hf.towers import VISION_TOWERS
+
+
+def compile_layers(model: Model, **options: Any) -> Model:
+    """Compile each layer of an attached model, what its towers and text run between, and its loss.
+
+    Parameters, names and the state dict stay. Call it before DDP or FSDP2 wrap the model, and after
+    PEFT has; gradient checkpointing may be enabled before or after.
+
+    Args:
+        model: attached; what it is given must have fixed shapes, `MRopeCollator(shapes=...)`.
+        options: of `torch.compile`, as `backend`; "fullgraph" and "dynamic" are given.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        MRopeError: the model is not attached, or has no layers that transformers marks as such.
+    """
+    base = attached_base(model)
+    parts = list(_parts(base))
+    if not any(isinstance(part, GradientCheckpointingLayer) for part in parts):
+        raise MRopeError(f"{type(base).__name__} has no layers to compile one by one")
+    options = {**options, "fullgraph": True, "dynamic": False}
+    for part in parts:
+        part.compile(**options)
+    for head in model.modules():
+        if _computes_loss(head):
+            head.loss_function = CompiledLoss(options)  # type: ignore[assignment]
+    # It cuts a graph where its bucket of gradients ends, which a layer's graph has no need of.
+    torch._dynamo.config.optimize_ddp = False  # type: ignore[attr-defined] # noqa: SLF001
+    return model
+
+
+def _parts(base: Any) -> Iterator[torch.nn.Module]:
+    """Yield what runs as one graph each: layers, and modules beside a stack of layers."""
+    towers = [getattr(base, name) for name in VISION_TOWERS if name in base._modules]  # noqa: SLF001
+    for stack in (*towers, base.language_model):
+        layers = [one for one in stack.modules() if isinstance(one, GradientCheckpointingLayer)]
+        yield from layers
+        within = {one for layer in layers for one in layer.modules()}
+        for child in stack.children():
+            members = child if isinstance(child, torch.nn.ModuleList) else [child]
+            for one in members:
+                if not isinstance(one, torch.nn.Embedding) and within.isdisjoint(one.modules()):
+                    yield one
+
+
+def _computes_loss(module: torch.nn.Module) -> bool:
+    return "lm_head" in module._modules and (  # noqa: SLF001 - a wrapper has its attributes too
+        getattr(module, "loss_function", None) is ForCausalLMLoss
+    )
+
+
+class CompiledLoss:
+    """transformers' loss of a language model as one graph, without a copy of its logits in float32.
+
+    Args:
+        options: of `torch.compile`.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self._compiled: Any = None
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Return the mean loss, or its sum over `num_items_in_batch`, as `ForCausalLMLoss`."""
+        if self._compiled is None:
+            self._compiled = torch.compile(ForCausalLMLoss, **self.options)
+        if isinstance(num_items_in_batch, int):  # a graph would hold for one number alone
+            num_items_in_batch = logits.new_full((), num_items_in_batch, dtype=torch.float32)
+        loss: torch.Tensor = self._compiled(
+            logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels
+        )
+        return loss
+
+    def __reduce__(self) -> Any:
+        return CompiledLoss, (self.options,)
