@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from mrope.errors import MRopeError
 
+Array = npt.NDArray[Any]
 IntArray = npt.NDArray[np.integer[Any]]
 BoolArray = npt.NDArray[np.bool_]
 
@@ -20,9 +21,9 @@ def starts(lengths: IntArray) -> IntArray:
     return before
 
 
-def borders(lengths: IntArray, dtype: npt.DTypeLike = np.int64) -> npt.NDArray[Any]:
+def borders(lengths: IntArray, dtype: npt.DTypeLike = np.int64) -> Array:
     """Return 0 and the running sums: lengths 3 2 give 0 3 5."""
-    out: npt.NDArray[Any] = np.zeros(len(lengths) + 1, dtype)
+    out: Array = np.zeros(len(lengths) + 1, dtype)
     np.cumsum(lengths, out=out[1:], dtype=dtype)
     return out
 
@@ -33,7 +34,7 @@ def within(lengths: IntArray) -> IntArray:
     return place
 
 
-def run_borders(values_T: npt.NDArray[Any], cuts: IntArray | None = None) -> IntArray:
+def run_borders(values_T: Array, cuts: IntArray | None = None) -> IntArray:
     """Cut an array where its value changes, and at `cuts`; return the borders, 0 and T included.
 
     values 0 0 1 1 1 0 with a cut at 4 give 0 2 4 5 6: runs of 2 2 1 1.
@@ -47,7 +48,7 @@ def run_borders(values_T: npt.NDArray[Any], cuts: IntArray | None = None) -> Int
     return border.nonzero()[0]
 
 
-def as_array(name: str, values: npt.ArrayLike, hint: str) -> npt.NDArray[Any]:
+def as_array(name: str, values: npt.ArrayLike, hint: str) -> Array:
     """Convert `values` to an array.
 
     Args:

@@ -6,10 +6,18 @@ training rows and the attached forward. A new column is one more line here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any, Literal, NamedTuple
 
 Kind = Literal["token", "item", "patch", "row", "batch", "derived"]
+
+# What stands behind a name differs from column to column; the table says what it is.
+Columns = Mapping[str, Any]
+"""Values by the names of columns: a row of a dataset, a sample, or a batch that is read."""
+Batch = MutableMapping[str, Any]
+"""A batch of an inner collate function, which the stage adds to."""
+NewColumns = dict[str, Any]
+"""Columns that a function makes."""
 
 IGNORED_LABEL = -100
 """Label of a token that is not counted in the loss, as transformers' losses and torch's have it."""

@@ -21,6 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mrope.columns import Columns
+
 _TURN_SECONDS = 0.004
 # Float64 values of 40 MB, more than a core's caches hold.
 _CACHES = 5 * 2**20
@@ -133,7 +135,7 @@ def one_line(values: Mapping[str, str]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
-def write_json(report: Mapping[str, Any], file: Path | None) -> None:
+def write_json(report: Columns, file: Path | None) -> None:
     """Write a report; None writes nothing."""
     if file is not None:
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

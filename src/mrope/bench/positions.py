@@ -27,6 +27,7 @@ from mrope.bench.harness import (
     one_thread,
     write_json,
 )
+from mrope.columns import Columns, NewColumns
 from mrope.positions.rope_index import rope_index
 from mrope.positions.sample_rows import Medium, Part, make_row
 from mrope.positions.spans import token_types
@@ -77,7 +78,7 @@ def bench_positions(
         quick: skip the two largest cases and most of the sweep.
         rivals: other functions with the arguments and the results of `rope_index`, by name.
     """
-    report: dict[str, Any] = {"conditions": conditions(), "repeats": repeats}
+    report: NewColumns = {"conditions": conditions(), "repeats": repeats}
     with one_thread():
         cases = CASES[:3] if quick else CASES
         sweep = SWEEP[::4] if quick else SWEEP
@@ -89,7 +90,7 @@ def bench_positions(
         _plot(report, plot_file)
 
 
-def make_batch(case: Case, spec: MRopeSpec) -> dict[str, Any]:
+def make_batch(case: Case, spec: MRopeSpec) -> NewColumns:
     """Return a batch of `case` without padding: spans, each after a start token, then text.
 
     About four fifths of a row are vision tokens, in frames that are nearly square.
@@ -118,7 +119,7 @@ def make_batch(case: Case, spec: MRopeSpec) -> dict[str, Any]:
     }
 
 
-def _measure(case: Case, repeats: int, rivals: Mapping[str, Rival]) -> dict[str, Any]:
+def _measure(case: Case, repeats: int, rivals: Mapping[str, Rival]) -> NewColumns:
     spec = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
     batch = make_batch(case, spec)
     contenders: dict[str, Callable[[], Any]] = {}
@@ -166,7 +167,7 @@ def _peak_extra_bytes(kernel: Callable[[], Any]) -> int:
     return extra
 
 
-def _print(report: Mapping[str, Any]) -> None:
+def _print(report: Columns) -> None:
     rivals = list(report["cases"][0]["times_the_kernel"])
     times = ("transformers", *rivals, "kernel", "ceiling")
     ratios = [*(f"{name} / kernel" for name in rivals), "kernel / ceiling", "extra memory / output"]
@@ -187,7 +188,7 @@ def _print(report: Mapping[str, Any]) -> None:
     )
 
 
-def _cells(entry: Mapping[str, Any]) -> list[str]:
+def _cells(entry: Columns) -> list[str]:
     rivals, seconds = entry["times_the_kernel"], entry["seconds"]
     times = [seconds.get(name) for name in ("transformers", *rivals, "kernel", "ceiling")]
     return [
@@ -200,7 +201,7 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _plot(report: Mapping[str, Any], file: Path) -> None:
+def _plot(report: Columns, file: Path) -> None:
     cases, sweep = report["cases"], report["sweep"]
     names = [name for name in cases[0]["seconds"] if name != "ceiling"]
     with figure_file(file, (13, 4.5), 1, 2) as (_, (left, right)):

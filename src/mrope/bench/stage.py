@@ -14,7 +14,7 @@ pays. Medians on one thread, averaged over the batches, whose frame sizes are ca
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -33,6 +33,7 @@ from mrope.bench.harness import (
     write_json,
 )
 from mrope.collate.collator import MRopeCollator
+from mrope.columns import Columns, NewColumns
 from mrope.errors import MRopeError
 from mrope.towers import VisionSpec
 from mrope.training.config import build_collator, load_config
@@ -57,7 +58,7 @@ def bench_stage(
     Raises:
         ConfigError, MRopeError: as `load_rows` does.
     """
-    report: dict[str, Any] = {"conditions": conditions(), "repeats": repeats, "cases": {}}
+    report: NewColumns = {"conditions": conditions(), "repeats": repeats, "cases": {}}
     table = make_table(
         "the stage: median time of a batch, one thread", ("config", "batch"), [*_TIMES]
     )
@@ -76,7 +77,7 @@ def bench_stage(
     write_json(report, json_file)
 
 
-def measure_case(cfg: Config, repeats: int) -> dict[str, Any]:
+def measure_case(cfg: Config, repeats: int) -> NewColumns:
     """Return the mean number of tokens of the first batches, and seconds of each variant."""
     batches = first_batches(cfg)
     inner = build_collator(_with_rope(cfg, enabled=False))
@@ -125,6 +126,6 @@ def _with_rope(cfg: Config, **values: Any) -> Config:
     return cfg.model_copy(update={"rope": cfg.rope.model_copy(update=values)})
 
 
-def _copied(batch: Mapping[str, Any], _: Any) -> dict[str, Any]:
+def _copied(batch: Columns, _: Any) -> NewColumns:
     """Be an inner collate function that takes no time: the batch is ready."""
     return dict(batch)

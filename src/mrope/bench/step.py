@@ -39,6 +39,7 @@ from mrope.bench.harness import (
     write_json,
 )
 from mrope.bench.trace import profile_steps
+from mrope.columns import Columns, NewColumns
 from mrope.guard import SyncGuard
 from mrope.hf import attach, detach
 from mrope.hf.attaching import base_model
@@ -71,9 +72,9 @@ class Measured:
     batch_bytes: int = 0
     device: dict[str, float] = field(default_factory=dict)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> NewColumns:
         """Return medians and quartiles in milliseconds, and the counts, for JSON."""
-        table: dict[str, Any] = {
+        table: NewColumns = {
             "syncs": self.syncs,
             "passed_error_mode": self.passed_error_mode,
             "batch_bytes": self.batch_bytes,
@@ -112,7 +113,7 @@ def bench_step(
     """
     choose_device(device)
     console = make_console()
-    report: dict[str, Any] = {
+    report: NewColumns = {
         "conditions": _conditions(device),
         "steps": steps,
         "cases": {},
@@ -128,9 +129,7 @@ def bench_step(
         plot_cases(report["cases"], plot_file)
 
 
-def _measure_case(
-    cfg: Config, device: str, steps: int, rivals: Mapping[str, Rival]
-) -> dict[str, Any]:
+def _measure_case(cfg: Config, device: str, steps: int, rivals: Mapping[str, Rival]) -> NewColumns:
     where = torch.device("cuda" if _on_cuda(device) else "cpu")
     torch.manual_seed(cfg.seed)
     rows = load_rows(cfg)
@@ -153,7 +152,7 @@ def _prepared(
     Yields the config of its collator, and what the step calls: the model, or a compiled one.
     """
     attached = variant == "attached" or variant in _MODES
-    rope: dict[str, Any] = {
+    rope: NewColumns = {
         "enabled": attached or variant in VARIANTS,
         "vision": variant == "vision" or attached,
         "shapes": cfg.rope.shapes if variant in _MODES else None,
@@ -219,9 +218,7 @@ def _endless(loader: Any) -> Iterator[Any]:
         yield from loader
 
 
-def _host_time(
-    model: torch.nn.Module, batch: Mapping[str, Any], where: torch.device
-) -> tuple[float, float]:
+def _host_time(model: torch.nn.Module, batch: Columns, where: torch.device) -> tuple[float, float]:
     """Return the seconds until a forward on an idle device returns, and the loss."""
     model.zero_grad()
     # The host would block on work left in the queue, and its time would include the device's.
@@ -234,7 +231,7 @@ def _host_time(
 
 
 def _step_times(
-    model: torch.nn.Module, batches: Iterator[dict[str, Any]], where: torch.device
+    model: torch.nn.Module, batches: Iterator[NewColumns], where: torch.device
 ) -> list[float]:
     """Return seconds from each step to the next.
 
@@ -260,7 +257,7 @@ def _mark(where: torch.device) -> Any:
     return event
 
 
-def _step(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
+def _step(model: torch.nn.Module, batch: Columns) -> None:
     torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
     model.zero_grad()
     model(**batch).loss.backward()
@@ -325,7 +322,7 @@ def _conditions(device: str) -> dict[str, str]:
     return found
 
 
-def step_table(name: str, case: Mapping[str, Mapping[str, Any]]) -> Table:
+def step_table(name: str, case: Mapping[str, Columns]) -> Table:
     """Return a table of `Measured.summary` for each variant; GPU columns only on CUDA."""
     columns = ["syncs", "host in forward, ms", "step, ms", "step / plain", "stage in forward"]
     on_device = "gpu_idle_share" in case["plain"]
@@ -348,7 +345,7 @@ def step_table(name: str, case: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def plot_cases(cases: Mapping[str, Any], file: Path) -> None:
+def plot_cases(cases: Columns, file: Path) -> None:
     """Draw step and host time of every variant, one chart per case, four in a row."""
     columns = min(len(cases), 4)
     rows = -(-len(cases) // columns)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 from mrope.positions.rope_index import rope_index
 from mrope.proof.random_batches import random_arguments
@@ -55,7 +56,7 @@ def compare_engine(engine: str, reference: str = "auto") -> dict[str, dict[str, 
     return found
 
 
-def _numbers(module: ModuleType, spec: MRopeSpec, ids_1S: Any, sizes: dict[str, Any]) -> Any:
+def _numbers(module: ModuleType, spec: MRopeSpec, ids_1S: Any, sizes: NewColumns) -> Any:
     """Call SGLang's function for a family; RuntimeError or AttributeError: it has none."""
     vision = SimpleNamespace(spatial_merge_size=spec.spatial_merge_size)
     if spec.family_row.frames_as_images:
@@ -96,7 +97,7 @@ def _compare(module: ModuleType, spec: MRopeSpec, clips: bool) -> str:
     return verdict
 
 
-def random_rows(spec: MRopeSpec, clips: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
+def random_rows(spec: MRopeSpec, clips: bool) -> Iterator[tuple[Any, NewColumns]]:
     """Yield token ids (1, S) and sizes of random rows without padding; an image has one frame."""
     rng = np.random.default_rng(0)
     for _ in range(_BATCHES):

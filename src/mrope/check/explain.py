@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from mrope.check.row_layout import Misfit, RowLayout, lay_out, valid_tokens
 from mrope.check.rows import RowCheck
+from mrope.columns import Columns
 from mrope.errors import MRopeError
 from mrope.positions.rope_index import rope_index
 from mrope.positions.sample_rows import Medium, medium_tokens, refuse_custom_layouts
@@ -110,7 +110,7 @@ def compute_positions(
     return SamplePositions(spec, kinds, sample.lengths, position_ids[:, 0], int(rope_deltas[0, 0]))
 
 
-def compute_row_positions(spec: MRopeSpec, batch: Mapping[str, Any]) -> SamplePositions:
+def compute_row_positions(spec: MRopeSpec, batch: Columns) -> SamplePositions:
     """Read the position ids of a collated batch of one row, without its padding.
 
     Args:

@@ -6,7 +6,7 @@ Shape suffixes: N rows of the dataset, B batches.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -16,6 +16,7 @@ from mrope.arrays import IntArray
 from mrope.check.summary import Summary
 from mrope.collate.ladder import Ladder, Shapes
 from mrope.collate.shapes import check_family
+from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 from mrope.prepare.sampler import TokenBudgetSampler
 from mrope.towers import VisionSpec
@@ -101,7 +102,7 @@ def print_proposal(proposal: Proposal, console: Console) -> None:
     console.out(f"rope:\n  shapes:\n{lines}", end="", highlight=False)
 
 
-def proposal_as_json(proposal: Proposal) -> dict[str, Any]:
+def proposal_as_json(proposal: Proposal) -> NewColumns:
     """Return the proposal as plain values."""
     ladder = proposal.ladder
     return {

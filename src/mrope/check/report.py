@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +16,7 @@ from mrope import __version__
 from mrope.check.fit_shapes import Proposal, print_proposal, proposal_as_json
 from mrope.check.rows import RowCheck
 from mrope.check.summary import Findings, Summary
+from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 from mrope.spec.spec import MRopeSpec
 
@@ -152,7 +152,7 @@ def write_text(file: Path, text: str) -> None:
         raise MRopeError(f"cannot write {file}: {error.strerror or error}") from error
 
 
-def _as_json(name: str, what: str, found: Findings) -> dict[str, Any]:
+def _as_json(name: str, what: str, found: Findings) -> NewColumns:
     examples = [
         {"row": example.row, "message": example.message, "layout": _layout(example)}
         for example in found.examples
@@ -160,5 +160,5 @@ def _as_json(name: str, what: str, found: Findings) -> dict[str, Any]:
     return {name: what, "rows": list(found.rows), "examples": examples}
 
 
-def _layout(example: RowCheck) -> dict[str, Any] | None:
+def _layout(example: RowCheck) -> NewColumns | None:
     return None if example.layout is None else asdict(example.layout)

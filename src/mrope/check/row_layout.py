@@ -7,7 +7,6 @@ Shape suffixes: T valid tokens of the row, R its runs, G grids, as in `mrope.pos
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mrope.arrays import run_borders
-from mrope.columns import COLUMNS, columns
+from mrope.columns import COLUMNS, Columns, columns
 from mrope.errors import SpanMismatchError
 from mrope.positions.grids import to_grids
 from mrope.positions.inputs import check_inputs
@@ -76,7 +75,7 @@ class RowLayout:
         return sum(run.tokens for run in self.runs)
 
 
-def lay_out(spec: MRopeSpec, row: Mapping[str, Any], error: Exception | None = None) -> RowLayout:
+def lay_out(spec: MRopeSpec, row: Columns, error: Exception | None = None) -> RowLayout:
     """Cut a row into runs, and find the tokens that an error is about.
 
     Args:
@@ -96,12 +95,12 @@ def lay_out(spec: MRopeSpec, row: Mapping[str, Any], error: Exception | None = N
     return RowLayout(runs, _misfit(spec, row, kind_T, error))
 
 
-def valid_tokens(row: Mapping[str, Any]) -> npt.NDArray[np.integer[Any]]:
+def valid_tokens(row: Columns) -> npt.NDArray[np.integer[Any]]:
     """Return the row's token ids without padding, (T,)."""
     return _stream(row).tokens_T
 
 
-def _stream(row: Mapping[str, Any]) -> Stream:
+def _stream(row: Columns) -> Stream:
     mask = row.get("attention_mask")
     valid = None if mask is None else np.asarray(mask).astype(np.bool_)
     return to_stream(np.asarray(row["input_ids"]), valid)
@@ -109,7 +108,7 @@ def _stream(row: Mapping[str, Any]) -> Stream:
 
 def _misfit(
     spec: MRopeSpec,
-    row: Mapping[str, Any],
+    row: Columns,
     kind_T: npt.NDArray[np.uint8],
     error: Exception | None,
 ) -> Misfit | None:
@@ -130,7 +129,7 @@ def _misfit(
     return Misfit(start, error.found, error.needed)
 
 
-def _first_wrong_type(row: Mapping[str, Any], kind_T: npt.NDArray[np.uint8]) -> Misfit | None:
+def _first_wrong_type(row: Columns, kind_T: npt.NDArray[np.uint8]) -> Misfit | None:
     """Find the first token whose kind differs from `mm_token_type_ids`."""
     types_T = _stream({**row, "input_ids": row["mm_token_type_ids"]}).tokens_T
     return Misfit(int((kind_T != types_T).argmax()), 1, None)
@@ -143,7 +142,7 @@ def _run_without_marker(of_kind_T: npt.NDArray[np.bool_], ordinal: int) -> Misfi
     return Misfit(int(start), int(end - start), None)
 
 
-def _needed_tokens(spec: MRopeSpec, row: Mapping[str, Any], kind: int) -> npt.NDArray[np.int64]:
+def _needed_tokens(spec: MRopeSpec, row: Columns, kind: int) -> npt.NDArray[np.int64]:
     """Compute the tokens that each grid of one kind needs, int64 (G,)."""
     given = {"input_ids": row["input_ids"]}
     given |= {name: row[name] for name in _GRIDS if row.get(name) is not None}

@@ -6,7 +6,7 @@ Workers unpickle this module, so it imports nothing heavier than torch at module
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from mrope.check.row_layout import Misfit, RowLayout, lay_out
 from mrope.collate.collator import MRopeCollator
 from mrope.collate.read import Rows, batch_of_row, measure, read_arguments, read_row
-from mrope.columns import COLUMNS, columns
+from mrope.columns import COLUMNS, Columns, NewColumns, columns
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.inputs import BatchInputs
 from mrope.positions.spans import token_types
@@ -33,7 +33,7 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+    def __getitem__(self, index: int, /) -> Columns: ...
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ class CheckedRows(Dataset[RowCheck]):
     def __getitem__(self, index: int) -> RowCheck:
         return self.check_row(index)[0]
 
-    def check_row(self, index: int) -> tuple[RowCheck, dict[str, Any]]:
+    def check_row(self, index: int) -> tuple[RowCheck, NewColumns]:
         """Check a row; return the result and the row as a batch, collated if the row is good."""
-        batch: dict[str, Any] = {}
+        batch: NewColumns = {}
         try:
             batch = _as_batch([self.examples[index]])
             batch = self.collate([self.examples[index]])
@@ -111,7 +111,7 @@ class CheckedRows(Dataset[RowCheck]):
         except Exception as error:  # noqa: BLE001
             return self._bad(index, batch, error), batch
 
-    def _compared(self, check: RowCheck, batch: Mapping[str, Any]) -> RowCheck:
+    def _compared(self, check: RowCheck, batch: Columns) -> RowCheck:
         from mrope.hf.get_rope_index import reference_rope_index
 
         row = _as_batch([self.examples[check.row]])
@@ -128,7 +128,7 @@ class CheckedRows(Dataset[RowCheck]):
         _require_equal(self.spec, batch, theirs)
         return replace(check, compared=True)
 
-    def _bad(self, index: int, batch: Mapping[str, Any], error: Exception) -> RowCheck:
+    def _bad(self, index: int, batch: Columns, error: Exception) -> RowCheck:
         try:
             layout = lay_out(self.spec, batch, error)
         # The error of the row may also be why it cannot be cut into runs.
@@ -176,7 +176,7 @@ def describe_comparison(spec: MRopeSpec) -> tuple[bool, str]:
     return True, f"compared with the own function of transformers {installed}"
 
 
-def _as_batch(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _as_batch(examples: Sequence[Columns]) -> NewColumns:
     """Return one row as a batch of what the table of columns names, without casting or padding."""
     (row,) = examples
     return batch_of_row({name: value for name, value in row.items() if name in COLUMNS})
@@ -195,7 +195,7 @@ def _counted(index: int, inputs: BatchInputs) -> RowCheck:
     )
 
 
-def _require_equal(spec: MRopeSpec, batch: Mapping[str, Any], theirs: tuple[Any, Any]) -> None:
+def _require_equal(spec: MRopeSpec, batch: Columns, theirs: tuple[Any, Any]) -> None:
     """Raise `DifferenceError` if position ids or deltas differ from the reference's."""
     valid = np.ones(np.shape(batch["input_ids"]), np.bool_)
     if "attention_mask" in batch:

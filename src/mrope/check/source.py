@@ -7,13 +7,13 @@ being checked. Workers unpickle this module.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mrope.check.rows import CheckedRows, Examples
 from mrope.collate.read import PIXELS
+from mrope.columns import Columns, NewColumns
 from mrope.errors import MRopeError
 from mrope.training.dataloader import load_rows, model_columns, open_table
 from mrope.training.rows import Rows
@@ -45,7 +45,7 @@ class MessageRows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
+    def __getitem__(self, index: int) -> Columns:
         return self.rows.prepare(index)
 
 
@@ -91,7 +91,7 @@ def check_config(
         # Overrides are parsed as YAML, of which JSON is a subset: quoting keeps odd paths intact.
         words = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
         return load_config(config, words)
-    table: dict[str, dict[str, Any]] = {}
+    table: dict[str, NewColumns] = {}
     for key, value in given.items():
         if value is not None:
             section, _, name = key.partition(".")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 from mrope.guard import Site
 from mrope.hf import SyncReport, attach, detach
@@ -22,7 +22,7 @@ from mrope.training.step import guarded_step, to_device
 
 # What transformers' Trainer needs to run without syncs; docs/start/trainer.md says what
 # each setting gives up.
-TRAINER_RECIPE: dict[str, Any] = {
+TRAINER_RECIPE: NewColumns = {
     "accelerator_config": {"non_blocking": True},
     "dataloader_pin_memory": True,
     "logging_nan_inf_filter": False,
@@ -72,7 +72,7 @@ def print_trainer_syncs(config: Path | None, overrides: list[str], model: str | 
         console.print(report.table())
 
 
-def run_trainer(cfg: Config, options: dict[str, Any], report: SyncReport) -> float:
+def run_trainer(cfg: Config, options: NewColumns, report: SyncReport) -> float:
     """Train under transformers' Trainer for the steps that a report asks for; return the mean loss.
 
     Batches have `dataloader.batch_size` rows: the Trainer takes no token budget.
@@ -145,9 +145,9 @@ def count_step_syncs(cfg: Config) -> tuple[list[Site], list[Site]]:
     return before, after
 
 
-def _first_batch(cfg: Config, rows: RowDataset) -> dict[str, Any]:
+def _first_batch(cfg: Config, rows: RowDataset) -> NewColumns:
     count = min(cfg.dataloader.batch_size, len(rows))
-    batch: dict[str, Any] = build_collator(cfg)([rows[index] for index in range(count)])
+    batch: NewColumns = build_collator(cfg)([rows[index] for index in range(count)])
     return batch
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from mrope.arrays import Array
 from mrope.collate.decoding import remind_of_rope_deltas
 from mrope.collate.ladder import Shapes
 from mrope.collate.layouts import CheckedBatch, Layout, to_batch_layout
@@ -26,6 +26,7 @@ from mrope.collate.tower_columns import (
     expert_columns,
     vision_columns,
 )
+from mrope.columns import Batch, Columns, NewColumns
 from mrope.errors import MRopeError
 from mrope.positions.inputs import check_inputs
 from mrope.positions.located import Located
@@ -54,7 +55,7 @@ class MRopeCollator:
         audio: the audio tower's numbers, to attach its tensors too, for batches with
             `feature_attention_mask` (Omni thinkers).
         packing: `Flatten(...)`, or "flatten" for its defaults: the examples of a batch become one
-            row without padding; see `mrope.collate.packing.flatten`. None: only the inner collate
+            row without padding; see `mrope.collate.packing.OneRow`. None: only the inner collate
             function pads.
         layout: "model", `position_ids` (3|4, B, S), as models take them; "batch", (B, 3|4, S), for
             code that splits or joins batches on dim 0; see `mrope.collate.layouts`.
@@ -140,7 +141,7 @@ class MRopeCollator:
             (B, 1) added as torch tensors and no other key changed; a dict comes back as a
             `CheckedBatch`. Families of `ONE_DIMENSIONAL` get `position_ids` (B, S) alone. With
             `packing`, the token columns are one row, `position_ids` (4, 1, T), and the borders are
-            added, see `mrope.collate.packing.flatten`. With
+            added, see `mrope.collate.packing.OneRow`. With
             `vision`, also:
 
             - what `vision_tensors` returns for the images and for the videos, each under the
@@ -178,12 +179,12 @@ class MRopeCollator:
 
     def _positions(
         self,
-        batch: Mapping[str, Any],
+        batch: Columns,
         located: Located,
         placement: Placement,
-        positions_AT: npt.NDArray[Any],
-        end_D: npt.NDArray[Any],
-    ) -> dict[str, Any]:
+        positions_AT: Array,
+        end_D: Array,
+    ) -> NewColumns:
         if self.spec.family_row.one_dimensional:
             # Such a model numbers tokens over the padding too, and has no use for deltas.
             rows = (placement.rows, 1)
@@ -196,10 +197,8 @@ class MRopeCollator:
         added = {"position_ids": positions}
         return added | {"rope_deltas": deltas} if self._arrangement.has_deltas else added
 
-    def _tower_columns(
-        self, batch: MutableMapping[str, Any], located: Located, placement: Placement
-    ) -> dict[str, Any]:
-        added: dict[str, Any] = {}
+    def _tower_columns(self, batch: Batch, located: Located, placement: Placement) -> NewColumns:
+        added: NewColumns = {}
         if self.audio is not None:
             added |= audio_columns(self.spec, self.audio, batch, located, placement)
         if self.vision is None:
@@ -213,7 +212,7 @@ class MRopeCollator:
             added |= expert_columns(batch)
         return added
 
-    def _finished(self, batch: MutableMapping[str, Any], added: Mapping[str, Any]) -> Any:
+    def _finished(self, batch: Batch, added: Columns) -> Any:
         for name, value in added.items():
             if batch.get(name) is not None:
                 raise MRopeError(

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import get_worker_info
 
+from mrope.arrays import Array
 from mrope.collate.collator import Collate
 from mrope.collate.process_files import append_record, process_file, require_writable
-from mrope.columns import COLUMNS
+from mrope.columns import COLUMNS, Columns, NewColumns
 
 
 class BatchDigest(NamedTuple):
@@ -74,7 +74,7 @@ class DigestCollator:
         self._run = secrets.token_hex(4)
         self._own: tuple[int, Path] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> NewColumns:
         return {**self.__dict__, "_own": None}
 
     def __call__(self, examples: Any) -> Any:
@@ -102,7 +102,7 @@ class DigestCollator:
         return self._own[1]
 
 
-def digest_batch(batch: Mapping[str, Any]) -> BatchDigest:
+def digest_batch(batch: Columns) -> BatchDigest:
     """Return the digest of a batch as `MRopeCollator` returns it."""
     ids_BS, positions_RBS = batch["input_ids"].numpy(), _positions(batch)
     rows = tuple(
@@ -123,7 +123,7 @@ def _has_sizes(name: str) -> bool:
     return name.endswith("_grid_thw") or (known is not None and known.means is not None)
 
 
-def _places(batch: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
+def _places(batch: Columns) -> Iterator[tuple[int, Any]]:
     """Yield the row of each example, and which of the row's tokens are the example's."""
     borders = batch.get("cu_seq_lens_q")
     if borders is not None:
@@ -140,18 +140,18 @@ def _places(batch: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
     yield from enumerate(mask.numpy().astype(bool))
 
 
-def _positions(batch: Mapping[str, Any]) -> npt.NDArray[Any]:
+def _positions(batch: Columns) -> Array:
     """Return the positions of a batch, (R, B, S); R is 0 if it has none."""
     found = batch.get("position_ids")
     if found is None:
         return np.empty((0, *batch["input_ids"].shape), np.int64)
-    positions: npt.NDArray[Any] = found.numpy()
+    positions: Array = found.numpy()
     if positions.ndim == 2:
         return positions[None]
     return positions.swapaxes(0, 1) if "batch_first" in batch else positions
 
 
-def _digest(values: npt.NDArray[Any], size: int) -> str:
+def _digest(values: Array, size: int) -> str:
     """Return `size` bytes in hex; an int32 and an int64 of the same value have the same."""
     if values.dtype.kind in "iub":
         values = values.astype(np.int64, copy=False)

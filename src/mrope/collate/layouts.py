@@ -7,18 +7,18 @@ dispatcher, `nn.DataParallel`, RL trainers. A shape alone does not tell them apa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 
+from mrope.columns import Columns, NewColumns
 from mrope.errors import MRopeError
 
 Layout = Literal["model", "batch"]
 BATCH_FIRST = "batch_first"
 
 
-def to_batch_layout(batch: Mapping[str, Any]) -> dict[str, Any]:
+def to_batch_layout(batch: Columns) -> NewColumns:
     """Return the batch with `position_ids` (B, 3|4, S), and `batch_first`, bool (B,), beside it.
 
     The key `batch_first` marks the layout. Its value has one entry for each row, so that code that
@@ -31,7 +31,7 @@ def to_batch_layout(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {**batch, "position_ids": position_ids, BATCH_FIRST: mark}
 
 
-def to_model_layout(batch: Mapping[str, Any]) -> dict[str, Any]:
+def to_model_layout(batch: Columns) -> NewColumns:
     """Return the batch as models take it: `position_ids` (3|4, B, S), without `batch_first`.
 
     A view, without a copy or a sync; of a batch in model layout the dict alone is copied.
@@ -65,7 +65,7 @@ class CheckedBatch(dict[str, Any]):
         _refuse_dispatched_pixels(self)
 
 
-def _check_positions(batch: Mapping[str, Any]) -> None:
+def _check_positions(batch: Columns) -> None:
     ids, positions = batch.get("input_ids"), batch.get("position_ids")
     if not (isinstance(ids, torch.Tensor) and isinstance(positions, torch.Tensor)):
         return
@@ -83,7 +83,7 @@ def _check_positions(batch: Mapping[str, Any]) -> None:
     )
 
 
-def _refuse_dispatched_pixels(batch: Mapping[str, Any]) -> None:
+def _refuse_dispatched_pixels(batch: Columns) -> None:
     """Refuse what accelerate's dispatcher describes to the other processes before it cuts it."""
     for name in ("pixel_values", "pixel_values_videos"):
         if type(batch.get(name)).__name__ == "TensorInformation":

@@ -10,17 +10,16 @@ Shape suffixes: D segments, the padding of the row included, T tokens of the row
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from mrope.arrays import IntArray
+from mrope.columns import NewColumns
 
 CHUNK = 64
 """Tokens of a chunk, in flash-linear-attention and in the reference of transformers."""
 
 
-def linear_columns(length_D: IntArray, most: int | None = None) -> dict[str, Any]:
+def linear_columns(length_D: IntArray, most: int | None = None) -> NewColumns:
     """Return what linear layers read of a row of these segments.
 
     Args:

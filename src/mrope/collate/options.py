@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import MutableMapping
 from typing import Any, TypeVar
+
+from mrope.columns import Batch, NewColumns
 
 Options = TypeVar("Options")
 
@@ -15,7 +16,7 @@ def resolve_option(
     value: Any,
     short: str,
     off: str | None,
-    fields: MutableMapping[str, Any],
+    fields: Batch,
 ) -> Options | None:
     """Return the option object that an argument stands for, or None where it is switched off.
 
@@ -42,7 +43,7 @@ def resolve_option(
     )
 
 
-def _take_fields(kind: Any, fields: MutableMapping[str, Any]) -> dict[str, Any]:
+def _take_fields(kind: Any, fields: Batch) -> NewColumns:
     """Take out the fields of a dataclass whose values are not the defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     taken = {name: fields.pop(name) for name in defaults if name in fields}

@@ -10,18 +10,18 @@ Shape suffixes: B rows and S width of the padded batch, T tokens of the one row,
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from mrope.arrays import Array
 from mrope.collate.ladder import Shapes, choose_rung
 from mrope.collate.linear_columns import linear_columns
 from mrope.collate.placement import Placement, token_columns
-from mrope.columns import IGNORED_LABEL, fill_of
+from mrope.columns import IGNORED_LABEL, Batch, NewColumns, fill_of
 from mrope.errors import MRopeError
 from mrope.positions.located import Located
 from mrope.spec.references import (
@@ -137,9 +137,7 @@ class OneRow:
             tail = rung - tokens
         return Placement(1, tokens + tail, tail=tail)
 
-    def lay_out(
-        self, batch: MutableMapping[str, Any], located: Located, placement: Placement
-    ) -> dict[str, Any]:
+    def lay_out(self, batch: Batch, located: Located, placement: Placement) -> NewColumns:
         """Bring the token columns of a padded batch into one row, in place.
 
         Columns are `input_ids` and whatever else has the first two dimensions (B, S); pixels, sizes
@@ -181,13 +179,13 @@ class OneRow:
             batch["labels"][:, located.stream.start_D] = IGNORED_LABEL
         return self._borders(located, placement)
 
-    def _borders(self, located: Located, placement: Placement) -> dict[str, Any]:
+    def _borders(self, located: Located, placement: Placement) -> NewColumns:
         length_D, border_D1 = located.stream.length_D, located.stream.border_D1
         if placement.tail:
             length_D = np.append(length_D, placement.tail)
             border_D1 = np.append(border_D1, placement.width)
         borders = border_D1.astype(np.int32)
-        added: dict[str, Any] = {
+        added: NewColumns = {
             "seq_idx": np.arange(len(length_D), dtype=np.int32).repeat(length_D)[None],
             "use_cache": False,
         }
@@ -220,8 +218,8 @@ class OneRow:
         return np.append(borders, np.full(most + 1 - len(borders), rung, np.int32))
 
     def position_ids(
-        self, positions_AT: npt.NDArray[Any], _fill: int, located: Located, placement: Placement
-    ) -> npt.NDArray[Any]:
+        self, positions_AT: Array, _fill: int, located: Located, placement: Placement
+    ) -> Array:
         """Return (A + 1, 1, T): the text row, which restarts at every example, then the axes."""
         tokens = positions_AT.shape[1]
         # Qwen3-Omni's are float32, which holds the text row exactly up to 2 ** 24 tokens.

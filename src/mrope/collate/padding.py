@@ -10,10 +10,10 @@ import torch
 from torch.nn.functional import pad
 
 from mrope.collate.read import PIXELS, as_tensor, read_sample
-from mrope.columns import COLUMNS, columns
+from mrope.columns import COLUMNS, Columns, NewColumns, columns
 from mrope.errors import MRopeError
 
-Example = Mapping[str, Any]
+Example = Columns
 
 _TOKENS = tuple(columns("token"))
 _JOINED = tuple(columns("item", "patch"))
@@ -65,7 +65,7 @@ class PaddingCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.join_pixels = join_pixels
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[Example]) -> NewColumns:
         """Return the batch, a dict of torch tensors.
 
         Raises:
@@ -76,7 +76,7 @@ class PaddingCollator:
         rows = [self._read(row, example) for row, example in enumerate(examples)]
         if not rows:
             raise MRopeError("cannot collate a batch without examples")
-        batch: dict[str, Any] = {}
+        batch: NewColumns = {}
         for name in _TOKENS:
             if any(name in row for row in rows):
                 batch[name] = self._pad(name, rows)
@@ -99,7 +99,7 @@ class PaddingCollator:
                 batch[name] = [row.get(name) for row in rows]
         return batch
 
-    def _read(self, row: int, example: Example) -> dict[str, Any]:
+    def _read(self, row: int, example: Example) -> NewColumns:
         """Return one example with its token columns as 1-D tensors of one length."""
         if not isinstance(example, Mapping):
             raise MRopeError(f"row {row}: the example is no mapping, but {type(example).__name__}")
@@ -126,7 +126,7 @@ class PaddingCollator:
         sample.setdefault("attention_mask", torch.ones(length, dtype=torch.int64))
         return sample
 
-    def _pad(self, name: str, rows: Sequence[dict[str, Any]]) -> torch.Tensor:
+    def _pad(self, name: str, rows: Sequence[NewColumns]) -> torch.Tensor:
         # A row without tokens lacks nothing.
         missing = [
             index for index, row in enumerate(rows) if name not in row and len(row["input_ids"])
@@ -164,7 +164,7 @@ def _concatenated(name: str, parts: Mapping[int, torch.Tensor]) -> torch.Tensor:
         raise MRopeError(f"{name} cannot be concatenated: {shapes}") from error
 
 
-def _of_clips(name: str, rows: Sequence[Mapping[str, Any]]) -> Any:
+def _of_clips(name: str, rows: Sequence[Columns]) -> Any:
     """Return one bool where all clips have the same, else a bool for each of them."""
     (size,) = (one for one in _SIZES_OF_CLIPS if COLUMNS[one].sides == 3)
     given = [np.ravel(np.asarray(sample[name])) for sample in rows if name in sample]
@@ -181,7 +181,7 @@ def _of_clips(name: str, rows: Sequence[Mapping[str, Any]]) -> Any:
     return torch.tensor(each, dtype=torch.bool)
 
 
-def _one_value(name: str, rows: Sequence[Mapping[str, Any]]) -> Any:
+def _one_value(name: str, rows: Sequence[Columns]) -> Any:
     """Return the value of a column of which a batch has one, or one for each clip."""
     if COLUMNS[name].modality is not None:
         return _of_clips(name, rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from mrope.collate.read import PIXELS, Rows, axes_of, read_column
-from mrope.columns import COLUMNS
+from mrope.columns import COLUMNS, Batch, Columns
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.inputs import BatchInputs, Media
 from mrope.spec.spec import MRopeSpec
@@ -40,9 +39,7 @@ class _Part(NamedTuple):
     grids: list[list[int]]
 
 
-def check_pixels(
-    spec: MRopeSpec, batch: Mapping[str, Any], rows: Rows, inputs: BatchInputs
-) -> None:
+def check_pixels(spec: MRopeSpec, batch: Columns, rows: Rows, inputs: BatchInputs) -> None:
     """Refuse pixels with another number of patches than their grids have.
 
     Every row is compared on its own where the examples carry the pixels and the grids of the batch
@@ -82,7 +79,7 @@ def check_pixels(
                 raise _mismatch(name, media, found_B, row)
 
 
-def take_pixels(batch: MutableMapping[str, Any], needed: int) -> list[torch.Tensor]:
+def take_pixels(batch: Batch, needed: int) -> list[torch.Tensor]:
     """Remove the pixels of images, then of clips, from a batch, and return them, (patches, ...).
 
     Pixels of each example that the inner collate function left apart stay apart:

@@ -7,7 +7,6 @@ Shape suffixes: T tokens of the stream, K of them that a part of the sequence ke
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -15,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mrope.arrays import BoolArray, IntArray
+from mrope.arrays import Array, BoolArray, IntArray
 from mrope.collate.ladder import Shapes, choose_rung
-from mrope.columns import COLUMNS, fill_of
+from mrope.columns import COLUMNS, Batch, Columns, NewColumns, fill_of
 from mrope.errors import MRopeError
 from mrope.positions.located import Located
 
-Values = TypeVar("Values", npt.NDArray[Any], torch.Tensor)
+Values = TypeVar("Values", Array, torch.Tensor)
 
 
 class Placement(NamedTuple):
@@ -71,7 +70,7 @@ class Placement(NamedTuple):
         out[slice(len(values_T)) if self.place_T is None else self.place_T] = values_T
         return out.reshape(shape)
 
-    def put_axes(self, values_AT: npt.NDArray[Any], fill: float) -> npt.NDArray[Any]:
+    def put_axes(self, values_AT: Array, fill: float) -> Array:
         """Lay out each of A axes, (A, T), as `put` does: (A, rows, width)."""
         size = self.rows * self.width
         if self.place_T is None and values_AT.shape[1] == size:
@@ -89,7 +88,7 @@ class Placement(NamedTuple):
         return places
 
 
-def token_columns(batch: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+def token_columns(batch: Columns, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """Return the columns of a batch that have an entry for each token, as tensors (B, S, ...).
 
     By `mrope.columns.COLUMNS`; a column of the user, which the table does not name, is one if its
@@ -150,9 +149,7 @@ class Padded:
         place_T = place_T + place_T // max(width, 1) * (rung - width)
         return Placement(rows, rung, place_T, gaps=valid_BS is not None)
 
-    def lay_out(
-        self, batch: MutableMapping[str, Any], located: Located, placement: Placement
-    ) -> dict[str, Any]:
+    def lay_out(self, batch: Batch, located: Located, placement: Placement) -> NewColumns:
         """Widen the token columns of the batch to the rung, in place.
 
         The attention mask goes then: under a causal mask no token attends to padding on its right,
@@ -178,8 +175,8 @@ class Padded:
         return {"use_cache": False}
 
     def position_ids(
-        self, positions_AT: npt.NDArray[Any], fill: int, _: Located, placement: Placement
-    ) -> npt.NDArray[Any]:
+        self, positions_AT: Array, fill: int, _: Located, placement: Placement
+    ) -> Array:
         """Return (A, B, S), with the reference's fill at padding."""
         return placement.put_axes(positions_AT, fill)
 

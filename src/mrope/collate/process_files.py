@@ -17,6 +17,7 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
+from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 
 
@@ -52,7 +53,7 @@ def process_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}.{'-'.join(words)}{path.suffix}")
 
 
-def append_record(file: Path, record: dict[str, Any]) -> None:
+def append_record(file: Path, record: NewColumns) -> None:
     """Append a line with the time, rank, worker and process id, and then `record`.
 
     Raises:
@@ -71,7 +72,7 @@ def append_record(file: Path, record: dict[str, Any]) -> None:
         handle.write(json.dumps(line, default=str).encode() + b"\n")
 
 
-def read_rejects(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_rejects(path: str | os.PathLike[str]) -> list[NewColumns]:
     """Read the rejects files of all processes together, in the order of time.
 
     Args:

@@ -17,9 +17,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mrope.arrays import as_array
+from mrope.arrays import Array, as_array
 from mrope.collate.segments import refuse_packed, seq_lengths
-from mrope.columns import COLUMNS, MODALITIES, Column, columns, count_key
+from mrope.columns import (
+    COLUMNS,
+    MODALITIES,
+    Batch,
+    Column,
+    Columns,
+    NewColumns,
+    columns,
+    count_key,
+)
 from mrope.errors import MRopeError
 from mrope.positions.inputs import (
     SECONDS,
@@ -63,7 +72,7 @@ _COUNTED = {
 }
 
 
-def read_sample(example: Mapping[str, Any]) -> dict[str, Any]:
+def read_sample(example: Columns) -> NewColumns:
     """Return a sample without its absent columns, and the others in one form.
 
     Absent is what holds no number: None, NaN and other nulls, and tensors, arrays and nested lists
@@ -188,7 +197,7 @@ def _of_scalar(scalar: Any) -> Any:
     return values.to_numpy(zero_copy_only=False)
 
 
-def _of_array(array: npt.NDArray[Any]) -> Any:
+def _of_array(array: Array) -> Any:
     if array.ndim == 0 and array.dtype.kind in "fO":
         return None if plain(array.item()) is None else array
     if array.dtype != np.object_:
@@ -249,7 +258,7 @@ def _joined(parts: Sequence[Any], axes: int) -> Any:
         return parts  # refused by whoever makes a tensor of it, with the row and the column
 
 
-def _joined_images(sample: Mapping[str, Any], name: str, sizes: Sequence[str]) -> Any:
+def _joined_images(sample: Columns, name: str, sizes: Sequence[str]) -> Any:
     """Join pixels that came apart for each image or clip, as tables store them: (N, patches, dim).
 
     Their number and patches are those of the grids; other values of as many axes stay.
@@ -305,7 +314,7 @@ class Rows:
             and len(examples) == rows
             and all(type(one) is dict or isinstance(one, Mapping) for one in examples)
         )
-        self.examples: Sequence[Mapping[str, Any]] | None = examples if are_rows else None
+        self.examples: Sequence[Columns] | None = examples if are_rows else None
         self._read: dict[str, list[Any] | None] = {}
 
     def of(self, name: str) -> list[Any] | None:
@@ -323,7 +332,7 @@ class Rows:
         return found
 
 
-def as_batch(batch: Any) -> MutableMapping[str, Any]:
+def as_batch(batch: Any) -> Batch:
     """Return what an inner collate function made, if it is a mapping with `input_ids`.
 
     Raises:
@@ -339,8 +348,8 @@ def as_batch(batch: Any) -> MutableMapping[str, Any]:
 
 
 def read_arguments(
-    spec: MRopeSpec, batch: MutableMapping[str, Any], rows: Rows, apart: bool
-) -> tuple[dict[str, Any], npt.DTypeLike]:
+    spec: MRopeSpec, batch: Batch, rows: Rows, apart: bool
+) -> tuple[NewColumns, npt.DTypeLike]:
     """Return the arguments of `rope_index` in a batch, as `check_inputs` takes them.
 
     Args:
@@ -363,7 +372,7 @@ def read_arguments(
         raise MRopeError(f"input_ids must have shape (B, S), not {ids.shape}")
     if isinstance(batch.get(_TYPES), torch.Tensor) and reads_types(spec):
         _complete_types(spec, batch, rows)
-    given: dict[str, Any] = {"input_ids": ids}
+    given: NewColumns = {"input_ids": ids}
     for name in _names_read(spec.family):
         value = batch.get(name)
         if value is not None:
@@ -396,7 +405,7 @@ def _names_read(family: str) -> tuple[str, ...]:
     return tuple(sorted(names - {*_SECONDS}))
 
 
-def as_numpy(name: str, value: Any) -> npt.NDArray[Any]:
+def as_numpy(name: str, value: Any) -> Array:
     """Return a value of the batch as an array, without a copy of a tensor.
 
     Raises:
@@ -411,7 +420,7 @@ def as_numpy(name: str, value: Any) -> npt.NDArray[Any]:
     return value.detach().numpy()
 
 
-def _add_counts(spec: MRopeSpec, given: dict[str, Any], rows: Rows) -> None:
+def _add_counts(spec: MRopeSpec, given: NewColumns, rows: Rows) -> None:
     """Add how many images, clips and audios each row has, if those of the batch are theirs.
 
     Otherwise sizes are checked over the whole batch.
@@ -438,15 +447,15 @@ def _add_counts(spec: MRopeSpec, given: dict[str, Any], rows: Rows) -> None:
             given[key] = np.array([len(part) for part in parts])
 
 
-def _sums(mask: Any) -> npt.NDArray[Any] | None:
+def _sums(mask: Any) -> Array | None:
     return None if mask is None else np.atleast_1d(np.asarray(mask).sum(axis=-1))
 
 
 def _read_seconds(
     spec: MRopeSpec,
     names: Sequence[str],
-    given: dict[str, Any],
-    batch: MutableMapping[str, Any],
+    given: NewColumns,
+    batch: Batch,
     rows: Rows,
 ) -> bool:
     """Read the seconds of clips, by either name; return whether they are multiplied in float64."""
@@ -478,7 +487,7 @@ def _completed(given: Any, own: list[Any] | None, clips_B: Any) -> Any:
     return torch.cat(parts) if given.ndim == 1 and found == len(given) else given
 
 
-def _complete_types(spec: MRopeSpec, batch: MutableMapping[str, Any], rows: Rows) -> None:
+def _complete_types(spec: MRopeSpec, batch: Batch, rows: Rows) -> None:
     """Give rows that came without types those of their placeholder tokens.
 
     `mm_token_type_ids` that the inner collate function filled with zeros, in families whose types
@@ -522,7 +531,7 @@ class RowSize(NamedTuple):
     longest: int
 
 
-def batch_of_row(row: Mapping[str, Any]) -> dict[str, Any]:
+def batch_of_row(row: Columns) -> NewColumns:
     """Return one row of a dataset as a batch, without padding; pixels stay as they are.
 
     Raises:
@@ -543,13 +552,13 @@ def batch_of_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return batch
 
 
-def _one_row(name: str, column: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _one_row(name: str, column: Array) -> Array:
     if column.ndim != 1:
         raise MRopeError(f"{name} must be (n,) or (1, n), not {(*column.shape,)}")
     return column[None]
 
 
-def read_row(spec: MRopeSpec, row: Mapping[str, Any]) -> BatchInputs:
+def read_row(spec: MRopeSpec, row: Columns) -> BatchInputs:
     """Read one row of a dataset as the collator reads it in a batch.
 
     Args:

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from mrope.arrays import run_borders
+from mrope.arrays import Array, run_borders
+from mrope.columns import Columns
 from mrope.errors import MRopeError
 
 
 def seq_lengths(
-    batch: Mapping[str, Any], examples: Any, shape: tuple[int, int], mask: Any
+    batch: Columns, examples: Any, shape: tuple[int, int], mask: Any
 ) -> list[list[int]] | None:
     """Return for each row of a padded batch the lengths of the examples that it holds.
 
@@ -33,7 +33,7 @@ def seq_lengths(
     return [_run_lengths(row) for row in mask]
 
 
-def refuse_packed(batch: Mapping[str, Any], examples: Any, shape: tuple[int, int]) -> None:
+def refuse_packed(batch: Columns, examples: Any, shape: tuple[int, int]) -> None:
     """Refuse rows that say that they hold several examples, where they are not kept apart."""
     own = _own_lengths(batch, examples, shape[0])
     for row, lengths in enumerate(own or ()):
@@ -44,7 +44,7 @@ def refuse_packed(batch: Mapping[str, Any], examples: Any, shape: tuple[int, int
             )
 
 
-def _own_lengths(batch: Mapping[str, Any], examples: Any, rows: int) -> list[list[int]] | None:
+def _own_lengths(batch: Columns, examples: Any, rows: int) -> list[list[int]] | None:
     """Return `seq_lengths` as the batch or its examples have it; None where none has."""
     given: Any = batch.get("seq_lengths")
     if given is None and isinstance(examples, Sequence) and len(examples) == rows:
@@ -57,7 +57,7 @@ def _own_lengths(batch: Mapping[str, Any], examples: Any, rows: int) -> list[lis
     return [np.asarray(lengths).ravel().tolist() for lengths in given]
 
 
-def _run_lengths(mask_S: npt.NDArray[Any]) -> list[int]:
+def _run_lengths(mask_S: Array) -> list[int]:
     """Return the lengths of the runs of equal values among a row's valid tokens."""
     numbers = mask_S[mask_S != 0]
     lengths: list[int] = np.diff(run_borders(numbers)).tolist()

@@ -12,20 +12,18 @@ F frames.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
 from functools import reduce
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from mrope.arrays import IntArray
+from mrope.arrays import Array, IntArray
 from mrope.collate.ladder import Shapes, choose_rung
 from mrope.collate.packing import refuse_placeholder
 from mrope.collate.pixels import take_pixels
 from mrope.collate.placement import Placement
-from mrope.columns import columns, tower_key
+from mrope.columns import Batch, Columns, NewColumns, columns, tower_key
 from mrope.errors import MRopeError
 from mrope.positions.located import Located
 from mrope.positions.stream import IMAGE, TEXT
@@ -98,10 +96,10 @@ def check_positions(spec: MRopeSpec) -> None:
 def one_tower_call(
     vision: VisionSpec,
     located: Located,
-    batch: MutableMapping[str, Any],
+    batch: Batch,
     shapes: Shapes,
     placement: Placement,
-) -> dict[str, Any]:
+) -> NewColumns:
     """Return the tower's inputs for images and clips together, padded to a rung of patches.
 
     Takes pixels and grids out of `batch`.
@@ -133,7 +131,7 @@ def one_tower_call(
     parts = take_pixels(batch, patches)
     for name in _TAKEN_UP:
         batch.pop(name, None)
-    tensors: dict[str, Any] = {"grid_thw": _frames(grid_N3, vision, shapes.borders(rung))}
+    tensors: NewColumns = {"grid_thw": _frames(grid_N3, vision, shapes.borders(rung))}
     tensors |= _padded(vision, tower_tensors(vision, grid_N3), shapes, rung)
     index, mask = _feature_index(located, placement, rung // vision.spatial_merge_size**2)
     tensors |= {"feature_index": index, "feature_mask": mask}
@@ -179,15 +177,13 @@ def _frames(grid_N3: IntArray, vision: VisionSpec, most: int) -> npt.NDArray[np.
     return rows_F3
 
 
-def _padded(
-    vision: VisionSpec, tensors: Mapping[str, Any], shapes: Shapes, rung: int
-) -> dict[str, Any]:
+def _padded(vision: VisionSpec, tensors: Columns, shapes: Shapes, rung: int) -> NewColumns:
     """Pad the tensors of `vision_tensors`, or make those of a batch without pixels."""
     unit = vision.spatial_merge_size**2
     longest = {"cu_seqlens": shapes.longest}
     if vision.window_side is not None:
         longest["cu_window_seqlens"] = vision.window_side**2 * unit
-    padded: dict[str, Any] = {}
+    padded: NewColumns = {}
     for name in (key for product in products_of(vision) for key in product.keys):
         value = tensors.get(name)
         if name in longest:
@@ -232,7 +228,7 @@ def _pad_borders(
     return filled
 
 
-def _pad_rows(name: str, value: npt.NDArray[Any] | None, rung: int) -> npt.NDArray[Any]:
+def _pad_rows(name: str, value: Array | None, rung: int) -> Array:
     width = {"position_ids": 2}.get(name, 4)
     dtype = np.float32 if name == "interp_weights" else np.int64
     rows = np.zeros((rung, width), dtype)

@@ -20,6 +20,7 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from mrope.collate.process_files import append_record, process_file, require_writable
+from mrope.columns import Batch, NewColumns
 from mrope.errors import MRopeError
 
 Collate = Callable[[Any], Any]
@@ -109,7 +110,7 @@ class Indexed(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> NewColumns:
         return {**self.dataset[index], INDEX: index}
 
 
@@ -157,7 +158,7 @@ class BadExampleFilter:
             require_writable(self.path)
         self._tally: _Tally | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> NewColumns:
         # A worker that is started anew must not count its parent's examples, nor carry its batch.
         return {**self.__dict__, "_tally": None}
 
@@ -289,7 +290,7 @@ def _copies(examples: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _copy(example: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+def _copy(example: Batch) -> Batch:
     twin = copy.copy(example)
     twin.pop(INDEX, None)
     return twin
@@ -343,7 +344,7 @@ def _from_dataset(collate: Collate) -> list[Any] | None:
     return None
 
 
-def _names(example: Any) -> dict[str, Any]:
+def _names(example: Any) -> NewColumns:
     """Return the values that identify an example, under the keys `id` and `index`."""
     if not isinstance(example, Mapping):
         return {}
@@ -355,7 +356,7 @@ def _names(example: Any) -> dict[str, Any]:
     }
 
 
-def _facts(error: Exception) -> dict[str, Any]:
+def _facts(error: Exception) -> NewColumns:
     facts = {name: getattr(error, name, None) for name in _FACTS}
     return {"error": type(error).__name__, **facts, "message": str(error)[:_LONGEST]}
 

@@ -6,16 +6,14 @@ attached model (`mrope.hf.attach`) reads in addition, scatter indices and facts 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from mrope.collate.placement import Placement
-from mrope.columns import TOWER_KEYS
+from mrope.columns import TOWER_KEYS, Columns, NewColumns
 from mrope.positions.inputs import Media
 from mrope.positions.located import Located
 from mrope.positions.stream import IMAGE, VIDEO
@@ -30,7 +28,7 @@ _SPLITS = {"cu_seqlens": "split_sizes", "cu_window_seqlens": "window_split_sizes
 
 def vision_columns(
     vision: VisionSpec, modality: str, located: Located, placement: Placement
-) -> dict[str, Any]:
+) -> NewColumns:
     """Return the vision tower's keywords for images or clips, and what attached models read.
 
     Args:
@@ -41,7 +39,7 @@ def vision_columns(
         `MRopeCollator.__call__` lists the keys; none without images or clips.
     """
     media, tower = located.inputs.media[modality], vision.tower
-    tensors: dict[str, Any] = {}
+    tensors: NewColumns = {}
     if tower.sizes in ("crops", "merged_in_batch"):
         # The batch says how patches are merged.
         vision = replace(vision, spatial_merge_size=media.merge)
@@ -61,13 +59,13 @@ def vision_columns(
 def audio_columns(
     spec: MRopeSpec,
     audio: AudioSpec,
-    batch: Mapping[str, Any],
+    batch: Columns,
     located: Located,
     placement: Placement,
-) -> dict[str, Any]:
+) -> NewColumns:
     """Return the audio tower's keywords, and what an attached model reads besides."""
     lengths_N = located.inputs.media["audio"].size_N3[:, 0]
-    tensors: dict[str, Any] = dict(audio_tensors(audio, lengths_N))
+    tensors: NewColumns = dict(audio_tensors(audio, lengths_N))
     if not tensors:
         return {}
     if batch.get("input_features") is not None:
@@ -79,10 +77,10 @@ def audio_columns(
 
 def _of_modality(
     modality: str,
-    tensors: dict[str, Any],
+    tensors: NewColumns,
     placeholder_T: npt.NDArray[np.bool_],
     placement: Placement,
-) -> dict[str, Any]:
+) -> NewColumns:
     """Add the places of features and the lengths of segments, and name all by their modality."""
     tensors["scatter_index"] = placement.places(placeholder_T)
     for borders, sizes in _SPLITS.items():
@@ -91,7 +89,7 @@ def _of_modality(
     return {TOWER_KEYS[modality, name]: value for name, value in tensors.items()}
 
 
-def expert_columns(batch: Mapping[str, Any]) -> dict[str, Any]:
+def expert_columns(batch: Columns) -> NewColumns:
     """Return which tokens go to the text experts, and which to the vision experts.
 
     Args:

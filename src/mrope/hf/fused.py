@@ -171,8 +171,7 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     contiguous = torch.contiguous_format
     first, second, third, fourth, fifth = (
-        torch.empty_like(one, memory_format=contiguous)
-        for one in (query, key, value, decay, beta)
+        torch.empty_like(one, memory_format=contiguous) for one in (query, key, value, decay, beta)
     )
     return first, second, third, fourth, fifth
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mrope.arrays import BoolArray, IntArray, as_array, as_grid, as_integers
-from mrope.columns import COLUMNS, MODALITIES, columns, count_key
+from mrope.columns import COLUMNS, MODALITIES, Columns, NewColumns, columns, count_key
 from mrope.errors import MRopeError
 from mrope.spec.families import find_family
 from mrope.spec.spec import MRopeSpec
@@ -103,7 +103,7 @@ class BatchInputs(NamedTuple):
 
 
 def check_inputs(
-    spec: MRopeSpec, given: Mapping[str, Any], seconds_dtype: npt.DTypeLike = np.float32
+    spec: MRopeSpec, given: Columns, seconds_dtype: npt.DTypeLike = np.float32
 ) -> BatchInputs:
     """Check the arguments of `mrope.rope_index`, whose docstring says what each of them is.
 
@@ -141,14 +141,12 @@ def check_inputs(
     )
 
 
-def _as_media(
-    spec: MRopeSpec, given: Mapping[str, Any], seconds_dtype: npt.DTypeLike
-) -> dict[str, Media]:
+def _as_media(spec: MRopeSpec, given: Columns, seconds_dtype: npt.DTypeLike) -> dict[str, Media]:
     """Collect by modality what the columns of a batch mean; without what the family ignores."""
     merge, row, timed = spec.spatial_merge_size, spec.family_row, spec.tokens_per_second is not None
     if row.merges is not None:
         merge = _merge_of_mode(row.merges, given, merge)
-    fields: dict[str, dict[str, Any]] = {}
+    fields: dict[str, NewColumns] = {}
     for name, values in given.items():
         column = COLUMNS[name]
         if column.means is None:
@@ -169,7 +167,7 @@ def _as_media(
     return _NO_MEDIA | {modality: Media(**of) for modality, of in merged.items()}
 
 
-def _merge_of_mode(merges: Mapping[str, int], given: Mapping[str, Any], merge: int) -> int:
+def _merge_of_mode(merges: Mapping[str, int], given: Columns, merge: int) -> int:
     """Return the patches along each side that share a token, as the batch's mode says."""
     for mode in _MODES:
         if mode in given:
@@ -179,7 +177,7 @@ def _merge_of_mode(merges: Mapping[str, int], given: Mapping[str, Any], merge: i
     return merge
 
 
-def _merged(modality: str, of: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(modality: str, of: NewColumns, given: Columns) -> NewColumns:
     """Add the merge size that stands in the batch: one for all images, and one for all clips.
 
     Raises:

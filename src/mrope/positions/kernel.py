@@ -10,12 +10,10 @@ counts up while time and height stand still: one row of a frame. A text run coun
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import IntArray
+from mrope.arrays import Array, IntArray
 from mrope.positions.located import Runs
 from mrope.positions.seconds import Steps
 from mrope.positions.stream import count_up
@@ -130,11 +128,11 @@ def _in_steps(frames: IntArray, steps: Steps | None) -> IntArray:
     """Return `frames * steps`, truncated; computed in the dtype of the steps, as torch does."""
     if steps is None:
         return frames
-    product: npt.NDArray[Any] = frames.astype(steps.dtype) * steps
+    product: Array = frames.astype(steps.dtype) * steps
     return product.astype(np.int64)
 
 
-def _assign(values: npt.NDArray[Any], where: IntArray, new: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _assign(values: Array, where: IntArray, new: Array) -> Array:
     values[where] = new
     return values
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mrope.arrays import Array
 from mrope.columns import count_key
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.custom import RULES, Padding, Rule
@@ -43,7 +44,7 @@ def rope_index(
     seq_lengths: Sequence[npt.ArrayLike] | npt.ArrayLike | None = None,
     seconds_dtype: npt.DTypeLike = np.float32,
     **inputs: Any,
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+) -> tuple[Array, Array]:
     """Compute M-RoPE position ids and rope deltas, equal to the reference's `get_rope_index`.
 
     Args:
@@ -116,9 +117,7 @@ def rope_index(
     return position_ids, rope_deltas(spec, located, end_D)
 
 
-def compute(
-    spec: MRopeSpec, inputs: BatchInputs
-) -> tuple[Located, npt.NDArray[Any], npt.NDArray[Any]]:
+def compute(spec: MRopeSpec, inputs: BatchInputs) -> tuple[Located, Array, Array]:
     """Locate the spans of a checked batch and number its tokens.
 
     Returns:
@@ -166,7 +165,7 @@ def locate(spec: MRopeSpec, inputs: BatchInputs) -> Located:
     return Located(inputs, stream, kind_T, Spans(grids, runs, steps))
 
 
-def number(spec: MRopeSpec, located: Located) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def number(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
     """Number the tokens of a located batch, by the kernel or by the family's own rule.
 
     Returns:
@@ -208,9 +207,7 @@ def padding_with(spec: MRopeSpec, has_grids: bool) -> Padding:
     return Padding(conventions.fill, text, over_padded=conventions.delta_over_padded)
 
 
-def rope_deltas(
-    spec: MRopeSpec, located: Located, end_D: npt.NDArray[Any], apart: bool = False
-) -> npt.NDArray[Any]:
+def rope_deltas(spec: MRopeSpec, located: Located, end_D: Array, apart: bool = False) -> Array:
     """Return `rope_deltas`: the largest position + 1, minus the length it is taken over.
 
     Args:
@@ -223,7 +220,7 @@ def rope_deltas(
     inputs, stream = located.inputs, located.stream
     rows, width = inputs.shape
     dtype = end_D.dtype  # float32 in Qwen3-Omni
-    deltas: npt.NDArray[Any]
+    deltas: Array
     if apart or inputs.seq_lengths is not None:
         deltas = end_D - stream.length_D.astype(dtype)
         return deltas[:, None]
@@ -231,7 +228,7 @@ def rope_deltas(
         deltas = end_D - dtype.type(width)
         return deltas[:, None]
     padding = padding_of(spec, inputs)
-    end_B: npt.NDArray[Any] = np.full(rows, padding.empty_end, dtype)
+    end_B: Array = np.full(rows, padding.empty_end, dtype)
     end_B[stream.row_D] = end_D
     if padding.fill_counts:
         # The release takes the maximum over padding too, where it wrote the fill.

@@ -8,17 +8,15 @@ Shape suffixes: G grids of the batch, as in `mrope.positions.grids`: one for eac
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
+from mrope.arrays import Array
 from mrope.errors import MRopeError
 from mrope.positions.grids import Grids
 from mrope.positions.inputs import SECONDS, BatchInputs, Media
 from mrope.spec.spec import MRopeSpec
 
-Steps = npt.NDArray[Any]  # int64, float32 or float64: the dtype decides how products round
+Steps = Array  # int64, float32 or float64: the dtype decides how products round
 
 # No clip is longer. Far below int64's end, so that seconds times frames times rate stay exact.
 _MAX_SECONDS = 2**31
@@ -54,7 +52,7 @@ def _video_steps(spec: MRopeSpec, clips: Media, grids: Grids) -> Steps:
     return step.astype(clips.seconds_dtype)
 
 
-def _checked(seconds: npt.NDArray[Any], grids: Grids) -> npt.NDArray[Any]:
+def _checked(seconds: Array, grids: Grids) -> Array:
     videos = len(grids.frames_N)
     if seconds.size == 0:
         seconds = np.empty(seconds.shape, np.int64)

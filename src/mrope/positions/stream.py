@@ -14,9 +14,8 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from mrope.arrays import BoolArray, IntArray, borders
+from mrope.arrays import Array, BoolArray, IntArray, borders
 from mrope.errors import MRopeError
 
 TEXT, IMAGE, VIDEO = 0, 1, 2
@@ -104,9 +103,7 @@ def split_rows(stream: Stream, seq_lengths: Any, rows: int) -> Stream:
     return stream._replace(border_D1=borders(length_D), row_D=row_D)
 
 
-def to_batch(
-    positions_AT: npt.NDArray[Any], stream: Stream, shape: tuple[int, int], fill: int
-) -> npt.NDArray[Any]:
+def to_batch(positions_AT: Array, stream: Stream, shape: tuple[int, int], fill: int) -> Array:
     """Put the position ids of a stream back where its tokens stood.
 
     Args:

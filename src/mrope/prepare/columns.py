@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mrope.collate.read import plain
+from mrope.columns import NewColumns
 
 
 def is_frame(columns: Any) -> bool:
@@ -26,7 +27,7 @@ def _is_a(columns: Any, package: str, kind: str) -> bool:
     return module is not None and isinstance(columns, getattr(module, kind))
 
 
-def columns_of(frame: Any) -> dict[str, Any]:
+def columns_of(frame: Any) -> NewColumns:
     """Return the columns of a table or a frame by name; their entries are read by place."""
     if _is_a(frame, "pyarrow", "Table"):
         return {name: frame[name] for name in frame.column_names}
@@ -34,7 +35,7 @@ def columns_of(frame: Any) -> dict[str, Any]:
     return {name: frame[name].to_numpy() for name in frame.columns}
 
 
-def pixels_of(columns: Any, names: Collection[str]) -> dict[str, Any]:
+def pixels_of(columns: Any, names: Collection[str]) -> NewColumns:
     """Return columns of pixels as they are stored; `pixel_shape` reads their entries.
 
     A batch of `datasets` decodes a column when it is read, which takes longer than all the rest.

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from mrope.columns import Columns
 
 Left = tuple[int, int]
 """A position, and the low byte of its tokens; -1 where no one has measured it yet."""
@@ -152,7 +154,7 @@ class _Remains(NamedTuple):
     end: int | None
 
 
-def what_is_left(states: Iterable[Mapping[str, Any]]) -> list[Part]:
+def what_is_left(states: Iterable[Columns]) -> list[Part]:
     """Return what is left of each shard, from the states of all workers of all ranks."""
     remains = defaultdict(list)
     for state in states:
@@ -162,7 +164,7 @@ def what_is_left(states: Iterable[Mapping[str, Any]]) -> list[Part]:
     return [part for part in parts if part.start is not None or part.left]
 
 
-def _remains_of(state: Mapping[str, Any]) -> Iterable[_Remains]:
+def _remains_of(state: Columns) -> Iterable[_Remains]:
     waiting = defaultdict(list)
     for number, positions, checks in state["waiting"]:
         waiting[number] = list(zip(positions, bytes.fromhex(checks), strict=True))

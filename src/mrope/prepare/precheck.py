@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from mrope.collate.read import (
     read_arguments,
     read_column,
 )
+from mrope.columns import Columns, NewColumns
 from mrope.columns import columns as columns_of_kind
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.inputs import check_inputs
@@ -121,9 +122,7 @@ class Precheck:
         added = {name: counts_N4[:, at].copy() for at, name in enumerate(ADDED)}
         return with_added(columns, added, lists=read)
 
-    def _check(
-        self, read: Mapping[str, Any], row: int, source: Mapping[str, Any], indices: Any
-    ) -> tuple[int, ...]:
+    def _check(self, read: Columns, row: int, source: Columns, indices: Any) -> tuple[int, ...]:
         """Return what is added for one row; its error names its place in the dataset."""
         try:
             entries = {name: column[row] for name, column in read.items()}
@@ -143,7 +142,7 @@ def _refuse_one_row(input_ids: Any) -> None:
         raise MRopeError("input_ids is a row, not a column of rows; call map with batched=True")
 
 
-def examples_of(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+def examples_of(columns: Columns) -> list[NewColumns]:
     """Turn a batch of columns into the list of examples that collate functions take.
 
     Nulls, and columns of the model that hold nothing, are left out of their example, as collate
@@ -165,7 +164,7 @@ def examples_of(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _check_row(spec: MRopeSpec, row: Mapping[str, Any]) -> tuple[int, ...]:
+def _check_row(spec: MRopeSpec, row: Columns) -> tuple[int, ...]:
     """Return valid tokens, patches, segments and pairs; raise if a row cannot be collated."""
     batch = batch_of_row(row)
     rows = Rows([batch], batch["input_ids"])
@@ -177,7 +176,7 @@ def _check_row(spec: MRopeSpec, row: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _of_dataset(
-    error: MRopeError, row: int, columns: Mapping[str, Any], indices: Sequence[int] | None
+    error: MRopeError, row: int, columns: Columns, indices: Sequence[int] | None
 ) -> MRopeError:
     """Return the error of a batch of one row as that of a row of the dataset."""
     name = next((name for name in NAMES if name in columns), None)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy.typing as npt
 from ray.data.collate_fn import NumpyBatchCollateFn
 
+from mrope.arrays import Array
 from mrope.collate.collator import Collate
 from mrope.prepare.precheck import examples_of
 
@@ -25,6 +25,6 @@ class RayCollator(NumpyBatchCollateFn):  # type: ignore[misc]  # Ray is not inst
         super().__init__()
         self.collate = collate
 
-    def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> Any:
+    def __call__(self, batch: dict[str, Array]) -> Any:
         """Return what `collate` makes of the rows of `batch`, a column for each name."""
         return self.collate(examples_of(batch))

@@ -10,7 +10,7 @@ Shape suffixes: N examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.utils.data import Sampler
 
 from mrope.arrays import as_whole
 from mrope.collate.ladder import Shapes
+from mrope.columns import Columns, NewColumns
 from mrope.errors import MRopeError
 from mrope.prepare.budgets import Cost, Lengths, read_budgets, read_work
 from mrope.prepare.planning import EpochPlan, Planner
@@ -136,7 +137,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self.work_N = None if cost is None else read_work(cost, lengths_N, patches, patch_pairs)
         self.epoch = 0
         self._made: tuple[Any, EpochPlan] | None = None
-        self.resumed: Mapping[str, Any] | None = None
+        self.resumed: Columns | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, and so the order, of later iterators, as in `DistributedSampler`."""
@@ -149,7 +150,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
     def __iter__(self) -> TokenBudgetIterator:
         return TokenBudgetIterator(self)
 
-    def resume(self, state: Mapping[str, Any] | None) -> None:
+    def resume(self, state: Columns | None) -> None:
         """Let the next pass go on from a saved position, on any number of ranks and workers.
 
         Args:
@@ -251,7 +252,7 @@ class TokenBudgetIterator(Iterator[list[int]]):
         """Return whether any batch of the epoch is left."""
         return self._yielded < len(self._planned().grid_SR)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> NewColumns:
         """Return the epoch, the number of batches drawn, and the plan's identity; plain values."""
         plan = self._planned()
         identity = {**self._sampler.settings(), "num_replicas": plan.grid_SR.shape[1]}
@@ -260,7 +261,7 @@ class TokenBudgetIterator(Iterator[list[int]]):
         place = {"epoch": self._epoch, "yielded": self._yielded}
         return {**place, **identity, "digest": plan.digest, **earlier}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Columns) -> None:
         """Continue from a saved position, in its epoch, regardless of the sampler's epoch.
 
         A state of another number of ranks is taken too: what all of them took is left out, and the
@@ -309,7 +310,7 @@ class TokenBudgetIterator(Iterator[list[int]]):
         return self._plan
 
 
-def _read_state(state: Mapping[str, Any]) -> dict[str, Any]:
+def _read_state(state: Columns) -> NewColumns:
     """Return the state of an iterator, from it or from that of a `StatefulDataLoader`.
 
     Raises:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mrope.columns import Columns
 from mrope.errors import MRopeError
 
 # How many batches ago a `StatefulDataLoader` of torchdata last took the states in it.
 _LATE = "_steps_since_snapshot"
 
 
-def find_states(saved: Any, name: str, keys: set[str]) -> list[tuple[Mapping[str, Any], int]]:
+def find_states(saved: Any, name: str, keys: set[str]) -> list[tuple[Columns, int]]:
     """Return the states of a kind, and by how many batches each is late.
 
     Args:
@@ -31,7 +32,7 @@ def find_states(saved: Any, name: str, keys: set[str]) -> list[tuple[Mapping[str
     return found
 
 
-def _search(saved: Any, keys: set[str], late: int) -> Iterator[tuple[Mapping[str, Any], int]]:
+def _search(saved: Any, keys: set[str], late: int) -> Iterator[tuple[Columns, int]]:
     if isinstance(saved, Mapping):
         if keys <= saved.keys():
             yield saved, late

@@ -8,13 +8,14 @@ Shape suffixes: B samples in the buffer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import get_worker_info
 
+from mrope.columns import Columns, NewColumns
 from mrope.errors import MRopeError
 from mrope.prepare.buffer import IntArray, choose
 from mrope.prepare.lanes import Lane, Part, Share, deal, what_is_left
@@ -145,7 +146,7 @@ class TokenBudgetStreamIterator(Iterator[list[Any]]):
     def _oldest(self) -> Place:
         return self._buffer[0].place if self._buffer else self._reader.place
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> NewColumns:
         """Return the position: plain numbers, and the source's state before the oldest sample."""
         self._resume()
         place, state = self._reader.snapshot_before(self._oldest())
@@ -163,7 +164,7 @@ class TokenBudgetStreamIterator(Iterator[list[Any]]):
             "source": [*place, state],
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Columns) -> None:
         """Continue from a saved position, in its epoch: read the samples of the buffer again.
 
         Raises:
@@ -218,7 +219,7 @@ def _by_lane(buffer: Iterable[Waiting]) -> Iterator[list[Any]]:
         ]
 
 
-def _saved(state_dict: Mapping[str, Any], name: str) -> Any:
+def _saved(state_dict: Columns, name: str) -> Any:
     if name not in state_dict:
         raise MRopeError(f"not a state of TokenBudgetStream: it has no {name}")
     return state_dict[name]

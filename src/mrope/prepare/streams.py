@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from mrope.arrays import as_whole
+from mrope.columns import Columns, NewColumns
 from mrope.errors import MRopeError
 from mrope.prepare.lanes import what_is_left
 from mrope.prepare.precheck import ADDED, LENGTH, NAMES, PATCHES
@@ -105,7 +106,7 @@ class TokenBudgetStream(IterableDataset[list[Any]]):
             source, presharded=self.presharded, rank=self.rank, ranks=self.num_replicas
         )
         _warn_of_shuffle_buffer(source)
-        self._resumed: list[Mapping[str, Any]] = []
+        self._resumed: list[Columns] = []
         # Whether a worker has taken what was resumed, in shared memory: the copy of a worker that
         # is started for a later epoch has it too.
         self._resumed_by = torch.zeros(_WORKERS, dtype=torch.bool)
@@ -126,7 +127,7 @@ class TokenBudgetStream(IterableDataset[list[Any]]):
     def __iter__(self) -> TokenBudgetStreamIterator:
         return TokenBudgetStreamIterator(self)
 
-    def resume(self, states: Iterable[Mapping[str, Any]]) -> None:
+    def resume(self, states: Iterable[Columns]) -> None:
         """Let the next pass finish the epoch of saved states, on any number of ranks and workers.
 
         Args:
@@ -144,7 +145,7 @@ class TokenBudgetStream(IterableDataset[list[Any]]):
         self._resumed = states if what_is_left(states) else []
         self._resumed_by.zero_()
 
-    def take_resumed(self, worker: int) -> list[Mapping[str, Any]]:
+    def take_resumed(self, worker: int) -> list[Columns]:
         """Return the states that the present pass of a worker resumes, once."""
         given = bool(self._resumed_by[worker])
         self._resumed_by[worker] = True
@@ -178,7 +179,7 @@ class TokenBudgetStream(IterableDataset[list[Any]]):
             )
         return Waiting(read.place, sample, tokens, patches)
 
-    def _require_complete(self, found: Sequence[tuple[Mapping[str, Any], int]]) -> None:
+    def _require_complete(self, found: Sequence[tuple[Columns, int]]) -> None:
         """Check that states are those of all shares of one epoch, and of this source."""
         late = max((one for _, one in found), default=0)
         if late:
@@ -212,7 +213,7 @@ class TokenBudgetStream(IterableDataset[list[Any]]):
                 f"{self.shards.count} now"
             )
 
-    def _from_columns(self, sample: Mapping[str, Any]) -> tuple[int, int, dict[str, Any]]:
+    def _from_columns(self, sample: Columns) -> tuple[int, int, NewColumns]:
         tokens = operator.index(sample[LENGTH])
         patches = 0 if self.max_patches is None else operator.index(sample[PATCHES])
         # The collator would pass unknown columns on to the model, which refuses them.

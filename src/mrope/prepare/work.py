@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mrope.columns import Columns
 from mrope.errors import MRopeError
 from mrope.spec.class_defaults import CLASS_DEFAULTS, fill_defaults
 from mrope.spec.model_config import read_int, read_model, read_tower
 
 FloatArray = npt.NDArray[np.float64]
-_Table = Mapping[str, Any]
+_Table = Columns
 
 # transformers 5 writes the second for the first.
 _EXPERTS = ("num_experts", "num_local_experts")

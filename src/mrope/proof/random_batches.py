@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mrope.columns import MODALITIES, columns
+from mrope.columns import MODALITIES, NewColumns, columns
 from mrope.positions.custom.minicpm import minicpm_tokens
 from mrope.positions.custom.omni import omni_tokens
 from mrope.positions.sample_rows import clip_tokens, image_tokens
@@ -82,7 +82,7 @@ class _Draft:
         return [grid[0], grid[1] * merge, grid[2] * merge]
 
 
-def random_arguments(spec: MRopeSpec, rng: np.random.Generator) -> dict[str, Any]:
+def random_arguments(spec: MRopeSpec, rng: np.random.Generator) -> NewColumns:
     """Return arguments of `mrope.rope_index` for one to three rows, padded on either side.
 
     Text stands between any two spans: adjacent spans of one kind are ambiguous to transformers.
@@ -106,7 +106,7 @@ def random_arguments(spec: MRopeSpec, rng: np.random.Generator) -> dict[str, Any
     return _merge(draft)
 
 
-def _merge(draft: _Draft) -> dict[str, Any]:
+def _merge(draft: _Draft) -> NewColumns:
     rng, width = draft.rng, max(map(len, draft.rows))
     # The Omnis' own functions raise without a mask.
     full = rng.random() < _NO_MASK and _SIZES["audio"] not in draft.spec.family_row.inputs
@@ -118,7 +118,7 @@ def _merge(draft: _Draft) -> dict[str, Any]:
     for index, row in enumerate(draft.rows):
         where = slice(width - len(row), width) if left else slice(len(row))
         ids[index, where], mask[index, where] = row, 1
-    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": None if full else mask}
+    arguments: NewColumns = {"input_ids": ids, "attention_mask": None if full else mask}
     names = {_SIZES["image"], _SIZES["video"], *draft.values, *draft.spec.family_row.inputs}
     for name in sorted(names - {"mm_token_type_ids", "use_audio_in_video", "downsample_mode"}):
         values = draft.values.get(name, draft.counts.get(name))

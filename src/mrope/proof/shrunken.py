@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from mrope.columns import Columns
 from mrope.proof.tiny_examples import TEXT_IDS
 
 _LAYERS, _HEADS, _TOWER_WIDTH = 2, 2, 64
@@ -20,7 +20,7 @@ _LAYERS, _HEADS, _TOWER_WIDTH = 2, 2, 64
 _SPREAD = 0.1
 _VOCABULARY = 512
 
-_TEXT: Mapping[str, Any] = {
+_TEXT: Columns = {
     "num_hidden_layers": _LAYERS,
     "num_attention_heads": _HEADS,
     "intermediate_size": 64,
@@ -42,7 +42,7 @@ _TEXT: Mapping[str, Any] = {
     "vision_vocab_size": _VOCABULARY,
     "initializer_range": _SPREAD,
 }
-_TOWER: Mapping[str, Any] = {
+_TOWER: Columns = {
     "depth": _LAYERS,
     "num_hidden_layers": _LAYERS,
     "num_heads": _HEADS,
@@ -58,7 +58,7 @@ _TOWER: Mapping[str, Any] = {
     "fullatt_block_indexes": [1],
     "initializer_range": _SPREAD,
 }
-_AUDIO: Mapping[str, Any] = {
+_AUDIO: Columns = {
     "num_hidden_layers": _LAYERS,
     "encoder_layers": _LAYERS,
     "encoder_attention_heads": _HEADS,
@@ -181,7 +181,7 @@ def _give_indexer(text: Any, head_dim: int) -> None:
         text.indexer_budget, text.indexer_compress_ratio = 8, 4
 
 
-def _set(section: Any, values: Mapping[str, Any]) -> None:
+def _set(section: Any, values: Columns) -> None:
     for name, value in values.items():
         if hasattr(section, name):
             old = getattr(section, name)

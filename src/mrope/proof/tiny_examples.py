@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from mrope.columns import tower_key
+from mrope.columns import Columns, NewColumns, tower_key
 from mrope.positions.custom.minicpm import minicpm_tokens
 from mrope.positions.sample_rows import Medium, make_row, medium_tokens
 from mrope.spec.spec import MRopeSpec
@@ -17,14 +16,14 @@ TEXT_IDS = range(20, 300)
 
 
 def tiny_examples(
-    config: Mapping[str, Any],
+    config: Columns,
     spec: MRopeSpec,
     *,
     images: bool = True,
     videos: bool = True,
     rows: int = 3,
     seed: int = 0,
-) -> list[dict[str, Any]]:
+) -> list[NewColumns]:
     """Return `rows` examples of mixed lengths, as a processor makes them.
 
     Every third row has two images and a video, only text, and a video and an image, in this order.
@@ -42,8 +41,8 @@ def tiny_examples(
 
 
 def _example(
-    config: Mapping[str, Any], spec: MRopeSpec, kinds: list[str], rng: np.random.Generator
-) -> dict[str, Any]:
+    config: Columns, spec: MRopeSpec, kinds: list[str], rng: np.random.Generator
+) -> NewColumns:
     tokens: list[int] = _text(rng, 4)
     tower = spec.family_row.tower
     in_batch = tower is not None and tower.sizes == "merged_in_batch"
@@ -64,7 +63,7 @@ def _example(
         # The start of an image that is to be drawn, which has a grid and no pixels.
         tokens += [spec.vision_start_token_id]
         grids["image"].append([1, 2, 3])
-    example: dict[str, Any] = dict(make_row(spec, [tokens]))
+    example: NewColumns = dict(make_row(spec, [tokens]))
     for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if grids[kind]:
             example[tower_key(kind, "grid_thw")] = np.array(grids[kind])
@@ -78,8 +77,8 @@ def _example(
 
 
 def _crops_example(
-    config: Mapping[str, Any], spec: MRopeSpec, kinds: list[str], rng: np.random.Generator
-) -> dict[str, Any]:
+    config: Columns, spec: MRopeSpec, kinds: list[str], rng: np.random.Generator
+) -> NewColumns:
     """Return an example of MiniCPM-V: each image and frame is a thumbnail and a line of two slices.
 
     Pixels are (1, channels, side, side * patches): a batch joins them on the last dimension.
@@ -92,7 +91,7 @@ def _crops_example(
         sizes[kind] += [whole, part, part]
         tokens += [*minicpm_tokens(spec, token, [[whole], [part, part]]), *_text(rng, 2)]
     tokens += _text(rng, int(rng.integers(1, 6)))
-    example: dict[str, Any] = dict(make_row(spec, [tokens]))
+    example: NewColumns = dict(make_row(spec, [tokens]))
     side = config["vision_config"]["patch_size"]
     for kind, suffix in (("image", ""), ("video", "_videos")):
         if sizes[kind]:
@@ -109,7 +108,7 @@ def _text(rng: np.random.Generator, count: int) -> list[int]:
 
 
 def _pixels(
-    config: Mapping[str, Any], spec: MRopeSpec, grids: list[list[int]], rng: np.random.Generator
+    config: Columns, spec: MRopeSpec, grids: list[list[int]], rng: np.random.Generator
 ) -> Any:
     vision = config["vision_config"]
     side = vision.get("patch_size", 14)

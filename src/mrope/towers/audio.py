@@ -14,14 +14,14 @@ between the convolutions and the pooling.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import as_integers, borders, starts, within
+from mrope.arrays import Array, as_integers, borders, starts, within
+from mrope.columns import Columns
 from mrope.errors import MRopeError
 from mrope.spec.model_config import read_int, read_model, read_tower
 from mrope.spec.references import AUDIO_READ_SINCE, as_release, installed_transformers
@@ -51,7 +51,7 @@ class AudioSpec:
     chunks_attended: int | None = None
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> AudioSpec:
+    def from_config(cls, config: Columns | str | os.PathLike[str] | Any) -> AudioSpec:
         """Read a spec from the config of an Omni or of its thinker, or from its `audio_config`.
 
         Args:
@@ -110,9 +110,7 @@ class AudioSpec:
         return ("cu_seqlens", "max_seqlen", "valid_indices", "chunk_lengths", *pooled)
 
 
-def audio_tensors(
-    spec: AudioSpec, audio_seqlens: npt.ArrayLike | None
-) -> dict[str, npt.NDArray[Any] | int]:
+def audio_tensors(spec: AudioSpec, audio_seqlens: npt.ArrayLike | None) -> dict[str, Array | int]:
     """Compute every input of an audio tower beside its features.
 
     Args:
@@ -147,7 +145,7 @@ def audio_tensors(
     chunk_C = chunk_lengths(spec, frames_N)
     tokens_C = _convolved(spec, chunk_C)
     windows_W = tokens_C if spec.chunks_attended is None else _windows(spec, frames_N, tokens_C)
-    tensors: dict[str, npt.NDArray[Any] | int] = {
+    tensors: dict[str, Array | int] = {
         "cu_seqlens": borders(windows_W, np.int32),
         "max_seqlen": int(windows_W.max()),
         "valid_indices": valid_indices(tokens_C),

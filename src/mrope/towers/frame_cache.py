@@ -6,11 +6,10 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from typing import Any
 
-import numpy.typing as npt
+from mrope.arrays import Array
 
-Piece = tuple[npt.NDArray[Any], ...]
+Piece = tuple[Array, ...]
 
 CACHE_BYTES = 64 * 2**20
 """Maximum bytes of the per-process frame cache."""

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mrope.arrays import as_grid, borders, starts, within
+from mrope.arrays import Array, as_grid, borders, starts, within
+from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 from mrope.towers.frame_cache import FRAME_CACHE, Piece
 
@@ -38,7 +39,7 @@ Int32Array = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 
 
-Tensors = Mapping[str, npt.NDArray[Any] | int | list[Any]]
+Tensors = Mapping[str, Array | int | list[Any]]
 
 
 class Product(NamedTuple):
@@ -211,11 +212,11 @@ def _taps(height: int, width: int, merge: int, side: int, corners: bool) -> Piec
     return indices.reshape(-1, 4), weights.reshape(-1, 4)
 
 
-def _down(values: npt.NDArray[Any], merge: int) -> npt.NDArray[Any]:
+def _down(values: Array, merge: int) -> Array:
     return values.reshape(-1, 1, merge, values.shape[1])
 
 
-def _along(values: npt.NDArray[Any], merge: int) -> npt.NDArray[Any]:
+def _along(values: Array, merge: int) -> Array:
     return values.reshape(1, -1, 1, merge * values.shape[1])
 
 
@@ -388,9 +389,7 @@ def products_of(spec: VisionSpec) -> tuple[Product, ...]:
     return tuple(one for one in named if one.needs is None or getattr(spec, one.needs) is not None)
 
 
-def vision_tensors(
-    spec: VisionSpec, grid_thw: npt.ArrayLike | None
-) -> dict[str, npt.NDArray[Any] | int]:
+def vision_tensors(spec: VisionSpec, grid_thw: npt.ArrayLike | None) -> dict[str, Array | int]:
     """Compute every input of a vision tower beside its pixels.
 
     Args:
@@ -430,7 +429,7 @@ def vision_tensors(
 
 def tower_tensors(
     spec: VisionSpec, grid_thw: npt.ArrayLike | None, own_alone: bool = False
-) -> dict[str, Any]:
+) -> NewColumns:
     """Compute what `vision_tensors` returns, and what an attached model reads beside it.
 
     Args:
@@ -441,7 +440,7 @@ def tower_tensors(
         raise MRopeError(
             "this tower takes crops, which have sizes and no grids: a crop is one frame"
         )
-    tensors: dict[str, Any] = {}
+    tensors: NewColumns = {}
     if len(size_N3):
         for product in products_of(spec):
             if product.own or not own_alone:

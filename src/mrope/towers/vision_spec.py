@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mrope.columns import Columns
 from mrope.errors import MRopeError
 from mrope.spec.families import FAMILIES, ONE_DIMENSIONAL, Tower, find_family
 from mrope.spec.model_config import read_int, read_model, read_tower
@@ -36,7 +36,7 @@ class VisionSpec:
     tower: Tower = field(default_factory=Tower)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> VisionSpec:
+    def from_config(cls, config: Columns | str | os.PathLike[str] | Any) -> VisionSpec:
         """Read a spec from a model's config, or from its `vision_config` section.
 
         Args:
@@ -107,9 +107,7 @@ def check_release(spec: VisionSpec, version: str | None = None) -> None:
         )
 
 
-def _read_merge(
-    vision: Mapping[str, Any], where: str, tower: Tower, table: Mapping[str, Any]
-) -> int:
+def _read_merge(vision: Columns, where: str, tower: Tower, table: Columns) -> int:
     if tower.sizes == "crops":
         return 2 if table.get("downsample_mode") == "4x" else 4
     if tower.sizes == "merged_in_batch":
@@ -117,7 +115,7 @@ def _read_merge(
     return read_int(vision, ("spatial_merge_size",), where, 1)
 
 
-def _read_window_side(vision: Mapping[str, Any], where: str, merge: int) -> int:
+def _read_window_side(vision: Columns, where: str, merge: int) -> int:
     window = read_int(vision, ("window_size",), where, 1)
     patch = read_int(vision, ("patch_size",), where, 1)
     side = window // merge // patch
@@ -129,9 +127,7 @@ def _read_window_side(vision: Mapping[str, Any], where: str, merge: int) -> int:
     return side
 
 
-def _read_patch_shape(
-    vision: Mapping[str, Any], where: str, tower: Tower
-) -> tuple[int, ...] | None:
+def _read_patch_shape(vision: Columns, where: str, tower: Tower) -> tuple[int, ...] | None:
     """Return (channels * frames * side * side,), or (channels, side, side)."""
     if vision.get("patch_size") is None:
         return None
@@ -144,7 +140,7 @@ def _read_patch_shape(
     return (int(channels) * int(frames) * side * side,)
 
 
-def _read_table_side(vision: Mapping[str, Any], where: str, tower: Tower) -> int:
+def _read_table_side(vision: Columns, where: str, tower: Tower) -> int:
     """Return the side of the table of learned positions.
 
     A table in raster order has one entry per patch of the training image size.

@@ -9,7 +9,6 @@ Shape suffixes: B rows and S width of a padded batch, T tokens of a flattened on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from mrope.collate.layouts import BATCH_FIRST, to_batch_layout
+from mrope.columns import Columns, NewColumns
 from mrope.errors import MRopeError
 from mrope.spec.spec import MRopeSpec
 from mrope.towers import VisionSpec, vision_tensors
@@ -32,7 +32,7 @@ _VEOMNI_NAMES = {
 }
 
 
-def to_ms_swift(batch: Mapping[str, Any]) -> dict[str, Any]:
+def to_ms_swift(batch: Columns) -> NewColumns:
     """Split `position_ids` into `position_ids` (3, B, S) and `text_position_ids` for ms-swift.
 
     ms-swift's trainers pop `text_position_ids` before the model is called, and find the borders of
@@ -63,7 +63,7 @@ def to_ms_swift(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {**batch, "position_ids": spatial, "text_position_ids": text}
 
 
-def to_verl(batch: Mapping[str, Any]) -> dict[str, Any]:
+def to_verl(batch: Columns) -> NewColumns:
     """Convert `position_ids` of a padded batch to int64 (B, 4, S), text row first, for verl.
 
     The text row counts the valid tokens of its row from 0 and holds 1 at padding. verl removes
@@ -97,7 +97,7 @@ def to_verl(batch: Mapping[str, Any]) -> dict[str, Any]:
     return to_batch_layout({**batch, "position_ids": torch.cat((text_BS[None], positions_3BS))})
 
 
-def to_veomni(batch: Mapping[str, Any], spec: MRopeSpec, vision: VisionSpec) -> dict[str, Any]:
+def to_veomni(batch: Columns, spec: MRopeSpec, vision: VisionSpec) -> NewColumns:
     """Add `multimodal_metadata`, `image_mask` and `video_mask` to a flattened batch, for VeOmni.
 
     `multimodal_metadata` spares VeOmni's vision towers syncs with the device. For images, and
@@ -134,7 +134,7 @@ def to_veomni(batch: Mapping[str, Any], spec: MRopeSpec, vision: VisionSpec) -> 
             "to_veomni takes flattened batches, but this one has no cu_seq_lens_q: VeOmni's models "
             "take one row without padding; use MRopeCollator(packing='flatten')"
         )
-    metadata: dict[str, Any] = {}
+    metadata: NewColumns = {}
     for modality in ("image", "video"):
         metadata |= _tower_metadata(modality, batch.get(f"{modality}_grid_thw"), vision)
     masks = {
@@ -144,13 +144,13 @@ def to_veomni(batch: Mapping[str, Any], spec: MRopeSpec, vision: VisionSpec) -> 
     return {**batch, **masks} | ({"multimodal_metadata": metadata} if metadata else {})
 
 
-def _tower_metadata(modality: str, grid_thw: Any, vision: VisionSpec) -> dict[str, Any]:
+def _tower_metadata(modality: str, grid_thw: Any, vision: VisionSpec) -> NewColumns:
     """Compute the entries of `multimodal_metadata` for one modality; empty without grids."""
     # Without the table: VeOmni's towers interpolate it in their forward.
     tensors = vision_tensors(replace(vision, table_side=None), grid_thw)
     if not tensors:
         return {}
-    metadata: dict[str, Any] = {f"{modality}_grid_thw_list": np.asarray(grid_thw).tolist()}
+    metadata: NewColumns = {f"{modality}_grid_thw_list": np.asarray(grid_thw).tolist()}
     for name, value in tensors.items():
         if name in _VEOMNI_NAMES:
             entry = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
@@ -158,7 +158,7 @@ def _tower_metadata(modality: str, grid_thw: Any, vision: VisionSpec) -> dict[st
     return metadata
 
 
-def _positions(batch: Mapping[str, Any], adapter: str) -> torch.Tensor:
+def _positions(batch: Columns, adapter: str) -> torch.Tensor:
     """Return `position_ids`: (4, 1, T) of a flattened batch, (3, B, S) of a padded one."""
     if BATCH_FIRST in batch:
         raise MRopeError(

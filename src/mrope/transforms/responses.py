@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 from mrope.positions.rope_index import padding_with, rope_index
 from mrope.spec.spec import MRopeSpec
@@ -327,7 +328,7 @@ def _last_text(spec: MRopeSpec, ids_BP: torch.Tensor, tokens_B: torch.Tensor) ->
 
 
 def _number_whole(
-    spec: MRopeSpec, prompts: _Rows, turns: Turns, inputs: dict[str, Any]
+    spec: MRopeSpec, prompts: _Rows, turns: Turns, inputs: NewColumns
 ) -> tuple[_Rows, torch.Tensor]:
     """Number prompts and responses anew, from all tokens and sizes."""
     if prompts.ids_BN is None:

@@ -10,20 +10,26 @@ a flattened row; a padded batch counts as one segment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from mrope.arrays import borders, starts
+from mrope.arrays import IntArray, borders, starts
 from mrope.collate.layouts import BATCH_FIRST
 from mrope.collate.placement import Placement, token_columns
-from mrope.columns import COLUMNS, IGNORED_LABEL, MODALITIES, fill_of, tower_key
+from mrope.columns import (
+    COLUMNS,
+    IGNORED_LABEL,
+    MODALITIES,
+    Columns,
+    NewColumns,
+    fill_of,
+    tower_key,
+)
 from mrope.errors import MRopeError
 
-IntArray = npt.NDArray[np.int64]
 Scheme = Literal["contiguous", "zigzag"]
 
 
@@ -45,13 +51,13 @@ class _Plan(NamedTuple):
 
 
 def shard_sequence(
-    batch: Mapping[str, Any],
+    batch: Columns,
     rank: int,
     world_size: int,
     scheme: Scheme = "contiguous",
     *,
     pad_token_id: int = 0,
-) -> dict[str, Any]:
+) -> NewColumns:
     """Cut a rank's part out of a batch of `MRopeCollator`, padded or flattened.
 
     - "contiguous": rank r takes the r-th of `world_size` equal parts. For attention over the whole
@@ -133,7 +139,7 @@ def shard_sequence(
 
 
 def gather_sequence(
-    parts: Sequence[Mapping[str, Any]], scheme: Scheme = "contiguous"
+    parts: Sequence[Columns], scheme: Scheme = "contiguous"
 ) -> dict[str, torch.Tensor]:
     """Concatenate the parts of all ranks in the order of the whole sequence.
 
@@ -166,7 +172,7 @@ def _is_of_a_part(name: str) -> bool:
     return name not in COLUMNS or COLUMNS[name].of_part
 
 
-def _check(batch: Mapping[str, Any], rank: int, world_size: int, scheme: str) -> None:
+def _check(batch: Columns, rank: int, world_size: int, scheme: str) -> None:
     if world_size < 1 or not 0 <= rank < world_size:
         raise MRopeError(f"rank {rank} is not one of world_size={world_size} ranks")
     if scheme not in get_args(Scheme):
@@ -186,9 +192,7 @@ def _next_labels(labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:]
 
 
-def _plan(
-    whole: Mapping[str, Any], width: int, rank: int, world_size: int, scheme: Scheme
-) -> _Plan:
+def _plan(whole: Columns, width: int, rank: int, world_size: int, scheme: Scheme) -> _Plan:
     """Pad a row to a divisible length, and compute which tokens belong to the rank.
 
     Two ranks, zigzag, a flattened row of 3 and 4 tokens: each segment is padded to 4 tokens and cut
@@ -220,7 +224,7 @@ def _plan(
     return _Plan(source_L, within_L - last_L, segment_L, borders_D)
 
 
-def _lengths(whole: Mapping[str, Any], width: int) -> IntArray:
+def _lengths(whole: Columns, width: int) -> IntArray:
     """Return the tokens of each segment, (D,); a padded batch is one segment of its width."""
     borders = whole.get("cu_seq_lens_q")
     border_D = np.array([0, width]) if borders is None else borders.numpy().astype(np.int64)
@@ -228,12 +232,12 @@ def _lengths(whole: Mapping[str, Any], width: int) -> IntArray:
     return length_D
 
 
-def _is_fixed_row(whole: Mapping[str, Any]) -> bool:
+def _is_fixed_row(whole: Columns) -> bool:
     """Whether a flattened row was padded to a rung: it has no rope deltas then."""
     return "cu_seq_lens_q" in whole and whole.get("rope_deltas") is None
 
 
-def _without_tail(whole: Mapping[str, Any], segments: int) -> bool:
+def _without_tail(whole: Columns, segments: int) -> bool:
     """Return whether a flattened row ends with an example, not with a tail of padding.
 
     A tail is a segment without a rope delta. The last segment of fixed shapes is always padding,
@@ -243,7 +247,7 @@ def _without_tail(whole: Mapping[str, Any], segments: int) -> bool:
     return "cu_seq_lens_q" in whole and deltas is not None and segments == len(deltas)
 
 
-def _pad_each(whole: Mapping[str, Any], length_D: IntArray, width: int, multiple: int) -> IntArray:
+def _pad_each(whole: Columns, length_D: IntArray, width: int, multiple: int) -> IntArray:
     """Round the length of each segment up to a multiple; with fixed shapes, to one total.
 
     Segments of 4, 4 and 2 tokens, the last one padding, and a multiple of 4 give 4 4 4. With fixed
@@ -292,7 +296,7 @@ def _cut_positions(position_ids: torch.Tensor, plan: _Plan, flattened: bool) -> 
     return part + beyond_L
 
 
-def _borders(plan: _Plan, ranks: int, fixed: bool) -> dict[str, Any]:
+def _borders(plan: _Plan, ranks: int, fixed: bool) -> NewColumns:
     """Compute the borders of a part's segments, divided by `ranks`, and `seq_idx` (1, L).
 
     Args:
@@ -311,7 +315,7 @@ def _borders(plan: _Plan, ranks: int, fixed: bool) -> dict[str, Any]:
 
 
 def _places(
-    modality: str, whole: Mapping[str, Any], placement: Placement, shape: tuple[int, ...]
+    modality: str, whole: Columns, placement: Placement, shape: tuple[int, ...]
 ) -> dict[str, torch.Tensor]:
     """Select the feature rows of the rank's tokens, and compute their indices among these tokens.
 

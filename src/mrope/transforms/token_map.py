@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mrope.arrays import IntArray, as_integers
+from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 from mrope.positions.grids import to_grids
 from mrope.positions.inputs import check_inputs
@@ -123,7 +124,7 @@ def _like(values: Any, index: Any) -> Any:
 
 
 def _read(
-    spec: MRopeSpec, input_ids: Any, sizes: dict[str, Any]
+    spec: MRopeSpec, input_ids: Any, sizes: NewColumns
 ) -> tuple[IntArray, IntArray, dict[int, IntArray]]:
     """Return a row's tokens, the kind of each, and how many each image, clip and audio needs."""
     row = spec.family_row

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from mrope.arrays import IntArray, as_integers
-from mrope.columns import COLUMNS, columns, count_key
+from mrope.columns import COLUMNS, Columns, NewColumns, columns, count_key
 from mrope.errors import MRopeError
 from mrope.spec.families import NO_TOKEN
 from mrope.spec.spec import MRopeSpec
@@ -38,7 +38,7 @@ class Turns(NamedTuple):
     length_B: torch.Tensor
     width: int
     have_spans: bool
-    media: dict[str, Any]
+    media: NewColumns
     counts: dict[str, Array]
 
 
@@ -105,7 +105,7 @@ def text_id(spec: MRopeSpec) -> int:
     return next(token for token in range(len(taken) + 1) if token not in taken)
 
 
-def with_turns(inputs: Mapping[str, Any], turns: Turns, rows: int) -> dict[str, Any]:
+def with_turns(inputs: Columns, turns: Turns, rows: int) -> NewColumns:
     """Put the sizes of the turns behind those of each prompt.
 
     sizes a b of rows of 1 and 1, and c of a turn of row 0: a c b, with counts 2 1.
@@ -188,7 +188,7 @@ def _read_row(
     return np.concatenate(ids), media
 
 
-def _media_of(spec: MRopeSpec, turn: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _media_of(spec: MRopeSpec, turn: Columns) -> Iterator[tuple[str, Any]]:
     """Yield the sizes of a turn by name, and flags that each clip may have for itself."""
     for name in columns("item", "batch"):
         column = COLUMNS[name]
@@ -222,9 +222,9 @@ def _refuse_sampled(spec: MRopeSpec, row: int, tokens: IntArray, before: int) ->
         )
 
 
-def _join(rows: list[dict[str, list[Any]]]) -> tuple[dict[str, Any], dict[str, Array]]:
+def _join(rows: list[dict[str, list[Any]]]) -> tuple[NewColumns, dict[str, Array]]:
     """Concatenate the sizes of all rows, and count the images, clips and audios of each."""
-    media: dict[str, Any] = {}
+    media: NewColumns = {}
     counts: dict[str, Array] = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         parts = [row.get(name, []) for row in rows]

@@ -20,6 +20,7 @@ import lmms_engine.datasets  # noqa: F401
 from lmms_engine.mapping_func import DATASET_MAPPING
 
 from mrope.collate.collator import Collate, MRopeCollator
+from mrope.columns import Columns
 from mrope.errors import MRopeError
 from mrope.spec.references import nearest
 from mrope.spec.spec import MRopeSpec
@@ -45,7 +46,7 @@ class Options:
             `on_error: skip`.
     """
 
-    model: Mapping[str, Any] | str | None = None
+    model: Columns | str | None = None
     reference: str = "transformers-4.57"
     on_error: str = "raise"
     rejects: str | None = None
