@@ -122,10 +122,10 @@ def make_stages(cfg: Config, inner: Callable[[Any], Any]) -> dict[str, MRopeColl
     return stages
 
 
-def _with_rope(cfg: Config, **values: Any) -> Config:
+def _with_rope(cfg: Config, **values: object) -> Config:
     return cfg.model_copy(update={"rope": cfg.rope.model_copy(update=values)})
 
 
-def _copied(batch: Columns, _: Any) -> NewColumns:
+def _copied(batch: Columns, _: object) -> NewColumns:
     """Be an inner collate function that takes no time: the batch is ready."""
     return dict(batch)

@@ -270,7 +270,7 @@ class _Stopwatch:
     seconds: float = 0.0
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
+        def timed(*args: object, **kwargs: object) -> Any:
             start = time.perf_counter()
             try:
                 return function(*args, **kwargs)

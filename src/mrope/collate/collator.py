@@ -94,7 +94,7 @@ class MRopeCollator:
         layout: Layout = "model",
         shapes: Shapes | None = None,
         on_error: Literal["raise", "skip"] | SkipBad = "raise",
-        **short_forms: Any,
+        **short_forms: object,
     ) -> None:
         if not isinstance(spec, MRopeSpec):
             raise TypeError(f"spec must be an MRopeSpec, not {type(spec).__name__}")
@@ -128,7 +128,7 @@ class MRopeCollator:
             self._arrangement = OneRow(self.packing, shapes, spec.family_row.linear)
         self._filter = None if self.on_error is None else BadExampleFilter(self.on_error)
 
-    def __call__(self, examples: Any) -> Any:
+    def __call__(self, examples: object) -> Any:
         """Collate `examples` and add position ids, rope deltas and tower tensors to the batch.
 
         Args:

@@ -77,7 +77,7 @@ class DigestCollator:
     def __getstate__(self) -> NewColumns:
         return {**self.__dict__, "_own": None}
 
-    def __call__(self, examples: Any) -> Any:
+    def __call__(self, examples: object) -> Any:
         """Return the batch of `examples` unchanged, once its digest is recorded."""
         batch = self.collate(examples)
         digest = digest_batch(batch)

@@ -59,7 +59,7 @@ class CheckedBatch(dict[str, Any]):
             about to be dispatched.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         _check_positions(self)
         _refuse_dispatched_pixels(self)

@@ -13,7 +13,7 @@ Options = TypeVar("Options")
 def resolve_option(
     name: str,
     kind: type[Options],
-    value: Any,
+    value: object,
     short: str,
     off: str | None,
     fields: Batch,

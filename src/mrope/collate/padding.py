@@ -145,7 +145,7 @@ class PaddingCollator:
         return out
 
 
-def _tensor(row: int, name: str, value: Any) -> torch.Tensor:
+def _tensor(row: int, name: str, value: object) -> torch.Tensor:
     try:
         return as_tensor(name, value)
     except MRopeError as error:
@@ -195,7 +195,7 @@ def _one_value(name: str, rows: Sequence[Columns]) -> Any:
     return value
 
 
-def _as_scalar(value: Any) -> Any:
+def _as_scalar(value: object) -> Any:
     """Return a bool or a string, also out of an array or a list of one."""
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
         value = value.tolist()

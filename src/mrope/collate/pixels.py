@@ -105,7 +105,7 @@ def take_pixels(batch: Batch, needed: int) -> list[torch.Tensor]:
     return parts
 
 
-def _are_parts(pixels: Any) -> bool:
+def _are_parts(pixels: object) -> bool:
     """Return whether pixels are a list of tensors or arrays."""
     return isinstance(pixels, (list, tuple)) and bool(pixels) and hasattr(pixels[0], "ndim")
 

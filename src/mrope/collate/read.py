@@ -111,7 +111,7 @@ def read_sample(example: Columns) -> NewColumns:
     return sample
 
 
-def read_column(name: str, value: Any) -> Any:
+def read_column(name: str, value: object) -> Any:
     """Return one column as `read_sample` does, or None where it is absent.
 
     Of a column of the user only nulls are.
@@ -141,7 +141,7 @@ def read_column(name: str, value: Any) -> Any:
     return _with_axes(name, column, value)
 
 
-def as_tensor(name: str, value: Any) -> torch.Tensor:
+def as_tensor(name: str, value: object) -> torch.Tensor:
     """Return a column as a tensor; Python floats become float32, as torch's default is.
 
     Raises:
@@ -158,7 +158,7 @@ def as_tensor(name: str, value: Any) -> torch.Tensor:
         ) from error
 
 
-def refuse_half_precision(name: str, value: Any) -> None:
+def refuse_half_precision(name: str, value: object) -> None:
     """Refuse numbers that were rounded to half precision: frames would share positions.
 
     Raises:
@@ -211,7 +211,7 @@ def _of_array(array: Array) -> Any:
         return [one.tolist() if isinstance(one, np.ndarray) else one for one in values]
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty(value: object) -> bool:
     """Whether a value holds no number: `[]`, `[[]]`, `[None]`, arrays and tensors of size 0."""
     if isinstance(value, torch.Tensor):
         return value.numel() == 0
@@ -223,13 +223,13 @@ def _is_empty(value: Any) -> bool:
     return value is None
 
 
-def _holds_null(value: Any) -> bool:
+def _holds_null(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(_holds_null, value))
     return value is None
 
 
-def _is_nan_alone(value: Any) -> bool:
+def _is_nan_alone(value: object) -> bool:
     """Whether an integer column holds NaN alone, as numpy and torch show a list of Arrow nulls."""
     if isinstance(value, np.ndarray):
         return value.dtype.kind == "f" and bool(np.isnan(value).all())
@@ -286,7 +286,7 @@ def _with_axes(name: str, column: Column, value: Any) -> Any:
     return np.asarray(value)[None] if isinstance(value, (np.ndarray, np.generic)) else [value]
 
 
-def axes_of(value: Any) -> int:
+def axes_of(value: object) -> int:
     """Return the number of axes of a tensor, an array or nested lists, by their first entries."""
     if isinstance(value, (list, tuple)):
         return 1 + (axes_of(value[0]) if value else 0)
@@ -332,7 +332,7 @@ class Rows:
         return found
 
 
-def as_batch(batch: Any) -> Batch:
+def as_batch(batch: object) -> Batch:
     """Return what an inner collate function made, if it is a mapping with `input_ids`.
 
     Raises:
@@ -447,7 +447,7 @@ def _add_counts(spec: MRopeSpec, given: NewColumns, rows: Rows) -> None:
             given[key] = np.array([len(part) for part in parts])
 
 
-def _sums(mask: Any) -> Array | None:
+def _sums(mask: object) -> Array | None:
     return None if mask is None else np.atleast_1d(np.asarray(mask).sum(axis=-1))
 
 

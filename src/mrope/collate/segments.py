@@ -33,7 +33,7 @@ def seq_lengths(
     return [_run_lengths(row) for row in mask]
 
 
-def refuse_packed(batch: Columns, examples: Any, shape: tuple[int, int]) -> None:
+def refuse_packed(batch: Columns, examples: object, shape: tuple[int, int]) -> None:
     """Refuse rows that say that they hold several examples, where they are not kept apart."""
     own = _own_lengths(batch, examples, shape[0])
     for row, lengths in enumerate(own or ()):
@@ -44,7 +44,7 @@ def refuse_packed(batch: Columns, examples: Any, shape: tuple[int, int]) -> None
             )
 
 
-def _own_lengths(batch: Columns, examples: Any, rows: int) -> list[list[int]] | None:
+def _own_lengths(batch: Columns, examples: object, rows: int) -> list[list[int]] | None:
     """Return `seq_lengths` as the batch or its examples have it; None where none has."""
     given: Any = batch.get("seq_lengths")
     if given is None and isinstance(examples, Sequence) and len(examples) == rows:

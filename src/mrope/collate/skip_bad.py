@@ -137,7 +137,7 @@ class _Tally:
     messages: dict[Kind, str] = field(default_factory=dict)
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -162,7 +162,7 @@ class BadExampleFilter:
         # A worker that is started anew must not count its parent's examples, nor carry its batch.
         return {**self.__dict__, "_tally": None}
 
-    def collate(self, collate: Collate, examples: Any) -> Any:
+    def collate(self, collate: Collate, examples: object) -> Any:
         """Return `collate(examples)`; if that raises, `collate` of the good examples alone.
 
         Inputs that are not a sequence, and empty ones, are passed to `collate` unchanged.
@@ -256,7 +256,7 @@ class BadExampleFilter:
         return collate(_copies(tally.good))
 
 
-def _reject(tally: _Tally, example: Any, place: int, error: Exception) -> None:
+def _reject(tally: _Tally, example: object, place: int, error: Exception) -> None:
     """Count an example, record it, and warn if it is the first of its kind."""
     kind = type(error).__name__, getattr(error, "cause", None)
     tally.kinds[kind] += 1
@@ -344,7 +344,7 @@ def _from_dataset(collate: Collate) -> list[Any] | None:
     return None
 
 
-def _names(example: Any) -> NewColumns:
+def _names(example: object) -> NewColumns:
     """Return the values that identify an example, under the keys `id` and `index`."""
     if not isinstance(example, Mapping):
         return {}

@@ -165,7 +165,7 @@ class Calls(TorchFunctionMode):
     def _copied(self, from_host: bool) -> None:
         self.found(TO_DEVICE if from_host else FROM_DEVICE)
 
-    def _separate(self, result: torch.Tensor, source: Any, to_host: bool) -> torch.Tensor:
+    def _separate(self, result: torch.Tensor, source: object, to_host: bool) -> torch.Tensor:
         """Return a copy that shares no storage with its source, and whose backward copies back."""
         # Places go by storage: a move that copied nothing here would move its source as well.
         if isinstance(source, torch.Tensor) and address_of(result) == address_of(source):
@@ -173,7 +173,7 @@ class Calls(TorchFunctionMode):
                 result = result.clone()
         self.places.put(result, on_host=to_host)
 
-        def copied_back(gradients: Any, _: Any) -> None:
+        def copied_back(gradients: object, _: object) -> None:
             for gradient in tensors_in(gradients):
                 self._copied(to_host)
                 self.places.put(gradient, on_host=not to_host)
@@ -263,7 +263,7 @@ def _patched(calls: Calls) -> Iterator[None]:
     own_backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]  # noqa: SLF001
 
     def on_host(own: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        def make(*args: object, **kwargs: object) -> torch.Tensor:
             tensor = own(*args, **kwargs)
             calls.places.put(tensor, on_host=True)
             return tensor
@@ -282,11 +282,11 @@ def _patched(calls: Calls) -> Iterator[None]:
         yield
 
 
-def _parts(index: Any) -> tuple[Any, ...]:
+def _parts(index: object) -> tuple[Any, ...]:
     return index if isinstance(index, tuple) else (index,)
 
 
-def _is_host_data(index: Any) -> bool:
+def _is_host_data(index: object) -> bool:
     """Return whether an index is made of numbers that are not in a tensor yet."""
     return isinstance(index, (list, range, np.ndarray)) and np.size(index) > 0
 

@@ -98,7 +98,7 @@ FILLS_NUMBERS = _fills_numbers()
 """Whether `x[...] = 1.0` fills with the number, as since torch 2.15 (ATen's `TensorIndexing.h`)."""
 
 
-def keeps_indices(target: torch.Tensor, value: Any, on_host: OnHost) -> bool:
+def keeps_indices(target: torch.Tensor, value: object, on_host: OnHost) -> bool:
     """Return whether a 0-d index on the device is not read when this value is assigned."""
     if not FILLS_NUMBERS or on_host(target) or target.is_quantized or target.dtype in _NO_TARGETS:
         return False
@@ -109,7 +109,7 @@ def keeps_indices(target: torch.Tensor, value: Any, on_host: OnHost) -> bool:
 
 
 def assigning(
-    target: torch.Tensor, index: tuple[Any, ...], value: Any, on_host: OnHost
+    target: torch.Tensor, index: tuple[Any, ...], value: object, on_host: OnHost
 ) -> Iterator[str]:
     """Yield the syncs of `target[index] = value` on CUDA, where `keeps_indices`.
 

@@ -30,7 +30,7 @@ def is_host(device: Any, places: Places) -> bool:
     return bool(torch.device(device) == HOST)
 
 
-def names_a_device(value: Any) -> bool:
+def names_a_device(value: object) -> bool:
     """Return whether an argument is a device: an object, a name or an ordinal."""
     if isinstance(value, str):
         return value.partition(":")[0] in ("cpu", "cuda")

@@ -71,7 +71,7 @@ class LoaderRecord:
         for iterator in list(self._latest):
             self.place_batch(places, iterator)
 
-    def place_batch(self, places: Places, iterator: Any) -> None:
+    def place_batch(self, places: Places, iterator: object) -> None:
         """Record that the latest batch of one iterator is on the host, pinned if asked for."""
         for tensor in self._latest.get(iterator, ()):
             places.put(tensor, on_host=True, pinned=self._pins.get(iterator, False))
@@ -116,7 +116,7 @@ def _as_beside_a_device(places: Places, loaders: LoaderRecord) -> Iterator[None]
         loaders.place_batch(places, iterator)
         return batch
 
-    def put_counters(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    def put_counters(optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
         for group in optimizer.param_groups:
             if group.get("fused") or group.get("capturable"):
                 continue  # these keep their counters on the device

@@ -87,7 +87,7 @@ def address_of(tensor: torch.Tensor) -> int | None:
     return address
 
 
-def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+def tensors_in(values: object) -> Iterator[torch.Tensor]:
     """Yield the tensors in nested lists, tuples and dicts."""
     if isinstance(values, torch.Tensor):
         yield values

@@ -114,11 +114,11 @@ class SyncReport(TrainerCallback):  # type: ignore[misc]
         self._arm()
         self._prints = state.is_world_process_zero
 
-    def on_step_end(self, *_: Any, **_kwargs: Any) -> None:
+    def on_step_end(self, *_: object, **_kwargs: object) -> None:
         """Count an optimizer step; called by the `Trainer` before it logs."""
         self.step()
 
-    def on_train_end(self, *_: Any, **_kwargs: Any) -> None:
+    def on_train_end(self, *_: object, **_kwargs: object) -> None:
         """Report the steps watched so far, if training was shorter; called by the `Trainer`."""
         self._finish()
 

@@ -9,7 +9,6 @@ Shape suffixes: B rows, S padded length, T tokens of the stream, D documents, G 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +42,7 @@ def rope_index(
     videos_per_sample: npt.ArrayLike | None = None,
     seq_lengths: Sequence[npt.ArrayLike] | npt.ArrayLike | None = None,
     seconds_dtype: npt.DTypeLike = np.float32,
-    **inputs: Any,
+    **inputs: object,
 ) -> tuple[Array, Array]:
     """Compute M-RoPE position ids and rope deltas, equal to the reference's `get_rope_index`.
 

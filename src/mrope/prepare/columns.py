@@ -16,12 +16,12 @@ from mrope.collate.read import plain
 from mrope.columns import NewColumns
 
 
-def is_frame(columns: Any) -> bool:
+def is_frame(columns: object) -> bool:
     """Return whether a batch of columns is a `pyarrow.Table` or a `pandas.DataFrame`."""
     return _is_a(columns, "pyarrow", "Table") or _is_a(columns, "pandas", "DataFrame")
 
 
-def _is_a(columns: Any, package: str, kind: str) -> bool:
+def _is_a(columns: object, package: str, kind: str) -> bool:
     # Without importing it: what was made by a package means that it is loaded.
     module = sys.modules.get(package)
     return module is not None and isinstance(columns, getattr(module, kind))
@@ -90,7 +90,7 @@ def _with_appended(table: Any, added: Mapping[str, npt.NDArray[np.int64]]) -> An
     return table
 
 
-def _writable(column: Any, lists: bool) -> Any:
+def _writable(column: object, lists: bool) -> Any:
     """Return a column in a form that `datasets` and Ray write as they read it.
 
     `datasets` gives arrays of arrays, and writes only lists of arrays. Ray gives NaN for a block of

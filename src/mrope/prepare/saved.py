@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from mrope.columns import Columns
 from mrope.errors import MRopeError
@@ -12,7 +11,7 @@ from mrope.errors import MRopeError
 _LATE = "_steps_since_snapshot"
 
 
-def find_states(saved: Any, name: str, keys: set[str]) -> list[tuple[Columns, int]]:
+def find_states(saved: object, name: str, keys: set[str]) -> list[tuple[Columns, int]]:
     """Return the states of a kind, and by how many batches each is late.
 
     Args:
@@ -32,7 +31,7 @@ def find_states(saved: Any, name: str, keys: set[str]) -> list[tuple[Columns, in
     return found
 
 
-def _search(saved: Any, keys: set[str], late: int) -> Iterator[tuple[Columns, int]]:
+def _search(saved: object, keys: set[str], late: int) -> Iterator[tuple[Columns, int]]:
     if isinstance(saved, Mapping):
         if keys <= saved.keys():
             yield saved, late

@@ -87,7 +87,7 @@ class ShardPass:
         position: of the next sample.
     """
 
-    def __init__(self, source: Any, snapshot: Snapshot, *, in_worker: bool) -> None:
+    def __init__(self, source: object, snapshot: Snapshot, *, in_worker: bool) -> None:
         iterator = _rows_of(source, in_worker=in_worker)
         self._holder = _state_holder(source, iterator)
         self.position, state = snapshot
@@ -138,18 +138,18 @@ class _IndexedPass(ShardPass):
         return self._source[self.position - 1]
 
 
-def is_datasets_stream(source: Any) -> bool:
+def is_datasets_stream(source: object) -> bool:
     """Whether a source is a `datasets.IterableDataset`, without importing that library."""
     library = sys.modules.get("datasets")
     return library is not None and isinstance(source, library.IterableDataset)
 
 
-def has_shuffle_buffer(source: Any) -> bool:
+def has_shuffle_buffer(source: object) -> bool:
     """Whether a `datasets` stream has a shuffle buffer, whose samples its state leaves out."""
     return _has_step(source, "BufferShuffledExamplesIterable")
 
 
-def _has_step(source: Any, *names: str) -> bool:
+def _has_step(source: object, *names: str) -> bool:
     # No public attribute tells; a release that renames these turns a test red.
     steps = [getattr(source, "_ex_iterable", None)]
     while steps:
@@ -161,7 +161,7 @@ def _has_step(source: Any, *names: str) -> bool:
     return False
 
 
-def _split(stream: Any, rank: int, ranks: int) -> Any:
+def _split(stream: object, rank: int, ranks: int) -> Any:
     """Return a part of a `datasets` stream as an object of its own.
 
     A stream keeps a state that was loaded once, and starts every later pass from there. Its epoch
@@ -174,11 +174,11 @@ def _split(stream: Any, rank: int, ranks: int) -> Any:
     return split_dataset_by_node(stream, rank, ranks)
 
 
-def _has_shards(source: Any) -> bool:
+def _has_shards(source: object) -> bool:
     return not _is_map_style(source) and hasattr(source, "num_shards") and hasattr(source, "shard")
 
 
-def _is_map_style(source: Any) -> bool:
+def _is_map_style(source: object) -> bool:
     # torch's IterableDataset inherits a `__getitem__` that raises; a mapping iterates over keys.
     both = hasattr(source, "__getitem__") and hasattr(source, "__len__")
     return both and not isinstance(source, IterableDataset | Mapping)
@@ -201,7 +201,7 @@ def _without_workers(stream: Any) -> Iterator[Any]:
             yield batch
 
 
-def _state_holder(source: Any, iterator: Any) -> Any:
+def _state_holder(source: object, iterator: object) -> Any:
     """Return what saves the position: the iterator, else the source, else None."""
     if has_shuffle_buffer(source):
         return None

@@ -87,7 +87,7 @@ class StreamReader:
             self._snapshots.popleft()
         return self._snapshots[0] if self._snapshots else ((0, 0), None)
 
-    def return_to(self, place: Place, state: Any, ends: Sequence[int]) -> None:
+    def return_to(self, place: Place, state: object, ends: Sequence[int]) -> None:
         """Go on from a snapshot.
 
         Args:

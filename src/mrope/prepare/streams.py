@@ -240,7 +240,7 @@ class TokenBudgetStream(IterableDataset[list[Any]]):
                 )
 
 
-def _warn_of_shuffle_buffer(source: Any) -> None:
+def _warn_of_shuffle_buffer(source: object) -> None:
     if is_datasets_stream(source) and has_shuffle_buffer(source):
         warnings.warn(
             "the source has a shuffle buffer (IterableDataset.shuffle), which is not part of its "

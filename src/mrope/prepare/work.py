@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +68,7 @@ class WorkModel:
     window: int = 0
 
     @classmethod
-    def from_config(cls, config: Any, *, frozen_tower: bool = False) -> WorkModel:
+    def from_config(cls, config: object, *, frozen_tower: bool = False) -> WorkModel:
         """Count the operations of a model from its config.
 
         Args:

@@ -57,7 +57,7 @@ class Verdict:
     detail: str
 
 
-def prove(feature: str, subject: Any) -> None:
+def prove(feature: str, subject: object) -> None:
     """Compare a feature with the installed transformers, once in a process.
 
     Args:
@@ -74,7 +74,7 @@ def prove(feature: str, subject: Any) -> None:
         _judge(feature, compare(feature, subject))
 
 
-def compare(feature: str, subject: Any) -> Verdict:
+def compare(feature: str, subject: object) -> Verdict:
     """Return what `prove` judges by, on any release; arguments as there."""
     key = None
     try:

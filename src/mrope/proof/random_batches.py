@@ -67,7 +67,7 @@ class _Draft:
         count = int(self.rng.integers(least, most + 1))
         self.add(*self.rng.integers(*self.text_ids, count).tolist())
 
-    def note(self, name: str, value: Any) -> None:
+    def note(self, name: str, value: object) -> None:
         self.values.setdefault(name, []).append(value)
         if _COUNTERS.get(name) in self.counts:
             self.counts[_COUNTERS[name]][-1] += 1

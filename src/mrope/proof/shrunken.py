@@ -116,7 +116,7 @@ def build_model(model_class: Any, config: Any, attention: str) -> Any:
     return model.train()
 
 
-def _renumber_tokens(section: Any, ids: dict[int, int]) -> None:
+def _renumber_tokens(section: object, ids: dict[int, int]) -> None:
     for name, value in list(vars(section).items()):
         if not re.search(r"(_token_(id|index)|(_start|_end|^newline)_id)$", name):
             continue
@@ -149,7 +149,7 @@ def _shrink_text(text: Any) -> int:
     return int(text.hidden_size)
 
 
-def _has_sections(text: Any) -> bool:
+def _has_sections(text: object) -> bool:
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
     tables = rope.values() if isinstance(rope, dict) else ()
     return any("mrope_section" in one for one in (rope or {}, *tables) if isinstance(one, dict))
@@ -181,7 +181,7 @@ def _give_indexer(text: Any, head_dim: int) -> None:
         text.indexer_budget, text.indexer_compress_ratio = 8, 4
 
 
-def _set(section: Any, values: Columns) -> None:
+def _set(section: object, values: Columns) -> None:
     for name, value in values.items():
         if hasattr(section, name):
             old = getattr(section, name)
@@ -190,5 +190,5 @@ def _set(section: Any, values: Columns) -> None:
             setattr(section, name, [value] * len(old) if many else copy.copy(value))
 
 
-def _as_list(value: Any) -> list[Any]:
+def _as_list(value: object) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]

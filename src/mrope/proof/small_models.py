@@ -84,7 +84,7 @@ def default_model(family: str) -> Any:
     return build_model(model_class, shrink_config(config), attention)
 
 
-def compare_steps(model: Any) -> Outcome:
+def compare_steps(model: object) -> Outcome:
     """Compare training steps of an attached model with those of the unmodified one.
 
     Raises:

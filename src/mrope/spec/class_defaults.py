@@ -45,7 +45,7 @@ def _ids(image: int, video: int, start: int) -> dict[str, Any]:
     return {"image_token_id": image, "video_token_id": video, "vision_start_token_id": start}
 
 
-def _tower(patch: int, **others: Any) -> dict[str, Any]:
+def _tower(patch: int, **others: object) -> dict[str, Any]:
     """Return the section of a vision tower, with what most towers have in common."""
     common = {"in_channels": 3, "temporal_patch_size": 2, "spatial_merge_size": 2}
     return {"vision_config": common | {"patch_size": patch} | others}
@@ -57,7 +57,7 @@ def _plain_tower(patch: int, **others: int) -> dict[str, Any]:
 
 
 def _text(
-    hidden: int, layers: int, heads: int, groups: int, vocabulary: int, **others: Any
+    hidden: int, layers: int, heads: int, groups: int, vocabulary: int, **others: object
 ) -> dict[str, Any]:
     """Return the section of a text model; `groups` are its key and value heads."""
     sizes = {

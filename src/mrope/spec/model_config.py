@@ -17,7 +17,7 @@ from mrope.spec.class_defaults import CLASS_DEFAULTS, WRAPPERS, fill_defaults
 _WRAPPED_SECTIONS = tuple(dict.fromkeys(section for section, _ in WRAPPERS.values()))
 
 
-def read_model(config: Any) -> tuple[Any, Mapping[str, Any]]:
+def read_model(config: object) -> tuple[Any, Mapping[str, Any]]:
     """Return `model_type` and config of the model that takes position ids.
 
     For a whole Omni that is its thinker, read from `thinker_config`; for ColQwen2 the model in
@@ -126,7 +126,7 @@ def read_dotted(table: Mapping[str, Any], dotted: str, where: str) -> int:
     return read_int({**table, **lengths}, keys, " ".join((where, *sections)))
 
 
-def as_mapping(config: Any) -> Mapping[str, Any]:
+def as_mapping(config: object) -> Mapping[str, Any]:
     """Return a model's config as a mapping, with a whole Omni's sections as they are.
 
     Args:

@@ -15,7 +15,6 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from mrope.errors import MRopeError
 
@@ -121,7 +120,7 @@ AUDIO_READ_SINCE: Release = (5, 23)
 """First release whose audio towers are known to read every tensor."""
 
 
-def prove_if_unknown(feature: str, subject: Any) -> None:
+def prove_if_unknown(feature: str, subject: object) -> None:
     """Compare a feature with the installed transformers, unless that release is in the tables.
 
     Does nothing without an installed transformers, or in a DataLoader worker: the main process,

@@ -164,7 +164,7 @@ def example_config(family: str) -> dict[str, Any]:
     return config
 
 
-def _with_rule(name: Any, rule: str | None) -> Any:
+def _with_rule(name: object, rule: str | None) -> Any:
     """Return the key of the family's row, once it is known which rule is meant."""
     rules = rules_of(name)
     if rules and rule not in rules:

@@ -37,16 +37,16 @@ class _Rows(NamedTuple):
 
 def extend(
     spec: MRopeSpec,
-    position_ids: Any,
-    rope_deltas: Any,
-    responses: Any,
+    position_ids: object,
+    rope_deltas: object,
+    responses: object,
     *,
-    attention_mask: Any = None,
+    attention_mask: object = None,
     seq_lengths: Sequence[int] | None = None,
-    input_ids: Any = None,
+    input_ids: object = None,
     placeholders: Literal["refuse", "text"] = "refuse",
     width: int | None = None,
-    **inputs: Any,
+    **inputs: object,
 ) -> tuple[Any, Any]:
     """Compute positions and deltas of prompts and responses from those of the prompts.
 
@@ -130,16 +130,16 @@ def _refuse_family(spec: MRopeSpec) -> None:
         )
 
 
-def _as_tensor(values: Any) -> torch.Tensor:
+def _as_tensor(values: object) -> torch.Tensor:
     return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
 
 
 def _read_prompts(
     spec: MRopeSpec,
     positions: torch.Tensor,
-    attention_mask: Any,
+    attention_mask: object,
     lengths: Array | None,
-    input_ids: Any,
+    input_ids: object,
 ) -> _Rows:
     """Check shapes, and bring flattened prompts into rows."""
     axes = len(_steps(spec))

@@ -37,7 +37,7 @@ class TokenMap(NamedTuple):
     count_C: IntArray
 
     @classmethod
-    def of_compact(cls, spec: MRopeSpec, input_ids: Any, **sizes: Any) -> TokenMap:
+    def of_compact(cls, spec: MRopeSpec, input_ids: object, **sizes: object) -> TokenMap:
         """Read the map off a row with one placeholder for each image.
 
         Args:
@@ -71,7 +71,7 @@ class TokenMap(NamedTuple):
         return cls(count_C)
 
     @classmethod
-    def of_expanded(cls, spec: MRopeSpec, input_ids: Any, **sizes: Any) -> TokenMap:
+    def of_expanded(cls, spec: MRopeSpec, input_ids: object, **sizes: object) -> TokenMap:
         """Read the map off a row with as many placeholders as the model has features, (E,).
 
         Arguments and errors are those of `of_compact`.
@@ -93,7 +93,7 @@ class TokenMap(NamedTuple):
             count_E[place[first_G]] = needed_G
         return cls(count_E[count_E > 0])
 
-    def expand(self, values: Any, fill: Any = None) -> Any:
+    def expand(self, values: object, fill: object = None) -> Any:
         """Return values of compact tokens, (C, ...), for the expanded ones, (E, ...).
 
         Args:
@@ -107,19 +107,19 @@ class TokenMap(NamedTuple):
             expanded[_like(expanded, behind_E)] = fill
         return expanded
 
-    def compact(self, values: Any) -> Any:
+    def compact(self, values: object) -> Any:
         """Return values of expanded tokens, (E, ...), for the compact ones: an image's first."""
         return _pick(values, int(self.count_C.sum()), self.count_C.cumsum() - self.count_C)
 
 
-def _pick(values: Any, length: int, index: IntArray) -> Any:
+def _pick(values: object, length: int, index: IntArray) -> Any:
     values = values if isinstance(values, torch.Tensor) else np.asarray(values)
     if len(values) != length:
         raise MRopeError(f"{len(values)} values, but the row has {length} tokens")
     return values[_like(values, index)]
 
 
-def _like(values: Any, index: Any) -> Any:
+def _like(values: object, index: object) -> Any:
     return torch.from_numpy(index) if isinstance(values, torch.Tensor) else index
 
 

@@ -68,7 +68,7 @@ def read_turns(
     return Turns(ids_BR, length_B, known, bool(spans or counts), media, counts)
 
 
-def as_text(spec: MRopeSpec, tokens: Any, replacement: int | None = None) -> Any:
+def as_text(spec: MRopeSpec, tokens: object, replacement: int | None = None) -> Any:
     """Replace sampled placeholders, for which a model would look for features of an image.
 
     Args:
@@ -168,7 +168,7 @@ def _checked_width(length_B: torch.Tensor, width: int | None) -> int:
 
 
 def _read_row(
-    spec: MRopeSpec, row: int, turns: Any, placeholders: str
+    spec: MRopeSpec, row: int, turns: object, placeholders: str
 ) -> tuple[IntArray, dict[str, list[Any]]]:
     """Return the tokens behind one prompt, and sizes by name, a list for all of its turns."""
     ids: list[IntArray] = [np.empty(0, np.int64)]

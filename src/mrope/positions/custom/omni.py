@@ -195,12 +195,12 @@ class _Row:
         starts: list[int] = marker_n.nonzero()[0].tolist()
         return starts
 
-    def _along(self, base: Any, length: int) -> Array:
+    def _along(self, base: object, length: int) -> Array:
         """Return tokens that count up on all three axes."""
         count = np.arange(length).astype(self.thinker.dtype) + base
         return np.broadcast_to(count, (3, length))
 
-    def _markers(self, base: Any, count: int, shared: bool) -> Array:
+    def _markers(self, base: object, count: int, shared: bool) -> Array:
         return np.full((3, count), base) if shared else self._along(base, count)
 
     def _span(self, tokens_n: IntArray, start: int) -> _Span:
@@ -252,7 +252,7 @@ class _Row:
             raise self._no_size("audio", "length")
         return int(self.cursor.media.audios[ordinal])
 
-    def _block(self, base: Any, span: _Span) -> tuple[Array, Any]:
+    def _block(self, base: object, span: _Span) -> tuple[Array, Any]:
         """Return a span's positions (3, K), and the largest one of its last piece."""
         if span.size is None:
             block_3K = self._along(base, span.audio)

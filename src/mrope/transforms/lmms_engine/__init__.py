@@ -55,7 +55,7 @@ class Options:
     count_key: str | None = None
 
     @classmethod
-    def read(cls, section: Any) -> Options:
+    def read(cls, section: object) -> Options:
         """Return the options of a section; None: the defaults.
 
         Raises:
