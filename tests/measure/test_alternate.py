@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,5 +59,6 @@ def test_positions_are_those_of_the_bench() -> None:
 
 def test_a_checkout_without_the_package_is_refused(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "measure.stage", str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (alternate.HERE, alternate.TESTS)))}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 2 and "give the folder src of another checkout" in done.stderr
