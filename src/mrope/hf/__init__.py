@@ -12,6 +12,7 @@ trainer. No other wing does, except through these.
 from mrope.guard.sync_places import SyncPlace
 from mrope.guard.sync_report import SyncReport
 from mrope.hf.attaching import attach, detach, explain_attention
+from mrope.hf.compiling import compile_layers
 from mrope.hf.generation import for_generate
 from mrope.hf.rope_deltas import drop_rope_deltas, keep_rope_deltas
 
@@ -19,6 +20,7 @@ __all__ = [
     "SyncPlace",
     "SyncReport",
     "attach",
+    "compile_layers",
     "detach",
     "drop_rope_deltas",
     "explain_attention",
