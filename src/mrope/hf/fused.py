@@ -2,18 +2,21 @@
 
 The package marks its functions as not to be compiled, so that a graph would break at each layer.
 As operators of a library of our own their kernels are one node each of a graph. An operator saves
-its arguments alone: its backward runs the forward again, as each release saves something else.
+its arguments alone: its backward runs the forward again, as each release saves something else. Both
+call the two halves of the package's autograd function, since no autograd runs within an operator.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 from functools import cache
 from typing import Any
 
 import torch
 
 _RULE = "fla.ops.gated_delta_rule", "chunk_gated_delta_rule"
+_HALVES = "fla.ops.gated_delta_rule.chunk", "ChunkGatedDeltaRuleFunction"
 _CONVOLUTION = "fla.modules.causal_conv1d", "causal_conv1d"
 _ACTIVATIONS = ("silu", "swish")
 
@@ -111,6 +114,42 @@ def _run(
     return result
 
 
+class _Context:
+    """What an autograd function keeps between its halves."""
+
+    saved_tensors: tuple[Any, ...] = ()
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        self.saved_tensors = tensors
+
+
+def _run_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    chunks: torch.Tensor | None,
+) -> tuple[_Context, torch.Tensor]:
+    """Run the forward half alone; its arguments go by name, as their order differs by release."""
+    given = {
+        "q": query,
+        "k": key,
+        "v": value,
+        "g": decay,
+        "beta": beta,
+        "scale": key.shape[-1] ** -0.5,
+        "initial_state": None,
+        "output_final_state": False,
+        "use_qk_l2norm_in_kernel": True,
+        "cu_seqlens": cu_seqlens,
+        "chunk_indices": chunks,
+    }
+    context = _Context()
+    return context, _find(_HALVES).forward(context, **given)[0]
+
+
 @torch.library.custom_op("mrope::delta_rule", mutates_args=())
 def delta_rule_operator(
     query: torch.Tensor,
@@ -122,7 +161,7 @@ def delta_rule_operator(
     chunks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Run `delta_rule` as one node of a graph."""
-    return _run(query, key, value, decay, beta, cu_seqlens, chunks).contiguous()
+    return _run_forward(query, key, value, decay, beta, cu_seqlens, chunks)[1].contiguous()
 
 
 @delta_rule_operator.register_fake
@@ -150,11 +189,13 @@ def delta_rule_backward(
     chunks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key, value, decay and beta."""
-    with torch.enable_grad():
-        parts = [one.detach().requires_grad_() for one in (query, key, value, decay, beta)]
-        out = _run(*parts, cu_seqlens, chunks)
-        gradients = torch.autograd.grad(out, parts, gradient)
-    first, second, third, fourth, fifth = (one.contiguous() for one in gradients)
+    context, _ = _run_forward(query, key, value, decay, beta, cu_seqlens, chunks)
+    halves = _find(_HALVES)
+    names = list(inspect.signature(halves.forward).parameters)[1:]  # without the context
+    by_name = dict(zip(names, halves.backward(context, gradient.contiguous(), None), strict=True))
+    first, second, third, fourth, fifth = (
+        by_name[name].contiguous() for name in ("q", "k", "v", "g", "beta")
+    )
     return first, second, third, fourth, fifth
 
 
