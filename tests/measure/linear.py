@@ -113,7 +113,9 @@ def make_examples(config: Any, case: tuple[int, int, int], tiny: bool) -> list[l
 
 
 def _example(config: Any, rng: Any, least: int, most: int, tiny: bool) -> Batch:
-    height, width = (2 * int(side) for side in (rng.integers(1, 3, 2) if tiny else rng.integers(4, 12, 2)))
+    height, width = (
+        2 * int(side) for side in (rng.integers(1, 3, 2) if tiny else rng.integers(4, 12, 2))
+    )
     text = rng.integers(8, config.text_config.vocab_size, int(rng.integers(least, most))).tolist()
     ids = torch.tensor([*[7] * 4, 3, *[5] * (height * width // 4), 4, *text])
     pixels = torch.from_numpy(rng.standard_normal((height * width, 1536), np.float32))
@@ -126,7 +128,9 @@ def _example(config: Any, rng: Any, least: int, most: int, tiny: bool) -> Batch:
     }
 
 
-def collate(config: Any, batches: list[list[Batch]], dtype: Any, device: Any, **options: Any) -> Any:
+def collate(
+    config: Any, batches: list[list[Batch]], dtype: Any, device: Any, **options: Any
+) -> Any:
     if options.pop("plain", False):
         collator: Any = PaddingCollator()
     else:
@@ -280,7 +284,9 @@ def check(options: list[str]) -> None:
     found["plain, one by one"] = gradients_of(model, plain)
     attach(model)
     one_row = {"packing": "flatten"}
-    fixed = Shapes(tokens=(2048,), patches=(512,), longest=64, patches_per_segment=8, tokens_per_example=64)
+    fixed = Shapes(
+        tokens=(2048,), patches=(512,), longest=64, patches_per_segment=8, tokens_per_example=64
+    )
     found["attached, one by one"] = gradients_of(
         model, collate(config, alone, dtype, DEVICE, **one_row)
     )

@@ -6,8 +6,8 @@ The same steps of the same model run in several variants, one after another in o
 - positions: the DataLoader's workers compute the position ids;
 - vision: they compute the vision tower's tensors too;
 - attached: as vision, and the patched forward reads every tensor from the batch;
-- compiled, captured: as attached, with fixed shapes, as one compiled graph, and replayed as CUDA
-  graphs (`mode="reduce-overhead"`). Only of configs with `rope.shapes`.
+- layers, compiled, captured: as attached, with fixed shapes, compiled layer by layer, as one graph,
+  and replayed as CUDA graphs (`mode="reduce-overhead"`). Only of configs with `rope.shapes`.
 
 Host time: from the call of the forward until it returns, starting with an idle device. Step time:
 from one step, forward and backward, to the next; the benchmark adds no sync in between. Syncs are
@@ -41,8 +41,9 @@ from mrope.bench.harness import (
 from mrope.bench.trace import profile_steps
 from mrope.columns import Columns, NewColumns
 from mrope.guard import SyncGuard
-from mrope.hf import attach, detach
+from mrope.hf import attach, compile_layers, detach
 from mrope.hf.attaching import base_model
+from mrope.hf.compiling import is_compiled
 from mrope.spec.spec import MRopeSpec
 from mrope.training.config import build_collator, load_config
 from mrope.training.dataloader import RowDataset, load_rows, make_loader
@@ -51,7 +52,7 @@ from mrope.training.sections import Config
 from mrope.training.step import choose_device, finish, guarded_step, to_device
 
 VARIANTS = ("positions", "vision", "attached")
-_MODES = {"compiled": None, "captured": "reduce-overhead"}
+_MODES = {"layers": None, "compiled": None, "captured": "reduce-overhead"}
 _WARM_UP = 3
 _PROFILED = 3
 Rival = Callable[[MRopeSpec], Callable[..., Any]]
@@ -164,7 +165,9 @@ def _prepared(
         attach(model)
     elif rival is not None:
         base.get_rope_index = rival(cfg.spec())
-    if variant in _MODES:
+    if variant == "layers":
+        compile_layers(model)
+    elif variant in _MODES:
         run = torch.compile(model, fullgraph=True, dynamic=False, mode=_MODES[variant])
     try:
         yield cfg.model_copy(update={"rope": section}), run
@@ -186,7 +189,8 @@ def _measure(
     for batch in islice(batches, _WARM_UP):
         _step(run, batch)
     # A compiled graph has no functions left to time, and would be compiled anew for the wrappers.
-    timed = _stage_in_forward(model) if run is model else nullcontext(_Stopwatch())
+    eager = run is model and not is_compiled(model)
+    timed = _stage_in_forward(model) if eager else nullcontext(_Stopwatch())
     with timed as stopwatch:
         for batch in islice(batches, max(2, steps // 4)):
             stopwatch.seconds = 0.0

@@ -11,8 +11,7 @@ trainer. No other wing does, except through these.
 
 from mrope.guard.sync_places import SyncPlace
 from mrope.guard.sync_report import SyncReport
-from mrope.hf.attaching import attach, detach, explain_attention
-from mrope.hf.compiling import compile_layers
+from mrope.hf.attaching import attach, compile_layers, detach, explain_attention
 from mrope.hf.generation import for_generate
 from mrope.hf.rope_deltas import drop_rope_deltas, keep_rope_deltas
 

@@ -15,6 +15,7 @@ from mrope.hf.attention_choice import (
     choose_attention,
     forget_attention,
 )
+from mrope.hf.compiling import compile_parts, forget_compiled
 from mrope.hf.methods import unbind
 from mrope.hf.patches import (
     METHODS,
@@ -88,7 +89,9 @@ def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> 
 
 
 def detach(model: Model) -> Model:
-    """Undo `attach`: remove what it set on the instances. A wrapped model stays wrapped.
+    """Undo `attach` and `compile_layers`: remove what they set on the instances.
+
+    A wrapped model stays wrapped.
 
     A module that another attached model holds too, such as a tower that a policy and its reference
     share, stays as it is until that one is detached. Under a wrapper that has taken the attached
@@ -98,7 +101,8 @@ def detach(model: Model) -> Model:
     Raises:
         MRopeError: the model is not attached.
     """
-    base = attached_base(model)
+    base = _attached_base(model)
+    forget_compiled(model)
     del base.mrope_strict, base.mrope_owner
     held = {module for owner in _OWNERS if owner.holds() for module in owner.base.modules()}
     for module in base.modules():
@@ -106,6 +110,27 @@ def detach(model: Model) -> Model:
             forget_attention(module)
             for name in METHODS:
                 unbind(module, name)
+    return model
+
+
+def compile_layers(model: Model, **options: Any) -> Model:
+    """Compile each layer of an attached model, what its towers and text run between, and its loss.
+
+    Equal layers share a graph. Parameters, names and the state dict stay. Call it before DDP or
+    FSDP2 wrap the model; gradient checkpointing may be enabled before or after.
+
+    Args:
+        model: attached, PEFT models too. The batches that it is given must have fixed shapes:
+            `MRopeCollator(shapes=...)`.
+        options: of `torch.compile`, such as `backend`; "fullgraph" and "dynamic" are given.
+
+    Returns:
+        `model` itself. `detach` undoes it.
+
+    Raises:
+        MRopeError: the model is not attached, or has no layers that transformers marks as such.
+    """
+    compile_parts(model, _attached_base(model), options)
     return model
 
 
@@ -117,7 +142,7 @@ def explain_attention(model: torch.nn.Module) -> str:
     """
     lines = (
         f"{type(part).__name__}: {part.mrope_attention}, {part.mrope_attention_reason}"
-        for _, part in attending_parts(attached_base(model))
+        for _, part in attending_parts(_attached_base(model))
     )
     return "\n".join(dict.fromkeys(lines))  # copies of one tower attend alike
 
@@ -166,7 +191,7 @@ def _is_attached(base: torch.nn.Module) -> bool:
     return "mrope_owner" in vars(base)
 
 
-def attached_base(model: torch.nn.Module) -> Any:
+def _attached_base(model: torch.nn.Module) -> Any:
     """Return the base model of an attached model.
 
     Raises:

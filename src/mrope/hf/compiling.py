@@ -14,39 +14,41 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mrope.errors import MRopeError
-from mrope.hf.attaching import Model, attached_base
 from mrope.hf.towers import VISION_TOWERS
 
 
-def compile_layers(model: Model, **options: Any) -> Model:
-    """Compile each layer of an attached model, what its towers and text run between, and its loss.
-
-    Parameters, names and the state dict stay. Call it before DDP or FSDP2 wrap the model, and after
-    PEFT has; gradient checkpointing may be enabled before or after.
-
-    Args:
-        model: attached; what it is given must have fixed shapes, `MRopeCollator(shapes=...)`.
-        options: of `torch.compile`, as `backend`; "fullgraph" and "dynamic" are given.
-
-    Returns:
-        `model` itself.
+def compile_parts(model: torch.nn.Module, base: Any, options: dict[str, Any]) -> None:
+    """Compile what `_parts` names, and the loss of the heads around the base model.
 
     Raises:
-        MRopeError: the model is not attached, or has no layers that transformers marks as such.
+        MRopeError: the base model has no layers that transformers marks as such.
     """
-    base = attached_base(model)
     parts = list(_parts(base))
     if not any(isinstance(part, GradientCheckpointingLayer) for part in parts):
         raise MRopeError(f"{type(base).__name__} has no layers to compile one by one")
     options = {**options, "fullgraph": True, "dynamic": False}
     for part in parts:
         part.compile(**options)
+        part.mrope_compiled = True  # type: ignore[assignment]
     for head in model.modules():
         if _computes_loss(head):
-            head.loss_function = CompiledLoss(options)  # type: ignore[assignment]
+            head.loss_function = CompiledLoss(options)
     # It cuts a graph where its bucket of gradients ends, which a layer's graph has no need of.
     torch._dynamo.config.optimize_ddp = False  # type: ignore[attr-defined] # noqa: SLF001
-    return model
+
+
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Whether parts of a model were compiled by `compile_parts`."""
+    return any("mrope_compiled" in vars(module) for module in model.modules())
+
+
+def forget_compiled(model: torch.nn.Module) -> None:
+    """Undo `compile_parts`."""
+    for module in model.modules():
+        if vars(module).pop("mrope_compiled", False):
+            module._compiled_call_impl = None  # noqa: SLF001 - `compile` has no way back
+        if isinstance(vars(module).get("_loss_function"), CompiledLoss):
+            del module._loss_function  # noqa: SLF001 - where transformers' setter puts it
 
 
 def _parts(base: Any) -> Iterator[torch.nn.Module]:

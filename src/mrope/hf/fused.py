@@ -165,15 +165,7 @@ def delta_rule_operator(
 
 
 @delta_rule_operator.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    decay: torch.Tensor,
-    beta: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    chunks: torch.Tensor | None,
-) -> torch.Tensor:
+def _(_query: Any, _key: Any, value: torch.Tensor, *_others: Any) -> torch.Tensor:
     return torch.empty_like(value, memory_format=torch.contiguous_format)
 
 
@@ -200,24 +192,12 @@ def delta_rule_backward(
 
 
 @delta_rule_backward.register_fake
-def _(
-    gradient: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    decay: torch.Tensor,
-    beta: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    chunks: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    contiguous = torch.contiguous_format
-    first, second, third, fourth, fifth = (
-        torch.empty_like(one, memory_format=contiguous) for one in (query, key, value, decay, beta)
-    )
-    return first, second, third, fourth, fifth
+def _(_gradient: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    parts = arguments[:5]
+    return tuple(torch.empty_like(one, memory_format=torch.contiguous_format) for one in parts)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001
     ctx.save_for_backward(*inputs)
 
 

@@ -11,7 +11,7 @@ import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from mrope.columns import LINEAR_KEYS
 from mrope.errors import MRopeError
@@ -99,12 +99,12 @@ def _mix(self: Any, hidden_states: torch.Tensor, segments: dict[str, Any]) -> to
     """
     shape = hidden_states.shape[:2]
     mixed = _convolve(self, self.in_proj_qkv(hidden_states), segments)
-    query, key, value = mixed.split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
+    query, key, value = torch.split(mixed, (self.key_dim, self.key_dim, self.value_dim), dim=-1)
     query, key = (one.reshape(*shape, -1, self.head_k_dim) for one in (query, key))
     value = value.reshape(*shape, -1, self.head_v_dim)
     beta = self.in_proj_b(hidden_states).sigmoid()
     gate = self.in_proj_a(hidden_states).float()
-    decay = -self.A_log.float().exp() * F.softplus(gate + self.dt_bias)
+    decay = -self.A_log.float().exp() * functional.softplus(gate + self.dt_bias)
     parts = (query, key, value, decay, beta)
     if fused.can_run(hidden_states):
         out = fused.delta_rule(*parts, segments)
@@ -141,7 +141,7 @@ def _taps(
     last = weight.shape[1] - 1
     mixed = wide * weight[:, last]
     for back in range(1, last + 1):
-        before = F.pad(wide, (0, 0, back, 0))[:, : wide.shape[1]]
+        before = functional.pad(wide, (0, 0, back, 0))[:, : wide.shape[1]]
         if places is not None:
             before = torch.where((places >= back)[..., None], before, 0)
         mixed = mixed + before * weight[:, last - back]
@@ -179,4 +179,4 @@ def _lay_out(
 ) -> torch.Tensor:
     """Lay values (1, T, ...) out in rows of a padded call, (rows, width, ...)."""
     whole = values.new_full((rows * width, *values.shape[2:]), fill)
-    return whole.index_copy(0, slots, values[0]).unflatten(0, (rows, width))
+    return whole.index_copy(0, slots, values[0]).reshape(rows, width, *values.shape[2:])

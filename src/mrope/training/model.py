@@ -86,13 +86,17 @@ def attach_and_compile(cfg: Config, model: torch.nn.Module) -> torch.nn.Module:
     """
     if not cfg.model.attach or not cfg.rope.enabled:
         return model
-    from mrope.hf import attach
+    from mrope.hf import attach, compile_layers
 
     attach(model, attention=cfg.model.attention)
-    if cfg.model.compile:
-        # Without dynamic shapes: a ladder has few, and kernels for known sizes are faster.
-        mode = "reduce-overhead" if cfg.model.compile == "captured" else None
-        model.compile(fullgraph=True, dynamic=False, mode=mode)
+    if not cfg.model.compile:
+        return model
+    # Most trainings are short, or wrap layers: by FSDP2, or gradient checkpointing.
+    if cfg.model.compile in (True, "layers"):
+        return compile_layers(model)
+    # Without dynamic shapes: a ladder has few, and kernels for known sizes are faster.
+    mode = "reduce-overhead" if cfg.model.compile == "captured" else None
+    model.compile(fullgraph=True, dynamic=False, mode=mode)
     return model
 
 

@@ -122,8 +122,9 @@ class ModelSection(_Section):
             `rope.enabled: false`: the model then computes positions itself.
         attention: how towers, and text in flattened rows, attend in an attached model; see
             `mrope.hf.attach`.
-        compile: compile the attached model as one graph; "captured" replays it as CUDA graphs.
-            Requires `rope.shapes`.
+        compile: compile the attached model; requires `rope.shapes`. "layers", for which true is
+            short: layer by layer, in seconds. "whole": as one graph, in minutes; "captured" replays
+            it as CUDA graphs.
     """
 
     config: Annotated[dict[str, Any] | str, BeforeValidator(_model_config)]
@@ -132,7 +133,7 @@ class ModelSection(_Section):
     trust_remote_code: bool = False
     attach: bool = False
     attention: Literal["auto", "varlen", "segments"] = "auto"
-    compile: Literal[False, True, "captured"] = False
+    compile: Literal[False, True, "layers", "whole", "captured"] = False
 
 
 Sides = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
