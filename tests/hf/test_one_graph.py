@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 from mrope import MRopeCollator, MRopeError, Shapes, VisionSpec
 from mrope.collate.padding import PaddingCollator
 from mrope.guard import SyncGuard
-from mrope.hf import attach, detach, explain_attention
+from mrope.hf import attach, compile_layers, detach, explain_attention
 from support.models import media_of, model_config, tiny_examples, tiny_model, tiny_spec
 
 SHAPES = Shapes(
@@ -37,7 +37,7 @@ PADDED = (
     "cohere_compass",
     "cosmos3_omni",
 )
-FLATTENED = ("qwen2_5_vl", "qwen3_vl")
+FLATTENED = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
 CASES = [*((one, None) for one in PADDED), *((one, "flatten") for one in FLATTENED)]
 ALONE = {"images": False, "videos": False}
 
@@ -210,8 +210,7 @@ def test_layers_compile_one_by_one_and_share_graphs(family: str, checkpointing: 
     batch = collate(family, examples_of(family), "flatten", SHAPES)
     want, _ = step(model, dict(batch))
     with fresh_dynamo() as counted:
-        for layer in (*model.model.visual.blocks, *model.model.language_model.layers):
-            layer.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+        compile_layers(model, backend="aot_eager")
         loss, _ = step(model, batch)
         assert (loss - want).abs() < 1e-5
         # First layers, whose inputs need no gradient or whose windows differ, have graphs of their own.

@@ -32,9 +32,9 @@ def compile_parts(model: torch.nn.Module, base: Any, options: dict[str, Any]) ->
         part.mrope_compiled = True  # type: ignore[assignment]
     for head in model.modules():
         if _computes_loss(head):
-            head.loss_function = CompiledLoss(options)
+            head.loss_function = CompiledLoss(options)  # type: ignore[assignment]
     # It cuts a graph where its bucket of gradients ends, which a layer's graph has no need of.
-    torch._dynamo.config.optimize_ddp = False  # type: ignore[attr-defined] # noqa: SLF001
+    torch._dynamo.config.optimize_ddp = False  # noqa: SLF001
 
 
 def is_compiled(model: torch.nn.Module) -> bool:
@@ -61,8 +61,14 @@ def _parts(base: Any) -> Iterator[torch.nn.Module]:
         for child in stack.children():
             members = child if isinstance(child, torch.nn.ModuleList) else [child]
             for one in members:
-                if not isinstance(one, torch.nn.Embedding) and within.isdisjoint(one.modules()):
+                if _computes(one) and within.isdisjoint(one.modules()):
                     yield one
+
+
+def _computes(module: torch.nn.Module) -> bool:
+    """Whether a module has more to fuse than a table to look up, or angles to make once."""
+    has_weights = next(module.parameters(), None) is not None
+    return has_weights and not isinstance(module, torch.nn.Embedding)
 
 
 def _computes_loss(module: torch.nn.Module) -> bool:

@@ -99,7 +99,7 @@ def _mix(self: Any, hidden_states: torch.Tensor, segments: dict[str, Any]) -> to
     """
     shape = hidden_states.shape[:2]
     mixed = _convolve(self, self.in_proj_qkv(hidden_states), segments)
-    query, key, value = torch.split(mixed, (self.key_dim, self.key_dim, self.value_dim), dim=-1)
+    query, key, value = torch.split(mixed, [self.key_dim, self.key_dim, self.value_dim], dim=-1)
     query, key = (one.reshape(*shape, -1, self.head_k_dim) for one in (query, key))
     value = value.reshape(*shape, -1, self.head_v_dim)
     beta = self.in_proj_b(hidden_states).sigmoid()
