@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -31,11 +30,11 @@ REFERENCE = inspect.unwrap(torch_chunk_gated_delta_rule)
 RUNGS = replace(SHAPES, tokens=(512,), tokens_per_example=32)
 
 
-class Operators(TorchDispatchMode):
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is dispatched."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -173,7 +172,7 @@ class Halves:
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+def kernels(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stand-ins for flash-linear-attention, on a CPU."""
     calls = SimpleNamespace(rule=0)
 
@@ -184,7 +183,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
     monkeypatch.setattr(fused, "can_run", lambda tensor: True)
     monkeypatch.setattr(fused, "_find", lambda names: Halves if names == fused._HALVES else rule)
-    yield calls
+    return calls
 
 
 @pytest.mark.parametrize("shapes", [None, "fixed"])

@@ -39,7 +39,9 @@ from support.no_syncs import no_syncs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PEAK = 989e12  # of an H200, bfloat16, dense
-BATCHES, STEPS, WARM_UP = 4, 8, 3
+BATCHES = 4
+# Steps of many seconds, without kernels, are measured less often.
+STEPS, WARM_UP = (4, 1) if "plain" in sys.argv else (8, 3)
 PRODUCTS = ("gemm", "nvjet", "cutlass", "cublas", "xmma", "splitk", "mm_kernel")
 # Examples of a batch, and their tokens of text from and to; sides of images in merged tokens.
 CASES = {"short": (16, 64, 700), "long": (4, 1400, 2400), "moe": (16, 64, 700)}

@@ -3,11 +3,14 @@
     PYTHONPATH=src:tests python -m measure.one_graph 2b-mixed8,2b-crops64 [flash] [reduce]
     PYTHONPATH=src:tests python -m measure.one_graph 2b-s16k checkpoint [flash] [reduce]
     PYTHONPATH=src:tests python -m measure.one_graph 2b-mixed8 warm
+    PYTHONPATH=src:tests python -m measure.one_graph 2b-crops64 layers
+    PYTHONPATH=src:tests python -m measure.one_graph 2b-crops64 only
 
 For each config of configs/bench: milliseconds of a step, forward and backward, by CUDA events (median
 of 12 after 3); GPU idle by a trace of 3 further steps; peak memory; losses of two batches. All variants
 run on the same eight batches, collated before. "captured by hand" replays one CUDA graph of the compiled
-step, forward and backward; with `reduce`, torch's own mode="reduce-overhead" is compiled and measured too;
+step, forward and backward; with `layers`, the model compiled layer by layer is measured too, and with
+`only` nothing else that is compiled; with `reduce`, torch's own mode="reduce-overhead" is compiled and measured too;
 with `flash`, a plain model under transformers' flash attention path, with torch's kernel; with
 `checkpoint`, all of them under gradient checkpointing, without which 2b-s16k does not fit. With `warm`
 nothing is measured: the graph is compiled into inductor's cache, so that several cases compile side by
@@ -31,7 +34,7 @@ from torch._dynamo.utils import counters
 from mrope import MRopeCollator
 from mrope.bench.trace import profile_steps
 from mrope.collate.padding import PaddingCollator
-from mrope.hf import attach, detach, explain_attention
+from mrope.hf import attach, compile_layers, detach, explain_attention
 from mrope.training.config import build_collator, load_config
 from mrope.training.dataloader import load_rows
 from mrope.training.model import build_model
@@ -109,6 +112,11 @@ def measure_case(case: str, options: list[str]) -> None:
     measure("attached, fixed shapes", lambda number: step(model, same[number % BATCHES]))
     without_sync("attached", lambda: step(model, whole[0]))
     without_sync("attached, fixed shapes", lambda: step(model, same[0]))
+    if {"layers", "only"} & {*options}:
+        losses["layers"] = measure_layers(model, same)
+    if "only" in options:
+        print("losses of two batches:", losses, flush=True)
+        return
     before, start = counters["stats"]["unique_graphs"], time.perf_counter()
     compiled: Any = torch.compile(model, fullgraph=True, dynamic=False)
     step(compiled, same[0])
@@ -126,6 +134,22 @@ def measure_case(case: str, options: list[str]) -> None:
     print("losses of two batches:", losses, flush=True)
     detach(model)
     torch._dynamo.reset()
+
+
+def measure_layers(model: Any, batches: list[Batch]) -> list[float]:
+    """Measure an attached model compiled layer by layer; return the losses of two batches."""
+    before, start = counters["stats"]["unique_graphs"], time.perf_counter()
+    compile_layers(model)
+    step(model, batches[0])
+    torch.cuda.synchronize()
+    print(f"layers compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    measure("layers compiled", lambda number: step(model, batches[number % BATCHES]))
+    losses = [step(model, batch).item() for batch in batches[:2]]
+    without_sync("layers compiled", lambda: step(model, batches[1]))
+    print(f"graphs for {BATCHES} batches: {counters['stats']['unique_graphs'] - before}")
+    attach(detach(model))
+    torch._dynamo.reset()
+    return losses
 
 
 def compile_alone(model: Any, batch: Batch) -> None:

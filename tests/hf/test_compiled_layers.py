@@ -1,0 +1,111 @@
+"""Layers compiled one by one, under what trainers put around a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from hf.test_one_graph import (
+    ONE_RUNG,
+    checkpointed,
+    collate,
+    examples_of,
+    fresh_dynamo,
+    model_of_depth,
+    step,
+    under_autocast,
+    with_lora,
+)
+from mrope import MRopeError
+from mrope.hf import attach, compile_layers, detach
+from mrope.hf.compiling import CompiledLoss
+from support.models import tiny_model
+
+# dynamo looks at the gradient of a layer's input, which is no leaf.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+FAMILY = "qwen3_vl"
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def in_ddp(model: Any) -> Any:
+    return DistributedDataParallel(model)
+
+
+def in_fsdp(model: Any) -> Any:
+    for layer in (*model.model.visual.blocks, *model.model.language_model.layers):
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+@pytest.mark.parametrize("make", [checkpointed, with_lora, under_autocast])
+def test_checkpointing_peft_and_autocast(make: Any) -> None:
+    model = make()
+    half = make is under_autocast
+    batches = [collate(FAMILY, examples_of(FAMILY, seed), None, ONE_RUNG) for seed in range(2)]
+    with fresh_dynamo() as counted, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        wanted = [step(model, dict(batch))[0] for batch in batches]
+        compile_layers(model, backend="aot_eager")
+        graphs = []
+        for batch, want in zip(batches, wanted, strict=True):
+            assert (step(model, dict(batch))[0] - want).abs() < (2e-2 if half else 1e-5)
+            graphs.append(counted["stats"]["unique_graphs"])
+        assert graphs[0] == graphs[1] > 3
+        assert not counted["graph_break"]
+
+
+@pytest.mark.parametrize("wrap", [in_ddp, in_fsdp])
+def test_wrappers_of_ranks(wrap: Any, one_rank: None) -> None:
+    model: Any = attach(model_of_depth(2, FAMILY))
+    batches = [collate(FAMILY, examples_of(FAMILY, seed), None, ONE_RUNG) for seed in range(2)]
+    wanted = [step(model, dict(batch)) for batch in batches]
+    with fresh_dynamo() as counted:
+        wrapped = wrap(compile_layers(model, backend="aot_eager"))
+        graphs = []
+        for batch, (want, grads) in zip(batches, wanted, strict=True):
+            loss, found = step(wrapped, dict(batch))
+            assert (loss - want).abs() < 1e-5
+            name = "model.language_model.layers.0.mlp.up_proj.weight"
+            grad: Any = found[f"module.{name}" if wrap is in_ddp else name]
+            grad = grad.full_tensor() if wrap is in_fsdp else grad
+            torch.testing.assert_close(grad, grads[name], rtol=0, atol=1e-5)
+            graphs.append(counted["stats"]["unique_graphs"])
+        assert graphs[0] == graphs[1] > 3
+
+
+def test_detach_undoes_it_and_the_loss_takes_a_count_of_tokens() -> None:
+    model: Any = attach(model_of_depth(2, FAMILY))
+    batch = collate(FAMILY, examples_of(FAMILY), None, ONE_RUNG)
+    before = {name: one.shape for name, one in model.state_dict().items()}
+    wanted = [model(**dict(batch), num_items_in_batch=count).loss for count in (50, 60)]
+    with fresh_dynamo() as counted:
+        compile_layers(model, backend="aot_eager")
+        assert {name: one.shape for name, one in model.state_dict().items()} == before
+        assert isinstance(model.loss_function, CompiledLoss)
+        graphs = []
+        for count, want in zip((50, 60), wanted, strict=True):
+            loss = model(**dict(batch), num_items_in_batch=count).loss
+            assert (loss - want).abs() < 1e-5
+            graphs.append(counted["stats"]["unique_graphs"])
+        assert graphs[0] == graphs[1]
+        detach(model)
+        assert not isinstance(model.loss_function, CompiledLoss)
+        layers = model.model.language_model.layers
+        assert all(layer._compiled_call_impl is None for layer in layers)
+
+
+def test_a_model_that_is_not_attached_is_refused() -> None:
+    with pytest.raises(MRopeError, match="is not attached"):
+        compile_layers(tiny_model(FAMILY))
