@@ -11,6 +11,7 @@ import torch
 from mrope.hf.attention import has_layers, undo_varlen, use_varlen
 from mrope.hf.methods import as_method_of, bind, copies, find_foreign, is_wrapper
 from mrope.hf.rows import row_of
+from mrope.hf.thinkers import text_model
 from mrope.hf.tower_layers import (
     AUDIO,
     FUSED,
@@ -41,9 +42,11 @@ def attending_parts(base: Any) -> Iterator[tuple[str, Any]]:
     """Yield name and module of the towers and the text model of a base model, and their copies."""
     # An audio tower that takes no tensors of the stage is run by the model's own forward.
     own = () if row_of(base.config.model_type).audio else ("audio_tower",)
-    for name in (*(one for one in _LAYERS if one not in own), "language_model"):
+    for name in (one for one in _LAYERS if one not in own):
         for part in copies(getattr(base, name)) if hasattr(base, name) else ():
             yield name, part
+    for part in copies(text_model(base)):
+        yield "language_model", part
 
 
 def choose_attention(name: str, part: Any, attention: Attention) -> None:

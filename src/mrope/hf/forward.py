@@ -24,6 +24,7 @@ from mrope.hf.inputs import is_precomputed, modalities_of, token_embeddings
 from mrope.hf.outputs import own_output
 from mrope.hf.rows import row_of
 from mrope.hf.scatter import deepstack_inputs, scatter_features
+from mrope.hf.thinkers import holds_head, text_to_run
 
 
 @can_return_tuple  # type: ignore[untyped-decorator]
@@ -57,4 +58,5 @@ def attached_forward(self: Any, **inputs: Any) -> Any:
     deltas = inputs.pop("rope_deltas", None)
     if deltas is not None:
         self.rope_deltas = deltas  # where transformers' generate looks for it
-    return own_output(self, row.text(self.language_model, embeds, inputs), encoded)
+    outputs = row.text(text_to_run(self, inputs), embeds, inputs)
+    return outputs if holds_head(self) else own_output(self, outputs, encoded)

@@ -21,6 +21,8 @@ from mrope.hf.linear import mix_segments
 from mrope.hf.methods import as_method_of, bind, find_foreign, foreign_on_instance
 from mrope.hf.rows import ROWS
 from mrope.hf.scatter import add_deepstack
+from mrope.hf.text import linear_mask
+from mrope.hf.thinkers import TEXT_MODELS, is_text_of_thinker, take_text_inputs
 from mrope.hf.towers import VISION_TOWERS
 
 # Methods of a base model that its attached forward does not call: it calls the towers itself.
@@ -55,7 +57,7 @@ def is_base(module: torch.nn.Module) -> bool:
     """Whether a module is a base model of a known family."""
     # In `_modules`: models around the base model, and wrappers, pass its attributes on.
     children = module._modules.keys()  # noqa: SLF001 - no public name
-    if "language_model" not in children or children.isdisjoint(VISION_TOWERS):
+    if children.isdisjoint(TEXT_MODELS) or children.isdisjoint(VISION_TOWERS):
         return False
     return getattr(getattr(module, "config", None), "model_type", None) in ROWS
 
@@ -86,6 +88,8 @@ def _defining(method: str) -> Callable[[torch.nn.Module], bool]:
 PATCHES = (
     Patch(is_base, attached_forward, by_name=True),
     Patch(_defining("_deepstack_process"), add_deepstack, "_deepstack_process"),
+    # Up to 5.21 a thinker holds its head itself.
+    Patch(is_text_of_thinker, take_text_inputs, calls_own=True, by_name=True),
     # Behind the towers of PaddleOCR-VL, ERNIE-4.5-VL and MiniCPM-V, and within the last one.
     Patch(_made_of("pre_norm", "linear_1", "act", "linear_2", merges=True), merge_patches),
     Patch(_made_of("spatial_linear", "temporal_linear", "mlp", "after_norm"), pair_frames),
@@ -94,6 +98,7 @@ PATCHES = (
         _made_of("self_attn", "layer_norm1", "pre_norm", "linear_1", "act", "linear_2"),
         merge_windows,
     ),
+    Patch(_defining("_update_linear_attn_mask"), linear_mask, "_update_linear_attn_mask"),
     # In text models: ERNIE's experts, linear attention, Qwen4-Exp's indexer and GLM-5-Next's.
     Patch(_holding("text_moe", "vision_moe"), route),
     Patch(

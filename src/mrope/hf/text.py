@@ -8,12 +8,14 @@ a host bool, and given as a dict.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers.masking_utils import (
+    bidirectional_mask_function,
     create_causal_mask,
     create_sliding_window_causal_mask,
     packed_sequence_mask_function,
@@ -27,6 +29,13 @@ from mrope.hf.varlen import can_attend
 
 Masks = Callable[[Any, torch.Tensor, torch.Tensor | None, Any], Any]
 
+# What lets transformers make a mask without asking first whether it is needed, a sync: since 5.15 an
+# argument, before it a function of ours, which hides nothing.
+_ASKS_NOTHING: dict[str, Any] = (
+    {"allow_is_causal_skip": False}
+    if "allow_is_causal_skip" in inspect.signature(create_causal_mask).parameters
+    else {"and_mask_function": bidirectional_mask_function}
+)
 # Layers that multiply their input by the mask, (B, S), and attend to nothing.
 _MULTIPLIED = ("conv", "linear_attention")
 
@@ -42,7 +51,34 @@ def run_rope(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
         mask = causal_mask(text.config, embeds, mask, cache_of(inputs))
         if mask is None and cache_of(inputs) is None and text.mrope_attention == "varlen":
             inputs[ONLY_CAUSAL] = True
+    mask = _as_taken(text, mask)
     return text(input_ids=None, inputs_embeds=embeds, attention_mask=mask, **inputs)
+
+
+def _as_taken(text: Any, mask: Any) -> Any:
+    """Return masks by kind of layer as one tensor where the text model takes no dict: up to 5.12."""
+    if not isinstance(mask, dict) or not hasattr(text, "_update_linear_attn_mask"):
+        return mask
+    full = mask["full_attention"]
+    if full is not None:
+        full.mrope_linear_mask = mask["linear_attention"]
+    return full
+
+
+def linear_mask(self: Any, attention_mask: torch.Tensor | None, cache: Any) -> torch.Tensor | None:
+    """Return the mask of linear layers; replaces `_update_linear_attn_mask`, which asks the device.
+
+    Args:
+        self: the text model.
+        attention_mask: (B, 1, S, keys), made by `causal_mask`; any other: the model's own method.
+        cache: key-value cache, or None.
+    """
+    if hasattr(attention_mask, "mrope_linear_mask"):
+        made: torch.Tensor | None = attention_mask.mrope_linear_mask
+        return made
+    own: Any = type(self)._update_linear_attn_mask  # noqa: SLF001 - the method that this one replaces
+    result: torch.Tensor | None = own(self, attention_mask, cache)
+    return result
 
 
 def run_plain(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
@@ -86,7 +122,7 @@ def causal_mask(
         return padding_mask
     # With the skip allowed, transformers reduces the mask to learn whether it is needed: a sync.
     # It is needed: the caller passes a padding mask only if the worker found padding.
-    full = create_causal_mask(config, embeds, padding_mask, cache, allow_is_causal_skip=False)
+    full = create_causal_mask(config, embeds, padding_mask, cache, **_ASKS_NOTHING)
     # Linear layers multiply their input by the 2-D mask. Given a dict, the text model uses it as
     # it is; building it itself, it would ask first whether the mask is all ones: a sync.
     return _by_layer(config, full, padding_mask.contiguous())
@@ -170,7 +206,8 @@ def _mask(
     make = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
     if is_flash(config) and kind == "full_attention":
         return padding_mask
-    made: torch.Tensor | None = make(config, embeds, padding_mask, cache, allow_is_causal_skip=skip)
+    asks = {} if skip else _ASKS_NOTHING
+    made: torch.Tensor | None = make(config, embeds, padding_mask, cache, **asks)
     return made
 
 

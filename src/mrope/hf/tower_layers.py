@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +45,8 @@ class TowerLayer:
         """Return this description with the functions of a layer's modelling file."""
         module = modelling_of(layer)
         rotate = getattr(module, "apply_rotary_pos_emb_vision", None)
+        if rotate is not None and len(inspect.signature(rotate).parameters) == 2:
+            rotate = partial(_rotate_by_angles, rotate)
         return replace(self, rotate=rotate, attend=module.eager_attention_forward)
 
     def describes(self, layer: torch.nn.Module) -> bool:
@@ -50,6 +54,13 @@ class TowerLayer:
         # A wrapper has its copy's attributes, but not its modules.
         children = layer._modules.keys()  # noqa: SLF001 - no public name
         return children == {*self.inputs, *self.norms, self.output} and hasattr(layer, self.scale)
+
+
+def _rotate_by_angles(
+    rotate: Any, query: torch.Tensor, key: torch.Tensor, angles: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Rotate by a function of one tensor (1, N, heads, d): Qwen2.5-Omni's up to 5.17."""
+    return tuple(rotate(one[None], angles)[0] for one in (query, key))
 
 
 FUSED = TowerLayer(("qkv",), "proj")
@@ -93,11 +104,15 @@ def tower_forward(
         return type(self).forward(self, hidden_states, cu_seqlens, **kwargs)
     parts: TowerLayer = self.mrope_parts
     # Flash attention's argument; the other implementations would not know it.
-    kwargs.pop("max_seqlen", None)
+    for longest in ("max_seqlen", "max_window_seqlen"):
+        kwargs.pop(longest, None)
     # Towers have none for the whole batch; some pass the argument on.
     kwargs.pop("attention_mask", None)
     # GLM-Image's tower, whose layers are built as others', adds its positions before them.
     rotary = kwargs.pop("position_embeddings", None) if parts.rotary else None
+    # Qwen2.5-Omni's tower up to 5.17 gives the angles alone, up to 5.9 by this name.
+    angles = kwargs.pop("rotary_pos_emb", rotary)
+    rotary = (angles,) if isinstance(angles, torch.Tensor) else rotary
     heads = _project(self, parts, hidden_states, rotary)
     kwargs["scaling"] = getattr(self, parts.scale)
     kwargs["dropout"] = getattr(self, parts.dropout, 0.0) if self.training else 0.0
@@ -112,7 +127,7 @@ def _project(
     layer: Any,
     parts: TowerLayer,
     hidden_states: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    rotary: tuple[torch.Tensor, ...] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return query, key and value, each (N, heads, dimension), from hidden states (N, hidden)."""
     tokens = hidden_states.shape[-2]

@@ -12,6 +12,7 @@ from mrope.collate.padding import PaddingCollator
 from mrope.columns import count_key, tower_key
 from mrope.errors import MRopeError
 from mrope.hf.attaching import attach, base_model, detach
+from mrope.hf.thinkers import text_model
 from mrope.proof.shrunken import build_model, shrink_config
 from mrope.proof.tiny_examples import tiny_examples
 from mrope.spec.references import resolve_reference
@@ -31,8 +32,9 @@ FAILURES = (
     TypeError,
     ValueError,
 )
-# Frames that attend in one call, and merged projections, round differently in float32.
-_TOLERANCE = 1e-4
+# Frames that attend in one call, and merged projections, round differently in float32, which the
+# gated delta nets of releases before 5.15 amplify to 2e-4 in a gradient.
+_TOLERANCE = 3e-4
 _MEL_FRAMES = (95, 131, 260)
 
 Batch = dict[str, Any]
@@ -69,6 +71,9 @@ def default_model(family: str) -> Any:
         # The default configs of the Omni thinkers have no vision start marker, MiniCPM-V's no ids.
         if getattr(config, name, None) is None:
             setattr(config, name, value)
+    if family == "qwen3_omni_moe_thinker":
+        # As its checkpoints have, and as its get_rope_index takes for granted up to 5.12.
+        config.audio_config.n_window = 50
     autos = (AutoModelForImageTextToText, AutoModelForTextToWaveform)
     known = [auto._model_mapping for auto in autos]  # noqa: SLF001 - no public name
     # No auto class has GLM-Image.
@@ -113,7 +118,7 @@ def compare_packing(model: Any) -> Outcome:
     specs = _specs(model)
     spec, vision, audio = specs
     what = f"a small {type(model).__name__} on padded and on flattened batches"
-    layers = getattr(base_model(model).language_model.config, "layer_types", None) or ()
+    layers = getattr(text_model(base_model(model)).config, "layer_types", None) or ()
     # Linear layers keep borders only through kernels, and raise where these are not installed.
     modes = ("attached",) if "linear_attention" in layers else ("plain", "attached")
     for media in _media(spec):

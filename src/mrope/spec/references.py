@@ -103,20 +103,20 @@ _COMPARED: dict[str, tuple[Era, ...]] = {
 
 VISION_READ_SINCE: dict[str, Release] = {
     "cu_seqlens": (5, 9),
-    "max_seqlen": (5, 15),
+    "max_seqlen": (5, 9),
     "position_ids": (5, 9),
     "window_index": (5, 9),
     "cu_window_seqlens": (5, 9),
-    "max_window_seqlen": (5, 15),
-    "interp_indices": (5, 15),
-    "interp_weights": (5, 15),
+    "max_window_seqlen": (5, 9),
+    "interp_indices": (5, 9),
+    "interp_weights": (5, 9),
 }
 """First release whose vision towers read each tensor; source: docs/batch.md.
 
 A later release that ignored one would compute it again: slower, not wrong. `attach` compares.
 """
 
-AUDIO_READ_SINCE: Release = (5, 23)
+AUDIO_READ_SINCE: Release = (5, 9)
 """First release whose audio towers are known to read every tensor."""
 
 
