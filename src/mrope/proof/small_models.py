@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -96,17 +97,20 @@ def compare_steps(model: object) -> Outcome:
         Exception: one of `FAILURES`, from the unmodified model: nothing was compared.
     """
     what = f"steps of a small {type(model).__name__}, plain and attached"
-    collators = _specs(model)
-    for media in _media(collators[0]):
-        plain = _plain_batch(model, collators, media)
-        vision, audio = collators[1:]
-        stage = MRopeCollator(_return(plain), collators[0], vision, audio=audio)
-        staged = stage(None)
-        theirs = _step(model, plain)
+    for plain, staged in staged_batches(model):
+        theirs = take_step(model, plain)
         difference = _try_step(model, staged, theirs, attached=True)
         if difference is not None:
             return False, f"{what}, differ: {difference}"
     return True, f"{what}: logits, loss and gradients are equal"
+
+
+def staged_batches(model: Any) -> Iterator[tuple[Batch, Batch]]:
+    """Yield a batch of each kind of media that a model takes together, without and with the stage."""
+    spec, vision, audio = _specs(model)
+    for media in _media(spec):
+        plain = _plain_batch(model, (spec, vision, audio), media)
+        yield plain, dict(MRopeCollator(_return(plain), spec, vision, audio=audio)(None))
 
 
 def compare_packing(model: Any) -> Outcome:
@@ -125,7 +129,7 @@ def compare_packing(model: Any) -> Outcome:
         # Of a row padded on the left, the first token counts in the loss too, predicted by padding.
         given = _return(_plain_batch(model, specs, media, "right"))
         flat = MRopeCollator(given, spec, vision, audio=audio, packing="flatten")(None)
-        theirs = _step(model, MRopeCollator(given, spec, vision, audio=audio)(None))
+        theirs = take_step(model, MRopeCollator(given, spec, vision, audio=audio)(None))
         for mode in modes:
             difference = _try_step(model, flat, theirs, attached=mode == "attached")
             if difference is not None:
@@ -202,7 +206,7 @@ def _return(batch: Batch) -> Any:
     return lambda _: dict(batch)
 
 
-def _step(model: Any, batch: Batch) -> Step:
+def take_step(model: Any, batch: Batch) -> Step:
     """Return logits of valid tokens and the loss, and the gradient of every parameter."""
     model.zero_grad()
     output = model(**batch)
@@ -223,9 +227,9 @@ def _try_step(model: Any, batch: Batch, expected: Step, attached: bool) -> str |
     """Run a step; describe the first difference from the expected one, or what was raised."""
     try:
         if not attached:
-            return _difference(_step(model, batch), expected)
+            return _difference(take_step(model, batch), expected)
         # Not strict: whatever the class has become, it is compared.
-        ours = _step(attach(model, strict=False), batch)
+        ours = take_step(attach(model, strict=False), batch)
         detach(model)
     except FAILURES as error:
         return f"the {'attached' if attached else 'plain'} model raised {describe_error(error)}"
