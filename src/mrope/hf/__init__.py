@@ -12,6 +12,7 @@ trainer. No other wing does, except through these.
 from mrope.guard.sync_places import SyncPlace
 from mrope.guard.sync_report import SyncReport
 from mrope.hf.attaching import attach, compile_layers, detach, explain_attention
+from mrope.hf.equip import equip
 from mrope.hf.generation import for_generate
 from mrope.hf.rope_deltas import drop_rope_deltas, keep_rope_deltas
 
@@ -22,6 +23,7 @@ __all__ = [
     "compile_layers",
     "detach",
     "drop_rope_deltas",
+    "equip",
     "explain_attention",
     "for_generate",
     "keep_rope_deltas",

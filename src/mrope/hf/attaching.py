@@ -69,7 +69,7 @@ def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> 
     _refuse_wrapped(model)
     _refuse_prompts(model)
     base = base_model(model)
-    if _is_attached(base):
+    if is_attached(base):
         raise MRopeError(
             f"{type(base).__name__} already has a forward of its own on the instance: it is "
             "attached; detach it first"
@@ -187,8 +187,9 @@ _OWNERS: WeakSet[_Owner] = WeakSet()
 _FILL_THE_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
 
 
-def _is_attached(base: torch.nn.Module) -> bool:
-    return "mrope_owner" in vars(base)
+def is_attached(model: torch.nn.Module) -> bool:
+    """Whether a model, or the base model inside it, is attached."""
+    return "mrope_owner" in vars(base_model(model))
 
 
 def _attached_base(model: torch.nn.Module) -> Any:
@@ -198,7 +199,7 @@ def _attached_base(model: torch.nn.Module) -> Any:
         MRopeError: the model is not attached.
     """
     base = base_model(model)
-    if not _is_attached(base):
+    if not is_attached(base):
         raise MRopeError(f"{type(base).__name__} is not attached")
     return base
 

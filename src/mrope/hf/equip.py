@@ -1,0 +1,198 @@
+"""`equip(trainer)`: the stage in a trainer object, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+import transformers
+
+from mrope.collate.collator import Collate, MRopeCollator
+from mrope.errors import MRopeError
+from mrope.hf.attaching import attach, base_model, explain_attention, is_attached
+from mrope.hf.attention_choice import Attention
+from mrope.hf.thinkers import text_model
+from mrope.spec.spec import MRopeSpec
+from mrope.towers import AudioSpec, VisionSpec
+
+AnyTrainer = TypeVar("AnyTrainer")
+
+
+def equip(
+    trainer: AnyTrainer, *, attention: Attention = "auto", quiet: bool = False, **stage: Any
+) -> AnyTrainer:
+    """Put the stage into a transformers `Trainer` or a subclass, before `trainer.train()`.
+
+    - Its collator is wrapped in a `MRopeCollator`, with tensors for the towers that the model has.
+      transformers' default one, which stacks rows of equal length, gives way to a padding one.
+    - Its model is attached, and its reference model, if it has one: see `mrope.hf.attach`.
+    - Settings that make it sync are changed: batches are copied without blocking, losses are not
+      searched for NaN, and batches of an iterable dataset are not dispatched by one rank.
+
+    What was done, and what is left that syncs, is printed in five lines by the first rank.
+
+    Args:
+        trainer: made, but not trained yet.
+        attention: as of `attach`.
+        quiet: do not print.
+        stage: options of `MRopeCollator`: `packing`, `shapes`, `on_error`.
+
+    Returns:
+        `trainer` itself.
+
+    Raises:
+        MRopeError: positions would be computed twice, or otherwise than the model does: the trainer
+            makes its batches behind its collator, or a new model when it trains; its collator
+            numbers tokens, or is a `MRopeCollator` for another model; batches are cut on their
+            first dimension. And whatever `attach` refuses.
+    """
+    made: Any = trainer
+    _refuse_trainer(made)
+    base = base_model(made.model)
+    _refuse_late(made)
+    inner = made.data_collator
+    collate = _make_collator(made, base.config, stage)
+    models = list(_models(made))
+    for model in models:
+        if not is_attached(model):
+            attach(model, attention=attention)
+    made.data_collator = collate
+    changed = _apply_settings(made)
+    if not quiet and made.is_world_process_zero():
+        print(_describe(made, inner, models, changed, list(_left(made, base))))
+    return trainer
+
+
+def _models(trainer: Any) -> Iterator[torch.nn.Module]:
+    """Yield the model that is trained, and the frozen one that TRL's trainers compare it with."""
+    yield trainer.model
+    reference = getattr(trainer, "ref_model", None)
+    if reference is not None and reference is not trainer.model:
+        yield reference
+
+
+def _refuse_trainer(trainer: Any) -> None:
+    """Raise for a trainer whose batches, or whose model, are not those that it holds."""
+    name = type(trainer).__name__
+    if not isinstance(trainer, transformers.Trainer):
+        raise MRopeError(f"equip takes a transformers Trainer or a subclass, not {name}")
+    if hasattr(trainer, "_generate_and_score_completions"):
+        raise MRopeError(
+            f"{name} makes its batches behind its collator, from what the model answers: number "
+            "them there, by mrope.extend"
+        )
+    if trainer.model_init is not None:
+        raise MRopeError(
+            f"{name} makes a new model by model_init when it trains: attach it in that function, "
+            "and wrap the collator by MRopeCollator"
+        )
+
+
+def _refuse_late(trainer: Any) -> None:
+    if trainer.model_wrapped is not trainer.model:
+        raise MRopeError(
+            f"too late: {type(trainer).__name__} has wrapped its model already; call equip before "
+            "train"
+        )
+    loader = trainer.accelerator.dataloader_config
+    if trainer.args.n_gpu > 1 or loader.split_batches or loader.dispatch_batches:
+        raise MRopeError(
+            "batches would be cut on their first dimension, which positions have axes on: start "
+            "one process for each GPU, without split_batches and dispatch_batches"
+        )
+
+
+def _make_collator(trainer: Any, config: Any, stage: dict[str, Any]) -> MRopeCollator:
+    """Return the trainer's collator within the stage; one that is a stage already as it is."""
+    spec, vision = MRopeSpec.from_config(config), VisionSpec.from_config(config)
+    has_audio = "audio_seqlens" in spec.family_row.inputs
+    audio = AudioSpec.from_config(config) if has_audio else None
+    inner: Collate | None = trainer.data_collator
+    if isinstance(inner, MRopeCollator):
+        _refuse_other_model(inner, (spec, vision, audio), stage)
+        return inner
+    if getattr(inner, "return_position_ids", False) or getattr(inner, "padding_free", False):
+        raise MRopeError(
+            f"{_name(inner)} numbers tokens itself: turn its padding_free off, and give equip "
+            "packing='flatten'"
+        )
+    inner = None if inner is transformers.default_data_collator else inner
+    return MRopeCollator(inner, spec, vision, audio=audio, **stage)
+
+
+def _refuse_other_model(
+    collate: MRopeCollator,
+    wanted: tuple[MRopeSpec, VisionSpec, AudioSpec | None],
+    stage: dict[str, Any],
+) -> None:
+    """Raise for a stage of the user's that does not give what the model takes."""
+    if stage:
+        raise MRopeError(
+            f"the trainer's collator is a MRopeCollator already: give {', '.join(stage)} to that"
+        )
+    given = (collate.spec, collate.vision, collate.audio)
+    for name, one, other in zip(("spec", "vision", "audio"), given, wanted, strict=True):
+        if one != other:
+            raise MRopeError(
+                f"the trainer's collator is a MRopeCollator with {name}={one}, but its model has "
+                f"{other}"
+            )
+
+
+def _apply_settings(trainer: Any) -> list[str]:
+    """Change what makes a trainer sync; return the settings as they are now."""
+    loader, args = trainer.accelerator.dataloader_config, trainer.args
+    changed = []
+    if not loader.non_blocking:
+        loader.non_blocking = args.accelerator_config.non_blocking = True
+        changed.append("accelerator_config.non_blocking=True")
+    if args.logging_nan_inf_filter:
+        args.logging_nan_inf_filter = False
+        changed.append("logging_nan_inf_filter=False")
+    iterable = torch.utils.data.IterableDataset
+    if loader.dispatch_batches is None and isinstance(trainer.train_dataset, iterable):
+        loader.dispatch_batches = args.accelerator_config.dispatch_batches = False
+        changed.append("accelerator_config.dispatch_batches=False")
+    return changed
+
+
+def _left(trainer: Any, base: Any) -> Iterator[str]:
+    """Yield what still syncs and is the user's to change."""
+    args = trainer.args
+    if not args.dataloader_pin_memory:
+        yield "dataloader_pin_memory=False makes each copy of a tensor wait"
+    if args.logging_steps < 10:
+        yield f"logging_steps={args.logging_steps:g} reads two numbers at each log"
+    if args.include_num_input_tokens_seen not in ("no", False):
+        yield "include_num_input_tokens_seen reads a number at each step"
+    if type(trainer).compute_loss is not transformers.Trainer.compute_loss:
+        owner = next(one for one in type(trainer).__mro__ if "compute_loss" in vars(one))
+        yield f"compute_loss of {owner.__name__} may read metrics at each step"
+    flash = text_model(base).mrope_attention == "flash"
+    if flash and trainer.data_collator.packing is None:
+        yield "flash attention unpads padded rows by a mask: give equip packing='flatten'"
+
+
+def _describe(
+    trainer: Any, inner: Any, models: list[torch.nn.Module], changed: list[str], left: list[str]
+) -> str:
+    """Return five lines: the trainer, and what was done to its collator, model and settings."""
+    collate = trainer.data_collator
+    towers = "vision and audio" if collate.audio else "vision"
+    names = " and ".join(dict.fromkeys(type(one).__name__ for one in models))
+    attention = explain_attention(trainer.model).replace("\n", "; ")
+    return "\n".join(
+        (
+            f"mrope.hf.equip: {type(trainer).__name__}",
+            f"  collator: {_name(inner)}, with positions of {collate.spec.family} as "
+            f"{collate.spec.reference} and tensors of the {towers} tower",
+            f"  model: {names} attached; {attention}",
+            f"  settings: {', '.join(changed) or 'none changed'}",
+            f"  still syncs: {'; '.join(left) or 'nothing known'}",
+        )
+    )
+
+
+def _name(collate: Any) -> str:
+    return getattr(collate, "__name__", type(collate).__name__)
