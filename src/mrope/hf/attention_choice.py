@@ -102,7 +102,8 @@ def _choose_attention(part: Any, attention: Attention) -> tuple[str, str]:
     implementation = part.config._attn_implementation or "sdpa"  # noqa: SLF001 - no public name
     if "flash" in implementation:
         return "flash", f"the model was built with {implementation}"
-    if has_layers(part.config, "indexed_attention"):
+    # By its name up to 5.17, and since.
+    if any(has_layers(part.config, f"{kind}_attention") for kind in ("qwen_sparse", "indexed")):
         return "segments", "its indexer selects tokens by a mask, which the kernel does not take"
     if getattr(part.config, "attention_dropout", 0):
         # Told or not: in training neither mask nor kernel would keep the examples of a row apart.

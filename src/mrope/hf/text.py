@@ -170,8 +170,7 @@ def _by_layer(config: Any, full: Any, linear: torch.Tensor | None) -> Any:
     """Return the mask of each kind of layer, for text models with linear layers; else the mask."""
     if not has_layers(config, "linear_attention"):
         return full
-    kind = "indexed_attention" if has_layers(config, "indexed_attention") else "full_attention"
-    return {kind: full, "linear_attention": linear}
+    return {kind: linear if kind == "linear_attention" else full for kind in config.layer_types}
 
 
 def text_masks(

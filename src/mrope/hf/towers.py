@@ -232,7 +232,9 @@ def encode_codes(self: Any, inputs: Tensors) -> dict[str, Encoded]:
     known["cu_seqlens"] = given_borders(cu_seqlens, borders, reads=True)
     output = tower(pixels, grid_thw=taken["source_grids"], return_dict=True, **known)
     sizes = taken["grid_sizes"]
-    patches = torch.split(output.pooler_output, [t * h * w for t, h, w in sizes])
+    # The tower of releases before 5.15 returns what comes out of its layers alone.
+    features = output.last_hidden_state if output.pooler_output is None else output.pooler_output
+    patches = torch.split(features, [t * h * w for t, h, w in sizes])
     # (frames * hidden, height, width) of each image, as the codebook takes them.
     output.pooler_output = [
         one.view(*size, -1).permute(0, 3, 1, 2).flatten(0, 1).contiguous()

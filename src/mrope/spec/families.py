@@ -355,7 +355,7 @@ FAMILIES: dict[str, Family] = {
 _PLAIN = Family(
     one_dimensional=True,
     packs=False,
-    references=("transformers-5.23",),
+    references=_SINCE_5_6,
     start_keys=(),
     tower=_ROTARY,
 )

@@ -116,6 +116,9 @@ VISION_READ_SINCE: dict[str, Release] = {
 A later release that ignored one would compute it again: slower, not wrong. `attach` compares.
 """
 
+# Releases whose tower interpolates its table from corner to corner, as no other of the family does.
+_TO_CORNERS: dict[str, Era] = {"paddleocr_vl": ((5, 15), (5, 22))}
+
 AUDIO_READ_SINCE: Release = (5, 9)
 """First release whose audio towers are known to read every tensor."""
 
@@ -157,6 +160,15 @@ def describe_known(feature: str) -> str:
     """Return the newest release (major.minor) with which a feature was compared."""
     _, last = _COMPARED[feature][-1]
     return ".".join(map(str, last))
+
+
+def interpolates_to_corners(family: str) -> bool:
+    """Whether the family's tower in the installed transformers interpolates to corners; see there."""
+    version = installed_transformers()
+    if version is None or family not in _TO_CORNERS:
+        return False
+    first, last = _TO_CORNERS[family]
+    return first <= as_release(version) <= last
 
 
 def borders_reach_the_tower(version: str) -> bool:

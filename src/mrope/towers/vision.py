@@ -345,6 +345,11 @@ PRODUCTS: dict[str, Product] = {
         lambda spec, sizes: table_taps(sizes, 1, spec.table_side, corners=False),
         needs="table_side",
     ),
+    "raster_table_to_corners": Product(
+        ("interp_indices", "interp_weights"),
+        lambda spec, sizes: table_taps(sizes, 1, spec.table_side),
+        needs="table_side",
+    ),
     "windows": Product(
         ("window_index", "cu_window_seqlens", "max_window_seqlen"),
         lambda spec, sizes: window_order(sizes, spec.spatial_merge_size, spec.window_side),

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mrope.columns import Columns
 from mrope.errors import MRopeError
 from mrope.spec.families import FAMILIES, ONE_DIMENSIONAL, Tower, find_family
 from mrope.spec.model_config import read_int, read_model, read_tower
-from mrope.spec.references import VISION_READ_SINCE, as_release, installed_transformers
+from mrope.spec.references import (
+    VISION_READ_SINCE,
+    as_release,
+    installed_transformers,
+    interpolates_to_corners,
+)
 from mrope.towers.vision import PRODUCTS, products_of
 
 # Names of one value in the configs of different families.
@@ -145,7 +150,7 @@ def _read_table_side(vision: Columns, where: str, tower: Tower) -> int:
 
     A table in raster order has one entry per patch of the training image size.
     """
-    if not {"raster_table", "nearest"}.isdisjoint(tower.tensors):
+    if not {"raster_table", "raster_table_to_corners", "nearest"}.isdisjoint(tower.tensors):
         image, patch = (read_int(vision, (key,), where, 1) for key in ("image_size", "patch_size"))
         return image // patch
     # A square table: the config holds the number of its entries.
@@ -166,4 +171,7 @@ def _find_tower(name: object) -> tuple[str, Tower]:
             f"model_type {name!r} has no vision tower whose tensors mrope computes; "
             f"known: {', '.join(known)}"
         )
+    if interpolates_to_corners(family):
+        names = {"raster_table": "raster_table_to_corners"}
+        tower = replace(tower, tensors=tuple(names.get(one, one) for one in tower.tensors))
     return family, tower
