@@ -1,6 +1,6 @@
 """Read when the host works, when it syncs and when the GPU computes, from a profiler trace.
 
-`record_timeline` profiles steps; `tests/measure/record_timeline.py` writes the timelines of a config,
+`record_timeline` profiles steps; `tests/measure/peers/ours.py` records those of a case of its table,
 and `tests/support/pictures.py` draws them.
 """
 

@@ -2,8 +2,9 @@
 
     PYTHONPATH=src:tests python tests/support/pictures.py
 
-Writes docs/pictures/: positions.svg, ladder.svg, and timeline-NAME.svg for every
-docs/benchmarks/timeline-NAME.json, which `tests/measure/record_timeline.py` wrote on a GPU. Text stays text, and colours follow the reader's light or dark page.
+Writes docs/pictures/: positions.svg, ladder.svg, peers.svg of the table of `measure.peers`, and
+timeline-NAME.svg for every docs/benchmarks/timeline-NAME.json of that run. Text stays text, and colours
+follow the reader's light or dark page.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from typing import Any
 import numpy as np
 
 from measure.mix import make_mix
+from measure.peers.table import CASES, PEERS, read_cells
 from mrope import MRopeSpec, Shapes, rope_index
 from mrope.spec import example_config
 
 DOCS = Path(__file__).parents[2] / "docs"
 FOLDER = DOCS / "pictures"
 WIDTH = 560
+# As wide as the text of a page, for pictures with much detail along time.
+WIDE = 800
 BATCHES = 2000
 STYLE = """
 text { font: 14px sans-serif; fill: #333 }
@@ -35,8 +39,9 @@ text { font: 14px sans-serif; fill: #333 }
 .height { stroke: #c84e00; fill: #c84e00 }
 .width { stroke: #00805c; fill: #00805c }
 .line { fill: none !important }
-.host { fill: #7c9cc4 }
-.back { fill: #a9bfdb }
+.peer { fill: #8a97a8 }
+.host { fill: #3f6fb5 }
+.back { fill: #b9a3d9 }
 .sync { fill: #d43a2f }
 .gpu { fill: #00805c }
 @media (prefers-color-scheme: dark) {
@@ -45,8 +50,9 @@ text { font: 14px sans-serif; fill: #333 }
   .time { stroke: #5cb3f5; fill: #5cb3f5 }
   .height { stroke: #f59350; fill: #f59350 }
   .width { stroke: #3fcf9f; fill: #3fcf9f }
-  .host { fill: #5577a5 }
-  .back { fill: #3f5878 }
+  .peer { fill: #77859a }
+  .host { fill: #6f9fe0 }
+  .back { fill: #7d63a8 }
   .sync { fill: #ff6b5e }
   .gpu { fill: #3fcf9f }
 }
@@ -56,8 +62,8 @@ text { font: 14px sans-serif; fill: #333 }
 class Picture:
     """Collects shapes of a picture; coordinates are rounded to tenths."""
 
-    def __init__(self, height: int, title: str) -> None:
-        self.height, self.title = height, title
+    def __init__(self, height: int, title: str, width: int = WIDTH) -> None:
+        self.height, self.title, self.width = height, title, width
         self.parts: list[str] = []
 
     def add(self, tag: str, css: str, content: str = "", **numbers: Any) -> None:
@@ -80,8 +86,8 @@ class Picture:
 
     def svg(self) -> str:
         head = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" '
-            f'width="{WIDTH}" height="{self.height}" role="img">\n<title>{self.title}</title>\n'
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
+            f'width="{self.width}" height="{self.height}" role="img">\n<title>{self.title}</title>\n'
         )
         return head + f"<style>{STYLE}</style>\n" + "\n".join(self.parts) + "\n</svg>\n"
 
@@ -211,20 +217,28 @@ def _ticks(last: float) -> list[int]:
     return list(range(0, int(last) + 1, step))
 
 
+# A variant of the recorded timeline, and what a reader calls it.
+_LABELS = {
+    "transformers, sdpa": "transformers 5.24, sdpa",
+    "attached": "attached",
+    "attached, one graph": "attached, one graph",
+}
+
+
 def draw_timeline(table: dict[str, Any]) -> Picture:
     """Draw, for each variant, what host and GPU did in the recorded steps, all on one scale."""
     variants = table["variants"]
     last = max(one["gpu"][-1][1] for one in variants.values())
-    picture = Picture(
-        70 + 96 * len(variants), "Host and GPU in training steps, with syncs and without"
-    )
-    left, scale = 44.0, 510 / last
+    title = "Host and GPU in training steps, with syncs and without"
+    picture = Picture(70 + 96 * len(variants), title, WIDE)
+    left, wide = 44.0, WIDE - 50
+    scale = wide / last
     x = left
     for css, words in (
-        ("host", "forward"),
-        ("back", "backward, replay"),
+        ("host", "host: forward"),
+        ("back", "host: backward"),
         ("sync", "sync"),
-        ("gpu", "GPU busy"),
+        ("gpu", "GPU computes"),
     ):
         picture.rect(css, x, 6.0, 14.0, 14.0)
         picture.text(x + 20, 18, words)
@@ -232,11 +246,11 @@ def draw_timeline(table: dict[str, Any]) -> Picture:
     y = 36.0
     for name, one in variants.items():
         idle = f"{one['step_ms']:.0f} ms a step, GPU idle {100 * one['gpu_idle_share']:.0f} %"
-        picture.text(left, y + 16, f"{name}: {idle}")
+        picture.text(left, y + 16, f"{_LABELS[name]}: {idle}")
         picture.text(left - 6, y + 40, "host", "small", "end")
         picture.text(left - 6, y + 68, "GPU", "small", "end")
         for start, end, what in one["host"]:
-            css = "back" if what in ("backward", "replay") else "host"
+            css = "back" if what == "backward" else "host"
             picture.rect(css, left + start * scale, y + 24, max((end - start) * scale, 1.0), 22.0)
         # Syncs may be much shorter than a pixel, and are to be seen.
         _draw_shares(picture, "sync", one["syncs"], (left, y + 24), scale, least=4)
@@ -248,10 +262,10 @@ def draw_timeline(table: dict[str, Any]) -> Picture:
         corner = (left, y + 74 - height)
         _draw_shares(picture, "gpu", one["gpu"], corner, scale, least=1, height=height)
         y += 96
-    picture.line("axis", (left, y - 8), (left + 510, y - 8))
+    picture.line("axis", (left, y - 8), (left + wide, y - 8))
     for at in _ticks(last):
         picture.text(left + at * scale, y + 10, str(at), "small", "middle")
-    picture.text(left + 510, y + 28, "milliseconds", "small", "end")
+    picture.text(left + wide, y + 28, "milliseconds", "small", "end")
     return picture
 
 
@@ -265,9 +279,9 @@ def _draw_shares(
     height: float = 22.0,
 ) -> None:
     """Draw a lane in columns of a pixel, as opaque as the share of its time that is covered."""
-    covered = np.zeros(512)
+    covered = np.zeros(WIDE)
     for start, end, _ in intervals:
-        first, stop = start * scale, min(end * scale, 511.0)
+        first, stop = start * scale, min(end * scale, WIDE - 1.0)
         for column in range(int(first), int(stop) + 1):
             covered[column] += max(0.0, min(stop, column + 1) - max(first, column))
     levels = np.where(covered > 0, np.clip(np.ceil(covered * 10), least, 10), 0).astype(int)
@@ -279,9 +293,37 @@ def _draw_shares(
         column += count
 
 
+def draw_peers() -> Picture:
+    """Draw the milliseconds of a step of each peer on each case, ours in colour."""
+    cells = read_cells()
+    most = max(cells[case, peer].ms for case in CASES for peer in PEERS if (case, peer) in cells)
+    picture = Picture(44 + len(CASES) * (44 + 21 * len(PEERS)), "Milliseconds of a step", WIDE)
+    left, top = 176.0, 34.0
+    scale = (WIDE - left - 190) / most
+    picture.text(2, 18, "Milliseconds of a training step, in brackets its syncs; shorter is better")
+    for case, words in CASES.items():
+        picture.text(left, top + 24, words)
+        top += 34
+        for peer, name in PEERS.items():
+            cell = cells.get((case, peer))
+            picture.text(left - 8, top + 14, name, "small", "end")
+            if cell is None:
+                picture.text(left + 4, top + 14, "not run", "small")
+            else:
+                css = "gpu" if peer.startswith("attached") else "peer"
+                picture.rect(css, left, top + 2, cell.ms * scale, 16.0)
+                note = ", earlier run" if cell.quoted else ""
+                text = f"{cell.ms:.0f} ({cell.syncs}){note}"
+                picture.text(left + cell.ms * scale + 6, top + 14, text, "small")
+            top += 21
+        top += 10
+    return picture
+
+
 def draw_all() -> dict[str, Picture]:
     """Return every picture by the name of its file."""
     found = {"positions.svg": draw_positions(), "ladder.svg": draw_ladder()}
+    found["peers.svg"] = draw_peers()
     for file in sorted(DOCS.glob("benchmarks/timeline-*.json")):
         table = json.loads(file.read_text(encoding="utf-8"))
         found[f"{file.stem}.svg"] = draw_timeline(table)

@@ -3,8 +3,8 @@
     PYTHONPATH=src:tests python -m measure.peers.ours ROWS CASE,CASE PART,PART
 
 Parts: `plain` (sdpa, flash path), `layers` (plain, each text layer under torch.compile), `attached` (without a
-ladder, and with one), `liger` (plain under flash path and attached, under Liger's kernels as `TrainingArguments(use_liger_kernel=True)`
-applies them), `graph` (attached, one graph for all batches of the ladder), `warm` (only compiles that graph, into
+ladder, and with one), `liger` (attached, and plain under its flash path, with Liger's kernels as
+`TrainingArguments(use_liger_kernel=True)` applies them; one case a process, since Liger patches modules), `graph` (attached, one graph for all batches of the ladder), `warm` (only compiles that graph, into
 inductor's cache, so that cases compile side by side before they are measured).
 """
 
@@ -93,13 +93,14 @@ def liger(case: Case) -> None:
 
     from mrope.hf import attach
 
-    model = build(case, "flash_attention_2")
-    _apply_liger_kernel_to_instance(model=model)
-    cell.measure(case, "transformers, flash_attention_2, Liger", stepper(model, model, padded(case)))
-    # Attached first: the proof of another release runs a small model on the CPU, where Liger's rope does not.
+    # Attached first: where the release is proved on a small model, on the CPU, Liger's rope may not be in it.
     model = attach(build(case, "sdpa"))
     _apply_liger_kernel_to_instance(model=model)
     cell.measure(case, "attached, Liger", stepper(model, model, collated(case, fixed=False)))
+    model = build(case, "flash_attention_2")
+    _apply_liger_kernel_to_instance(model=model)
+    name = "transformers, flash_attention_2, Liger"
+    cell.measure(case, name, stepper(model, model, padded(case)))
 
 
 def graph(case: Case) -> None:

@@ -32,8 +32,8 @@ PARTS = {
 # Installed over each other, the first wins.
 SITES = {
     "main": ("main",),
-    "veomni": ("veomni", "liger"),
-    "lmms": ("lmms", "veomni", "liger"),
+    "veomni": ("veomni", "liger", "main"),
+    "lmms": ("lmms", "veomni", "liger", "main"),
     "liger": ("liger", "main"),
 }
 
@@ -77,11 +77,13 @@ class Runner:
         environment, module, word = PARTS[name]
         if name == "graph":
             self.warm()
-        words = [self.cases, word] if word else [self.cases]
-        code = self.start(name, environment, module, *words).wait()
-        if code:
-            end = (self.out / f"{name}.log").read_text(errors="replace").splitlines()[-12:]
-            print(f"{name}: exit {code}", *end, sep="\n")
+        # Liger patches whole modules, which the next case would find patched.
+        for cases in self.cases.split(",") if name == "liger" else [self.cases]:
+            words = [cases, word] if word else [cases]
+            code = self.start(name, environment, module, *words).wait()
+            if code:
+                end = (self.out / f"{name}.log").read_text(errors="replace").splitlines()[-12:]
+                print(f"{name}: exit {code}", *end, sep="\n")
 
     def warm(self) -> None:
         """Compile the graph of each case, side by side."""

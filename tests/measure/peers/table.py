@@ -1,0 +1,97 @@
+"""Print the peers' table as Markdown: a row for each peer, milliseconds, syncs and FLOPs utilisation of each case.
+
+    PYTHONPATH=src:tests python -m measure.peers.table
+
+Reads docs/benchmarks/peers-h200.jsonl, the run of this script, and for peers that it lacks
+docs/benchmarks/peers-h200-earlier.txt, an earlier run of the same rows and weights; these rows are marked.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from measure.peers.flops import utilisation
+
+FOLDER = Path(__file__).parents[3] / "docs/benchmarks"
+CASES = {
+    "2b-mixed8": "2 rows of 8 images, 16 to 28 patches a side",
+    "2b-crops64": "2 rows of 64 crops, 6 to 14 patches a side",
+    "2b-s4k": "2 rows of 4,096 tokens: 4 images of one size, a clip",
+}
+# A peer's name in the raw text, and on the pages; in the order of the table.
+PEERS = {
+    "transformers, sdpa": "transformers 5.24, sdpa",
+    "transformers, flash_attention_2": "transformers, flash path",
+    "VeOmni, its defaults": "VeOmni 0.1.12",
+    "lmms-engine, rmpad and liger": "lmms-engine 0.1.4",
+    "torchtitan 169545712, no autotune": "torchtitan, git 1695457",
+    "attached": "mrope, attached",
+    "attached, one graph": "mrope, one graph",
+}
+_LINE = re.compile(
+    r"(?P<case>2b-\w+) +(?P<peer>\S.*?) {2,}(?P<ms>[\d.]+) ms \(least (?P<least>[\d.]+)\).*"
+    r" (?P<memory>[\d.]+) GiB +syncs (?P<syncs>\d+)"
+)
+
+
+class Cell(NamedTuple):
+    """A peer on a case.
+
+    Attributes:
+        ms, least_ms: median and least of the steps' milliseconds.
+        syncs: of a step.
+        memory_gib: peak.
+        utilisation: of the peak of bfloat16.
+        quoted: of the earlier run.
+    """
+
+    ms: float
+    least_ms: float
+    syncs: int
+    memory_gib: float
+    utilisation: float
+    quoted: bool
+
+
+def read_cells() -> dict[tuple[str, str], Cell]:
+    """Return each cell by case and peer, those of the earlier run where the run has none."""
+    lines = (FOLDER / "peers-h200.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "ms" in row]
+    tflop = {row["case"]: float(row["tflop"]) for row in rows}
+    names = ("ms", "least_ms", "syncs", "memory_gib", "utilisation")
+    found = {
+        (row["case"], row["peer"]): Cell(*(row[name] for name in names), quoted=False)
+        for row in rows
+    }
+    text = (FOLDER / "peers-h200-earlier.txt").read_text(encoding="utf-8")
+    for match in _LINE.finditer(text):
+        case, ms = match["case"], float(match["ms"])
+        share = utilisation(tflop[case], ms)
+        cell = Cell(ms, float(match["least"]), int(match["syncs"]), float(match["memory"]), share, True)
+        found.setdefault((case, match["peer"]), cell)
+    return found
+
+
+def table(peers: dict[str, str]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    cells = read_cells()
+    lines = ["| | " + " | ".join(CASES.values()) + " |", "|---" * (len(CASES) + 1) + "|"]
+    for peer, name in peers.items():
+        of_peer = [cells.get((case, peer)) for case in CASES]
+        mark = " *" if any(cell is not None and cell.quoted for cell in of_peer) else ""
+        lines.append(f"| {name}{mark} | " + " | ".join(map(_words, of_peer)) + " |")
+    return lines
+
+
+def _words(cell: Cell | None) -> str:
+    if cell is None:
+        return "not run"
+    return f"{cell.ms:.0f} ms, {cell.syncs}, {100 * cell.utilisation:.0f} %"
+
+
+if __name__ == "__main__":
+    more = ("attached, fixed shapes", "transformers, flash_attention_2, Liger")
+    print("\n".join(table(PEERS | {name: name for name in more})))
