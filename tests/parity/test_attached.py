@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 pytest.importorskip("transformers")
 
 from mrope.guard import SyncGuard
 from mrope.hf import attach
 from mrope.hf.rows import ROWS
 from mrope.proof import small_models
+
 
 @pytest.fixture(params=ROWS)
 def model(request: pytest.FixtureRequest) -> Any:

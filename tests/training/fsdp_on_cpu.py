@@ -1,7 +1,11 @@
-"""Run `mrope` with accelerate's FSDP2 on CPU ranks, where accelerate itself would choose DDP."""
+"""Run `mrope train` on this rank with each config, under DDP and under accelerate's FSDP2.
+
+On CPU ranks accelerate itself would choose DDP where FSDP is asked for.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from accelerate.state import AcceleratorState
@@ -23,4 +27,11 @@ def _init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None
 
 if __name__ == "__main__":
     AcceleratorState.__init__ = _init
-    main()
+    for file in sys.argv[1:]:
+        sys.argv[1:] = ["train", file]
+        try:
+            main()
+        except SystemExit as end:
+            if end.code:
+                raise
+        AcceleratorState._reset_state(reset_partial_state=True)

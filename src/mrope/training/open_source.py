@@ -57,27 +57,17 @@ def open_source(source: str) -> datasets.Dataset:
     import datasets
 
     path, split = split_source(source)
-    if any((path / name).is_file() for name in _SAVED):
-        with _errors_named(path):
-            saved = datasets.load_from_disk(str(path))
-        whole = isinstance(saved, datasets.Dataset)
-        return _only(saved, split, path) if whole else _choose(saved, split, path)
-    if path.is_file():
-        files = _only([str(path)], split, path)
-    else:
-        with _errors_named(path):
-            splits = _files_by_split(path)
-        files = _choose(splits, split, path)
     with _errors_named(path):
-        return _read(files)
-
-
-def _read(files: list[str]) -> datasets.Dataset:
-    import datasets
-
-    parquet = files[0].endswith(_KINDS[0])
-    reader = datasets.Dataset.from_parquet if parquet else datasets.Dataset.from_json
-    table: datasets.Dataset = reader(files)
+        # The name "" stands for no splits.
+        if any((path / name).is_file() for name in _SAVED):
+            saved = datasets.load_from_disk(str(path))
+            one = isinstance(saved, datasets.Dataset)
+            return _choose({"": saved} if one else saved, split, path)
+        splits = {"": [str(path)]} if path.is_file() else _files_by_split(path)
+        files = _choose(splits, split, path)
+        parquet = files[0].endswith(_KINDS[0])
+        reader = datasets.Dataset.from_parquet if parquet else datasets.Dataset.from_json
+        table: datasets.Dataset = reader(files)
     return table
 
 
@@ -89,20 +79,15 @@ def _files_by_split(folder: Path) -> dict[str, list[str]]:
     """
     from datasets.data_files import DataFilesDict, get_data_patterns
 
-    kind = _kind_of(folder)
-    if not kind:
-        raise MRopeError(
-            f"data.source: {folder} cannot be read: it holds no dataset written by save_to_disk, "
-            f"and no files that end in {', '.join(DATA_FILES)}"
-        )
-    base = str(folder.resolve())
+    base = folder.resolve()
+    files, kind = _data_files(base, folder)
     found = DataFilesDict.from_patterns(
-        get_data_patterns(base), base_path=base, allowed_extensions=[kind[0]]
+        get_data_patterns(str(base)), base_path=str(base), allowed_extensions=[kind[0]]
     )
     splits = {str(name): list(files) for name, files in found.items() if files}
     # A file without the name of a split, beside others with one, would be left out silently.
     used = {Path(name) for files in splits.values() for name in files}
-    unused = [file for file in _data_files(folder.resolve(), kind) if file not in used]
+    unused = [file for file in files if file not in used]
     if unused:
         raise MRopeError(
             f"data.source: {folder}: {unused[0].name} belongs to no split; those that the names of "
@@ -111,26 +96,27 @@ def _files_by_split(folder: Path) -> dict[str, list[str]]:
     return splits
 
 
-def _kind_of(folder: Path) -> tuple[str, ...]:
-    """Return the endings of a folder's data files; empty if it has none."""
-    kinds = [kind for kind in _KINDS if _data_files(folder, kind)]
-    if len(kinds) > 1 and kinds[1] != _KINDS[-1]:
+def _data_files(base: Path, folder: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """Return a folder's data files and their endings, without hidden ones, as `load_dataset`."""
+    from datasets.data_files import FILES_TO_IGNORE
+
+    seen = [
+        file
+        for file in sorted(base.rglob("*"))
+        if file.name not in FILES_TO_IGNORE
+        and not any(part.startswith((".", "__")) for part in file.relative_to(base).parts)
+    ]
+    kinds = [([file for file in seen if file.name.endswith(kind)], kind) for kind in _KINDS]
+    if kinds[0][0] and kinds[1][0]:
         raise MRopeError(
             f"data.source: {folder} holds Parquet and JSON lines; name the files of one"
         )
-    return kinds[0] if kinds else ()
-
-
-def _data_files(folder: Path, kind: tuple[str, ...]) -> list[Path]:
-    """Return the files with these endings; hidden ones are left out, as `load_dataset` does."""
-    from datasets.data_files import FILES_TO_IGNORE
-
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.name.endswith(kind)
-        and file.name not in FILES_TO_IGNORE
-        and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
+    for files, kind in kinds:
+        if files:
+            return files, kind
+    raise MRopeError(
+        f"data.source: {folder} cannot be read: it holds no dataset written by save_to_disk, "
+        f"and no files that end in {', '.join(DATA_FILES)}"
     )
 
 
@@ -138,19 +124,17 @@ def _choose(splits: Mapping[str, Value], split: str | None, path: Path) -> Value
     """Return the one split, or the one that is named."""
     known = ", ".join(splits)
     if split is not None and split not in splits:
-        raise MRopeError(f"data.source: {path} has no split {split!r}; it has {known}")
+        lacks = f"has no split {split!r}; it has {known}"
+        raise MRopeError(
+            f"data.source: {path} "
+            + (lacks if known else f"has no splits, so there is no {split!r}")
+        )
     if split is None and len(splits) > 1:
         raise MRopeError(
             f"data.source: {path} holds the splits {known}; name one of them behind a colon: "
             f"{path}:{next(iter(splits))}"
         )
-    return splits[split if split is not None else next(iter(splits))]
-
-
-def _only(whole: Value, split: str | None, path: Path) -> Value:
-    if split is not None:
-        raise MRopeError(f"data.source: {path} has no splits, so there is no {split!r}")
-    return whole
+    return splits[next(iter(splits)) if split is None else split]
 
 
 @contextmanager

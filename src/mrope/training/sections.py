@@ -1,7 +1,12 @@
-"""The sections of a training config: their keys, what each means, and the checks of its value."""
+"""The sections of a training config and the checks of their values.
+
+What each key means stands in docs/configuration.md.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,6 +39,15 @@ SYNTHETIC = "synthetic"
 
 class ConfigError(MRopeError):
     """A config cannot be used. The message names the file and lists every problem in it."""
+
+
+@contextmanager
+def errors_of(key: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Raise errors of a block, of these kinds, as a `ConfigError` that names the key."""
+    try:
+        yield
+    except kinds as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def _resolved(value: str, info: ValidationInfo) -> str:
@@ -110,22 +124,7 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """The model to train.
-
-    Attributes:
-        config: the model's config in transformers' form: a mapping, the path of a `config.json`,
-            or a local model folder. Weights in the folder are loaded; otherwise they are random.
-        dtype: of the weights. `trainer.bf16` keeps them in float32 and computes in bfloat16.
-        attn_implementation: passed to transformers.
-        trust_remote_code: allow a folder with a model class of its own to run its code.
-        attach: attach the model (`mrope.hf.attach`); requires `rope.vision`. No effect with
-            `rope.enabled: false`: the model then computes positions itself.
-        attention: how towers, and text in flattened rows, attend in an attached model; see
-            `mrope.hf.attach`.
-        compile: compile the attached model; requires `rope.shapes`. "layers", for which true is
-            short: layer by layer, in seconds. "whole": as one graph, in minutes; "captured" replays
-            it as CUDA graphs.
-    """
+    """The model to train."""
 
     config: Annotated[dict[str, Any] | str, BeforeValidator(_model_config)]
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -136,28 +135,24 @@ class ModelSection(_Section):
     compile: Literal[False, True, "layers", "whole", "captured"] = False
 
 
-Sides = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]
+_Count = Annotated[int, Field(ge=1)]
+_Natural = Annotated[int, Field(ge=0)]
+_Sides = Annotated[list[_Count], Field(min_length=2, max_length=2)]
 
 
 class ShapeSection(_Section):
-    """The shape of synthetic rows, which are filled up with text.
+    """The shape of synthetic rows, which are filled up with text; sides and frames in patches.
 
-    Attributes:
-        width: tokens of a row.
-        images, videos: number of each in a row.
-        image, frame: height and width of an image, and of a clip's frame, in patches.
-        image_sides: least and largest side of an image, in patches: height and width of each are
-            drawn between them, and every row differs. None: all images are of size `image`.
-        frames: temporal patches of each clip.
+    With `image_sides`, least and largest, each side of an image is drawn between them.
     """
 
-    width: Annotated[int, Field(ge=1)]
-    images: Annotated[int, Field(ge=0)] = 0
-    image: Sides = [16, 16]
-    image_sides: Sides | None = None
-    videos: Annotated[int, Field(ge=0)] = 0
-    frames: Annotated[int, Field(ge=1)] = 1
-    frame: Sides = [16, 16]
+    width: _Count
+    images: _Natural = 0
+    image: _Sides = [16, 16]
+    image_sides: _Sides | None = None
+    videos: _Natural = 0
+    frames: _Count = 1
+    frame: _Sides = [16, 16]
 
     @model_validator(mode="after")
     def _sides_ascend(self) -> Self:
@@ -169,32 +164,15 @@ class ShapeSection(_Section):
 
 
 class DataSection(_Section):
-    """The rows to train on.
-
-    Attributes:
-        source: "demo" (photographs from packages), "synthetic" (random, to measure with), a folder
-            written by `save_to_disk`, a Parquet or JSON file, or a folder of such files; with
-            ":train" behind the path, its split of that name.
-        eval_source: rows to evaluate on, as `source`; `trainer.eval_strategy` says when.
-        shape: of the rows of "synthetic".
-        rows: rows of the demo to make; for another source, use only so many of its first rows.
-            None: 80 of the demo, all of another source.
-        processor: folder with the model's processor, for rows of `messages`. None: the model's
-            folder.
-        min_pixels, max_pixels: limits that the processor scales every image into, and every frame
-            of a clip where its limits are those of a frame; None: the processor's own.
-        fps: frames per second of clips in rows without an `fps` column.
-        loss: tokens with a label: all text, or the assistant's turns alone.
-        download: read pictures from http and https URLs.
-    """
+    """The rows to train on."""
 
     source: Annotated[str, AfterValidator(_data_source)] = DEMO
     eval_source: Annotated[str, AfterValidator(_data_source)] | None = None
     shape: ShapeSection | None = None
-    rows: Annotated[int, Field(ge=1)] | None = None
+    rows: _Count | None = None
     processor: Annotated[str, AfterValidator(_folder)] | None = None
-    min_pixels: Annotated[int, Field(ge=1)] | None = None
-    max_pixels: Annotated[int, Field(ge=1)] | None = None
+    min_pixels: _Count | None = None
+    max_pixels: _Count | None = None
     fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
     loss: Literal["all", "answers"] = "all"
     download: bool = False
@@ -209,30 +187,24 @@ class DataSection(_Section):
 
 
 class DataLoaderSection(_Section):
-    """Arguments of `torch.utils.data.DataLoader`; `trainer` takes them by its own names too.
+    """Arguments of `torch.utils.data.DataLoader`, and the budgets that fill batches."""
 
-    With `num_workers: 0` the last three are ignored. `max_tokens` is our own: a
-    `TokenBudgetSampler` fills batches up to so many tokens, and `max_patches` patches if given, and
-    `batch_size` is ignored. `balance` is what is made similar in the batches of a step: their
-    tokens, or their work by `WorkModel`. With `buffer_size`, rows are read in order, and a
-    `TokenBudgetStream` fills batches from a buffer of so many: no pass over all rows comes before.
-    """
-
-    batch_size: Annotated[int, Field(ge=1)] = 4
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    buffer_size: Annotated[int, Field(ge=1)] | None = None
-    max_patches: Annotated[int, Field(ge=1)] | None = None
+    batch_size: _Count = 4
+    max_tokens: _Count | None = None
+    buffer_size: _Count | None = None
+    max_patches: _Count | None = None
     balance: Literal["tokens", "work"] = "tokens"
-    num_workers: Annotated[int, Field(ge=0)] = 2
+    num_workers: _Natural = 2
     pin_memory: bool = True
     start_method: Literal["spawn", "fork", "forkserver"] = "spawn"
     persistent_workers: bool = True
-    prefetch_factor: Annotated[int, Field(ge=1)] = 2
+    prefetch_factor: _Count = 2
 
     @model_validator(mode="after")
     def _batches_have_a_token_budget(self) -> Self:
-        for name, default in (("max_patches", None), ("balance", "tokens"), ("buffer_size", None)):
-            if getattr(self, name) != default and self.max_tokens is None:
+        for name in ("max_patches", "balance", "buffer_size"):
+            changed = getattr(self, name) != type(self).model_fields[name].default
+            if changed and self.max_tokens is None:
                 raise ValueError(f"dataloader.{name} needs dataloader.max_tokens")
         if self.buffer_size is not None and self.balance != "tokens":
             raise ValueError("dataloader.balance needs the sampler: remove dataloader.buffer_size")
@@ -240,14 +212,7 @@ class DataLoaderSection(_Section):
 
 
 class ShapesSection(_Section):
-    """A ladder of fixed shapes; the keys are those of `mrope.Shapes`.
-
-    Attributes:
-        tokens, patches: rungs, ascending; without rungs of patches only tokens are padded.
-        longest: most patches of an image or frame.
-        patches_per_segment, tokens_per_example: patches for each border of images and frames, and
-            tokens for each border of examples.
-    """
+    """A ladder of fixed shapes: the keys are those of `mrope.Shapes`."""
 
     tokens: list[int]
     patches: list[int] = []
@@ -266,22 +231,7 @@ class ShapesSection(_Section):
 
 
 class RopeSection(_Section):
-    """What the collator computes in the workers, and by which release's rule.
-
-    Attributes:
-        enabled: False: use the inner collate function alone; the model computes positions itself.
-        reference: a key of `REFERENCES`, or "auto"; see `resolve_reference`.
-        vision: compute the vision tower's tensors too.
-        packing: "flatten": join the examples of a batch into one row without padding.
-        layout: "batch": put the batch on dim 0 of `position_ids`; see `mrope.collate.layouts`.
-        shapes: pad every tensor to a rung of a ladder; rungs of patches require `rope.vision` and
-            `model.attach`.
-        pad_to_multiple_of: fill a flattened row up to a multiple of this.
-        on_error: "skip": drop examples that cannot be collated; see `mrope.collate.skip_bad`.
-        rejects: path of the JSON-lines files that record them; see `SkipBad`.
-        max_rejects: stop after more than so many in a worker, or than this share of its examples.
-        max_rejects_in_a_row: stop after more than so many of a worker's examples one after another.
-    """
+    """What the collator computes in the workers, and by which release's rule."""
 
     enabled: bool = True
     reference: Annotated[str, BeforeValidator(_reference)] = "auto"
@@ -309,9 +259,7 @@ class RopeSection(_Section):
 
     def flatten(self, pad_token_id: int = 0) -> Flatten | None:
         """Return the collator's options of packing; None: batches stay padded."""
-        if self.packing is None:
-            return None
-        return Flatten(self.pad_to_multiple_of, pad_token_id)
+        return self.packing and Flatten(self.pad_to_multiple_of, pad_token_id)
 
     def skip_bad(self) -> Literal["raise"] | SkipBad:
         """Return the collator's options for bad examples."""
@@ -341,22 +289,33 @@ class Config(_Section):
     peft: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _attach_needs_vision(self) -> Self:
-        if self.model.attach and self.rope.enabled and not self.rope.vision:
-            raise ValueError("model.attach: true needs rope.vision: true")
-        fixed = self.rope.shapes is not None and bool(self.rope.shapes.patches)
-        if fixed and self.rope.enabled and not self.model.attach:
-            raise ValueError("rope.shapes with patches needs model.attach: true")
-        if self.model.compile and self.rope.enabled and not fixed:
-            raise ValueError("model.compile needs rope.shapes: each batch would compile anew")
-        return self
-
-    @model_validator(mode="after")
-    def _max_tokens_needs_packing(self) -> Self:
-        if self.dataloader.max_tokens is not None and self.rope.packing is None:
-            raise ValueError("dataloader.max_tokens needs rope.packing: flatten")
-        if self.dataloader.buffer_size is not None and self.rope.shapes is not None:
-            raise ValueError("rope.shapes needs the sampler: remove dataloader.buffer_size")
+    def _sections_fit(self) -> Self:
+        model, loader, rope = self.model, self.dataloader, self.rope
+        fixed = rope.shapes is not None and bool(rope.shapes.patches)
+        for wrong, words in (
+            (
+                rope.enabled and model.attach and not rope.vision,
+                "model.attach: true needs rope.vision: true",
+            ),
+            (
+                rope.enabled and fixed and not model.attach,
+                "rope.shapes with patches needs model.attach: true",
+            ),
+            (
+                rope.enabled and model.compile and not fixed,
+                "model.compile needs rope.shapes: each batch would compile anew",
+            ),
+            (
+                loader.max_tokens is not None and rope.packing is None,
+                "dataloader.max_tokens needs rope.packing: flatten",
+            ),
+            (
+                loader.buffer_size is not None and rope.shapes is not None,
+                "rope.shapes needs the sampler: remove dataloader.buffer_size",
+            ),
+        ):
+            if wrong:
+                raise ValueError(words)
         return self
 
     @property
@@ -370,10 +329,8 @@ class Config(_Section):
         Raises:
             ConfigError: the model's config is of no known family, or lacks values.
         """
-        try:
+        with errors_of("model.config", MRopeError):
             return MRopeSpec.from_config(self.model.config, self.rope.reference)
-        except MRopeError as error:
-            raise ConfigError(f"model.config: {error}") from error
 
     def vision_spec(self) -> VisionSpec | None:
         """Return the spec of the vision tower; None with `rope.vision: false`.
@@ -383,7 +340,5 @@ class Config(_Section):
         """
         if not self.rope.vision:
             return None
-        try:
+        with errors_of("model.config", MRopeError):
             return VisionSpec.from_config(self.model.config)
-        except MRopeError as error:
-            raise ConfigError(f"model.config: {error}") from error
