@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mrope.errors import MRopeError
 from mrope.spec.references import nearest
-from mrope.training.sections import Config, ConfigError
+from mrope.training.sections import Config, ConfigError, errors_of, problems_error
 
 # Where we differ from the Trainer: nothing syncs with the device, rows keep all columns, evaluation
 # computes the loss alone, and nothing is reported to a service that the user did not name.
@@ -69,10 +69,8 @@ def training_arguments(cfg: Config, **changes: Any) -> Any:
     if copies is None or isinstance(copies, dict):
         fields["accelerator_config"] = {"non_blocking": True, **(copies or {})}
     _require_device(fields)
-    try:
+    with errors_of("trainer", ValueError, TypeError, ImportError):
         arguments = TrainingArguments(**fields)
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"trainer: {error}") from error
     _require_rows(cfg, arguments)
     # `use_cpu` turns it off, with which the report would count syncs that a GPU would not have.
     arguments.dataloader_pin_memory = fields["dataloader_pin_memory"]
@@ -89,10 +87,8 @@ def lora_config(cfg: Config) -> Any:
     from peft import LoraConfig
 
     given = checked_fields("peft", cfg.peft or {}, LoraConfig)
-    try:
+    with errors_of("peft", ValueError, TypeError):
         return LoraConfig(**given)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"peft: {error}") from error
 
 
 def checked_fields(section: str, given: Mapping[str, Any], kind: Any) -> dict[str, Any]:
@@ -110,10 +106,9 @@ def checked_fields(section: str, given: Mapping[str, Any], kind: Any) -> dict[st
             problems.append(f"{section}.{name}: unknown key{hint}")
         elif error := _type_error(hints[name], value):
             problems.append(f"{section}.{name}: {error}, not {value!r} ({type(value).__name__})")
-    if not problems:
-        return dict(given)
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    raise ConfigError(f"{section}: {count}" + "".join(f"\n  {line}" for line in problems))
+    if problems:
+        raise problems_error(section, problems)
+    return dict(given)
 
 
 def _type_error(hint: Any, value: Any) -> str | None:

@@ -23,7 +23,7 @@ from mrope.errors import MRopeError
 from mrope.spec.model_config import as_mapping
 from mrope.spec.references import nearest
 from mrope.training.rows import PadRows
-from mrope.training.sections import Config, ConfigError
+from mrope.training.sections import Config, ConfigError, errors_of, problems_error
 
 _MOVED = (
     "train: this section is gone: steps is trainer.max_steps, lr trainer.learning_rate, seed and "
@@ -71,9 +71,7 @@ def as_config(table: Mapping[str, Any], folder: Path, name: str) -> Config:
     except ValidationError as error:
         # pydantic's own message spans several lines for each problem, and names its types.
         problems = [_problem(dict(entry)) for entry in error.errors()]
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    listed = "".join(f"\n  {problem}" for problem in problems)
-    raise ConfigError(f"{name}: {count}{listed}")
+    raise problems_error(name, problems)
 
 
 def build_collator(cfg: Config, inner_collate: Collate | None = None) -> Collate:
@@ -118,10 +116,8 @@ def model_table(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
     Raises:
         ConfigError: the file cannot be read, or is not a JSON object.
     """
-    try:
+    with errors_of("model.config", MRopeError):
         return as_mapping(config)
-    except MRopeError as error:
-        raise ConfigError(f"model.config: {error}") from error
 
 
 def _pad_token_id(table: Mapping[str, Any]) -> int:

@@ -191,13 +191,13 @@ def make_sampler(cfg: Config, rows: RowDataset, max_tokens: int) -> TokenBudgetS
     ladder = shapes.ladder() if shapes is not None and cfg.rope.enabled else None
     has_rungs = ladder is not None and bool(ladder.patches)
     sizes = rows.sizes(cfg.dataloader.num_workers, skip=cfg.rope.on_error == "skip")
-    counts: dict[str, Any] = {}
-    if needs_patches(cfg) or has_rungs:
-        counts["patches"] = sizes["patches"]
-    if has_rungs:
-        counts["segments"] = sizes["segments"]
-    if cfg.dataloader.balance == "work":
-        counts["patch_pairs"] = sizes["patch_pairs"]
+    by_work = cfg.dataloader.balance == "work"
+    asked = {"patches": needs_patches(cfg) or has_rungs, "segments": has_rungs}
+    counts: dict[str, Any] = {
+        name: sizes[name]
+        for name, is_asked in {**asked, "patch_pairs": by_work}.items()
+        if is_asked
+    }
     return TokenBudgetSampler(
         sizes["tokens"], max_tokens, **counts, **sampler_options(cfg), shapes=ladder
     )

@@ -10,7 +10,7 @@ import torch
 
 from mrope.training.arguments import lora_config
 from mrope.training.config import model_table
-from mrope.training.sections import Config, ConfigError
+from mrope.training.sections import Config, ConfigError, errors_of
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -71,10 +71,8 @@ def add_adapter(cfg: Config, model: torch.nn.Module) -> torch.nn.Module:
     from peft import get_peft_model
 
     options = lora_config(cfg)
-    try:
+    with errors_of("peft", ValueError):
         adapted: torch.nn.Module = get_peft_model(model, options)
-    except ValueError as error:
-        raise ConfigError(f"peft: {error}") from error
     return adapted
 
 

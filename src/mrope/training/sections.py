@@ -5,7 +5,7 @@ What each key means stands in docs/configuration.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,6 +48,12 @@ def errors_of(key: str, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise ConfigError(f"{key}: {error}") from error
+
+
+def problems_error(name: str, problems: Sequence[str]) -> ConfigError:
+    """Return the error that lists all problems of a file or section."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return ConfigError(f"{name}: {count}" + "".join(f"\n  {problem}" for problem in problems))
 
 
 def _resolved(value: str, info: ValidationInfo) -> str:

@@ -7,9 +7,8 @@ five kinds that a batch can mix: one image, several, a clip, an image and a clip
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 from PIL import Image
@@ -27,16 +26,6 @@ CAPTIONS = {
 _DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 # Limits of an image's longer side in pixels: small, so that the demo is quick on two cores.
 _SMALLEST, _LARGEST = 64, 144
-
-
-class _Turn(NamedTuple):
-    """A question and its answer, with the images and clips that the question shows."""
-
-    question: str
-    answer: str
-    images: Sequence[Image.Image] = ()
-    clips: Sequence[Sequence[Image.Image]] = ()
-    fps: float | None = None
 
 
 def photographs(rows: int, seed: int = 0) -> datasets.Dataset:
@@ -68,66 +57,52 @@ def _features() -> datasets.Features:
 
 
 def _row(index: int, rng: random.Random) -> dict[str, Any]:
-    turn = _KINDS[index % len(_KINDS)](rng)
-    shown = [{"type": "image"}] * len(turn.images) + [{"type": "video"}] * len(turn.clips)
-    return {
-        "messages": [
-            {"role": "user", "content": [*shown, {"type": "text", "text": turn.question}]},
-            {"role": "assistant", "content": [{"type": "text", "text": turn.answer}]},
-        ],
-        "images": list(turn.images),
-        "videos": list(turn.clips),
-        "fps": turn.fps,
-    }
+    """Return the row of an index, which decides its kind."""
+    question, shown, panned, answer = _KINDS[index % len(_KINDS)](rng)
+    # In this order: every call takes random numbers.
+    images = [_crop(name, rng) for name in shown]
+    videos = [_pan(name, direction, rng) for name, direction in panned]
+    # At 3 frames a second, a pair of frames lasts 2/3 s: a case that float32 cannot hold exactly.
+    fps = rng.choice([2.0, 3.0, 4.0]) if videos else None
+    items = [{"type": "image"}] * len(images) + [{"type": "video"}] * len(videos)
+    messages = [
+        {"role": "user", "content": [*items, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+    return {"messages": messages, "images": images, "videos": videos, "fps": fps}
 
 
 def _one_image(rng: random.Random) -> _Turn:
     name = rng.choice(list(CAPTIONS))
-    return _Turn("What is shown in this picture?", CAPTIONS[name], [_crop(name, rng)])
+    return "What is shown in this picture?", [name], [], CAPTIONS[name]
 
 
 def _several_images(rng: random.Random) -> _Turn:
     names = rng.sample(list(CAPTIONS), k=rng.choice([2, 3]))
-    return _Turn(
-        "Describe the pictures.",
-        " ".join(CAPTIONS[name] for name in names),
-        [_crop(name, rng) for name in names],
-    )
+    return "Describe the pictures.", names, [], " ".join(CAPTIONS[name] for name in names)
 
 
 def _clip(rng: random.Random) -> _Turn:
     name, direction = rng.choice(list(CAPTIONS)), rng.choice(list(_DIRECTIONS))
     answer = f"{CAPTIONS[name]} The view moves {direction}."
-    frames = _pan(name, direction, rng)
-    return _Turn("What happens in this clip?", answer, clips=[frames], fps=_fps(rng))
+    return "What happens in this clip?", [], [(name, direction)], answer
+
+
+def _text(rng: random.Random) -> _Turn:
+    return "Tell me something about pictures.", [], [], rng.choice(corpus())
 
 
 def _image_and_clip(rng: random.Random) -> _Turn:
     first, second = rng.sample(list(CAPTIONS), k=2)
     direction = rng.choice(list(_DIRECTIONS))
     answer = f"{CAPTIONS[first]} In the clip the view moves {direction}. {CAPTIONS[second]}"
-    images, clips = [_crop(first, rng)], [_pan(second, direction, rng)]
-    return _Turn(
-        "What can you see in the picture and in the clip?", answer, images, clips, _fps(rng)
-    )
+    question = "What can you see in the picture and in the clip?"
+    return question, [first], [(second, direction)], answer
 
 
-def _text(rng: random.Random) -> _Turn:
-    return _Turn("Tell me something about pictures.", rng.choice(corpus()))
-
-
-_KINDS: tuple[Callable[[random.Random], _Turn], ...] = (
-    _one_image,
-    _several_images,
-    _clip,
-    _text,
-    _image_and_clip,
-)
-
-
-def _fps(rng: random.Random) -> float:
-    # At 3 frames a second, a pair of frames lasts 2/3 s: a case that float32 cannot hold exactly.
-    return rng.choice([2.0, 3.0, 4.0])
+# A question, the photographs that it shows, those that a clip pans in a direction, and the answer.
+_Turn = tuple[str, list[str], list[tuple[str, str]], str]
+_KINDS = (_one_image, _several_images, _clip, _text, _image_and_clip)
 
 
 def _crop(name: str, rng: random.Random) -> Image.Image:

@@ -16,7 +16,6 @@ import numpy as np
 import transformers
 from PIL import Image
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-from transformers.processing_utils import ProcessorMixin
 
 from mrope.errors import MRopeError
 from mrope.training.demo.tokenizer import CHAT_TEMPLATE, build_tokenizer
@@ -60,10 +59,9 @@ class FramesAsPictures:
     def _cut(self, frames: Sequence[Image.Image]) -> tuple[Any, list[int]]:
         """Return the patches of one clip and its grid.
 
-        A patch holds `temporal_patch_size` frames, one per temporal slot. The image processor fills
-        all slots with the same picture. So every frame is processed as a picture, and slot k of a
-        group is then taken from the group's frame k. An incomplete last group repeats the last
-        frame.
+        A patch holds `temporal_patch_size` frames, and the image processor fills them all with one
+        picture: frame k of a group is taken from slot k of its own patches. An incomplete last
+        group repeats the last frame.
         """
         depth = self.temporal_patch_size
         padded = [*frames, *[frames[-1]] * (-len(frames) % depth)]
@@ -96,15 +94,6 @@ def demo_processor(model_type: str, patches: Mapping[str, int]) -> Any:
             "model's own"
         )
     image_processor = transformers.Qwen2VLImageProcessorPil(**patches)
-
-    class Processor(own):  # type: ignore[misc]
-        def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str) -> None:
-            # Not `own`'s, which requires a video processor of transformers.
-            for name in ("image_pad", "video_pad", "vision_start", "vision_end"):
-                attribute, token = f"{name.removesuffix('_pad')}_token", f"<|{name}|>"
-                setattr(self, attribute, token)
-                setattr(self, f"{attribute}_id", tokenizer.convert_tokens_to_ids(token))
-            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-            self.video_processor = FramesAsPictures(image_processor)
-
-    return Processor(image_processor, build_tokenizer(), chat_template=CHAT_TEMPLATE)
+    kind = type("Processor", (own,), {"check_argument_for_proper_class": lambda *_: None})
+    clips = FramesAsPictures(image_processor)
+    return kind(image_processor, build_tokenizer(), clips, chat_template=CHAT_TEMPLATE)
