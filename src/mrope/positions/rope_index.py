@@ -187,22 +187,23 @@ def number(spec: MRopeSpec, located: Located) -> tuple[Array, Array]:
     )
 
 
-def padding_of(spec: MRopeSpec, inputs: BatchInputs) -> Padding:
-    """Return what stands at padding, and what of it counts in rope deltas."""
-    if spec.family_row.custom_index is not None:
-        silent = _rule(spec).silent
-        if silent is not None and is_silent(spec, inputs):
-            return silent
-    return padding_with(spec, inputs.has_grids)
+def padding_of(spec: MRopeSpec, inputs: BatchInputs | bool) -> Padding:
+    """Return what stands at padding, and what of it counts in rope deltas.
 
-
-def padding_with(spec: MRopeSpec, has_grids: bool) -> Padding:
-    """Return what `padding_of` does for a batch with images or clips, or with neither."""
+    Args:
+        inputs: the batch; or whether it has images or clips, of a batch that is yet to come.
+    """
+    batch = None if isinstance(inputs, bool) else inputs
     if spec.family_row.custom_index is not None:
         rule = _rule(spec)
+        if rule.silent is not None and batch is not None and is_silent(spec, batch):
+            return rule.silent
+        has_grids = inputs if batch is None else batch.has_grids
         return rule.padding if has_grids or rule.text is None else rule.text
     conventions = spec.conventions
-    text = conventions.text_batch_fill_in_delta and not has_grids
+    text = False
+    if conventions.text_batch_fill_in_delta:
+        text = not (inputs if batch is None else batch.has_grids)
     return Padding(conventions.fill, text, over_padded=conventions.delta_over_padded)
 
 

@@ -20,7 +20,7 @@ import torch
 
 from mrope.columns import NewColumns
 from mrope.errors import MRopeError
-from mrope.positions.rope_index import padding_with, rope_index
+from mrope.positions.rope_index import padding_of, rope_index
 from mrope.spec.spec import MRopeSpec
 from mrope.transforms.turns import Turns, on_host, read_turns, text_id, with_turns
 
@@ -220,7 +220,7 @@ def _deltas(spec: MRopeSpec, rows: _Rows, has_media: torch.Tensor, padded: bool)
         end_B = counting_ABN.masked_fill(~valid_BN, -(1 << 24)).amax((0, 2)) + 1
     if not padded:
         return (end_B - tokens_B)[:, None]
-    text, seen = (padding_with(spec, media) for media in (False, True))
+    text, seen = (padding_of(spec, media) for media in (False, True))
     end_B = torch.where(tokens_B > 0, end_B, seen.empty_end)
     if text.fill_counts:
         least = torch.where(has_media, seen.empty_end, text.fill + 1).to(end_B.dtype)
@@ -244,7 +244,7 @@ def _continue(spec: MRopeSpec, prompts: _Rows, turns: Turns, has_media: torch.Te
         answer_ABR = torch.stack([counted_BR * step for step in _steps(spec)])
     valid_BN = torch.cat((valid_BP, count_R < length_B[:, None]), 1)
     positions_ABN = torch.cat((positions_ABP, answer_ABR.to(dtype)), 2)
-    text, seen = (padding_with(spec, media).fill for media in (False, True))
+    text, seen = (padding_of(spec, media).fill for media in (False, True))
     fill = torch.where(has_media, seen, text).to(dtype)
     return _Rows(torch.where(valid_BN, positions_ABN, fill), valid_BN)
 
