@@ -34,8 +34,8 @@ from typing import Any
 
 # Today's values, and what they should become.
 MOST = {
-    "functions entered": 109,  # wanted: 55
-    "files entered": 24,  # wanted: 15
+    "functions entered": 55,  # wanted: 55
+    "files entered": 15,  # wanted: 15
     "Any per 1,000 lines of code": 64.0,  # wanted: 35
     "lines that spell a column": 146,  # wanted: 90
 }
