@@ -37,7 +37,7 @@ MOST = {
     "functions entered": 55,  # wanted: 55
     "files entered": 15,  # wanted: 15
     "Any per 1,000 lines of code": 64.0,  # wanted: 35
-    "lines that spell a column": 146,  # wanted: 90
+    "lines that spell a column": 90,  # wanted: 90
 }
 TABLE = "columns.py"
 _COLUMN = re.compile(r"""["'](image|video|audio)s?_|f["']\{[^}]+\}_""")

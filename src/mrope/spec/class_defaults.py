@@ -40,9 +40,20 @@ def fill_defaults(table: Mapping[str, Any], defaults: Defaults) -> Mapping[str, 
     return filled
 
 
+def _tokens(**ids: int) -> dict[str, Any]:
+    """Return token ids under their usual names: `image=5` is `image_token_id`."""
+    return {f"{name}_token_id": token for name, token in ids.items()}
+
+
 def _ids(image: int, video: int, start: int) -> dict[str, Any]:
-    """Return the token ids that most families have, under their usual names."""
-    return {"image_token_id": image, "video_token_id": video, "vision_start_token_id": start}
+    """Return the token ids that most families have."""
+    return _tokens(image=image, video=video, vision_start=start)
+
+
+def _indices(image: int, video: int, audio: int) -> dict[str, Any]:
+    """Return the token ids that the classes of Qwen2.5-Omni know under two names."""
+    ids = {"image": image, "video": video, "audio": audio}
+    return {f"{name}_token_index|{name}_token_id": token for name, token in ids.items()}
 
 
 def _tower(patch: int, **others: object) -> dict[str, Any]:
@@ -77,10 +88,8 @@ def _experts(key: str, experts: int, width: int, chosen: int, **others: int) -> 
 
 def _glm(image: int, image_start: int, video_start: int, **sizes: int) -> dict[str, Any]:
     """Return the defaults of a GLM-V class, whose ids are numbered in pairs."""
-    ids = {"image_token_id": image, "video_token_id": image + 1}
-    ids |= {"image_start_token_id": image_start}
-    ids |= {"video_start_token_id": video_start, "video_end_token_id": video_start + 1}
-    return ids | _tower(14, **sizes)
+    clips = {"video": image + 1, "video_start": video_start, "video_end": video_start + 1}
+    return _tokens(image=image, image_start=image_start, **clips) | _tower(14, **sizes)
 
 
 _QWEN = _ids(151655, 151656, 151652)
@@ -115,7 +124,7 @@ _GLM_TEXT = _text(4096, 40, 32, 2, 151552, intermediate_size=13696)
 _GLM_EXPERTS = _experts("n_routed_experts", 128, 1408, 8)
 
 # The classes declare no `vision_start_token_id`: it is in the files of released checkpoints.
-_OMNI = {"audio_start_token_id": 151647, "position_id_per_seconds": 25}
+_OMNI = {**_tokens(audio_start=151647), "position_id_per_seconds": 25}
 
 
 CLASS_DEFAULTS: dict[str, Defaults] = {
@@ -148,9 +157,7 @@ CLASS_DEFAULTS: dict[str, Defaults] = {
     "glm46v": _glm(151343, 151339, 151361, **_GLM_SIZES) | _GLM_TEXT,
     "glm_ocr": _glm(59280, 59256, 59258),
     "ernie4_5_vl_moe": {
-        "image_token_id": 100295,
-        "video_token_id": 103367,
-        "image_start_token_id": 101304,
+        **_tokens(image=100295, video=103367, image_start=101304),
         "vision_config": {
             "in_channels": 3,
             "patch_size": 14,
@@ -164,55 +171,44 @@ CLASS_DEFAULTS: dict[str, Defaults] = {
     "cosmos3_omni": _QWEN | _QWEN3_TOWER,
     "cosmos3_edge": _ids(19, 18, 20) | _plain_tower(16, spatial_merge_size=2),
     "qwen2_5_omni_thinker": {
-        "image_token_index|image_token_id": 151655,
-        "video_token_index|video_token_id": 151656,
-        "audio_token_index|audio_token_id": 151646,
+        **_indices(151655, 151656, 151646),
         "seconds_per_chunk": 2,
         "audio_config": {"n_window": 100},
         **_OMNI,
         **_tower(14, window_size=112),
     },
     "qwen2_5_omni_talker": {
-        "image_token_index|image_token_id": 151655,
-        "video_token_index|video_token_id": 151656,
-        "vision_start_token_id": 151652,
-        "audio_token_index|audio_token_id": 151646,
-        "audio_start_token_id": 151647,
-        "position_id_per_seconds": 25,
+        **_indices(151655, 151656, 151646),
+        **_tokens(vision_start=151652),
+        **_OMNI,
         "seconds_per_chunk": 2,
         "spatial_merge_size": 2,
     },
     "qwen3_omni_moe_talker": _ids(151655, 151656, 151652)
-    | {"audio_token_id": 151646, "audio_start_token_id": 151669, "position_id_per_seconds": 25},
+    | _tokens(audio=151646, audio_start=151669)
+    | {"position_id_per_seconds": 25},
     "qwen3_omni_moe_thinker": {
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "audio_token_id": 151646,
+        **_tokens(image=151655, video=151656, audio=151646),
         "audio_config": {"n_window": 50, "n_window_infer": 800},
         **_OMNI,
         **_QWEN3_TOWER,
     },
     "glm_image": {
-        "image_token_id": 167855,
-        "image_start_token_id": 16384,
-        "image_end_token_id": 16385,
+        **_tokens(image=167855, image_start=16384, image_end=16385),
         "vision_config": {"in_channels": 3, "patch_size": 16, "spatial_merge_size": 1},
     },
     # The rotary sections, whose number is the number of axes, have no default.
-    "hunyuan_vl": {"image_token_id": 120120}
+    "hunyuan_vl": _tokens(image=120120)
     | _plain_tower(16, spatial_merge_size=2, temporal_patch_size=1),
-    "hy_v4_vl": {"image_token_id": 120120, "video_token_id": 120124}
-    | _plain_tower(16, spatial_merge_size=2),
+    "hy_v4_vl": _tokens(image=120120, video=120124) | _plain_tower(16, spatial_merge_size=2),
     # All token ids are null by default.
     "minicpmv4_7": {"downsample_mode": "16x"} | _plain_tower(16, image_size=224),
-    "dots3_note": {"image_token_id": 151660, "video_token_id": 151680}
-    | _plain_tower(14, spatial_merge_size=2),
-    "exaone4_5": {"image_token_id": 67, "video_token_id": 68} | _tower(14, window_size=112),
+    "dots3_note": _tokens(image=151660, video=151680) | _plain_tower(14, spatial_merge_size=2),
+    "exaone4_5": _tokens(image=67, video=68) | _tower(14, window_size=112),
     "glm5_next": _glm(154854, 154830, 154832),
-    "hyperclovax_vision_v2": {"image_token_id": 128060, "video_token_id": 128061}
-    | _tower(14, window_size=112),
-    "lfm3_vl": {"image_token_id": 125030, "video_token_id": 125029} | _tower(16),
-    "video_llama_3": {"image_token_id": 151655, "video_token_id": 151656} | _plain_tower(16),
+    "hyperclovax_vision_v2": _tokens(image=128060, video=128061) | _tower(14, window_size=112),
+    "lfm3_vl": _tokens(image=125030, video=125029) | _tower(16),
+    "video_llama_3": _tokens(image=151655, video=151656) | _plain_tower(16),
 }
 """Defaults by `model_type`. A family of `FAMILIES` without a class in transformers has no entry."""
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from mrope.columns import columns, count_key
 from mrope.spec.references import REFERENCES
 
 NO_TOKEN = -1
@@ -143,7 +144,8 @@ _ON_HOST = Tower(("borders", "positions", "host_grids"))
 
 _DELTA = Family(frames_apart=True, linear=True, tower=_INTERPOLATED)
 
-_COUNTS = ("images_per_sample", "videos_per_sample")
+_COUNTS = tuple(map(count_key, ("image", "video")))
+_IMAGE_START = ("image_start_token_id",)
 
 
 def _tokens(*names: str) -> tuple[ConfigValue, ...]:
@@ -151,11 +153,16 @@ def _tokens(*names: str) -> tuple[ConfigValue, ...]:
     return tuple(ConfigValue(name, name, 104 + index) for index, name in enumerate(names))
 
 
+def _either(name: str) -> tuple[str, str]:
+    """Return the names of a token id in configs that may have either."""
+    return f"{name}_token_id", f"{name}_token_index"
+
+
 _GLM = Family(
     frames_apart=True,
     frames_as_images=True,
     references=_SINCE_5_6,
-    start_keys=("image_start_token_id",),
+    start_keys=_IMAGE_START,
     extra=_tokens("video_start_token_id", "video_end_token_id"),
     tower=_ROTARY,
 )
@@ -164,8 +171,8 @@ _AUDIO = ("second_per_grid_ts", "audio_seqlens", "use_audio_in_video", "audios_p
 
 _OMNI = Family(
     inputs=(*_AUDIO, *_COUNTS),
-    image_keys=("image_token_id", "image_token_index"),
-    video_keys=("video_token_id", "video_token_index"),
+    image_keys=_either("image"),
+    video_keys=_either("video"),
 )
 
 _OMNI_VALUES = (
@@ -204,8 +211,8 @@ FAMILIES: dict[str, Family] = {
     "aero_realtime": Family(
         frames_apart=True,
         packs=False,
-        image_keys=("image_token_index", "image_token_id"),
-        video_keys=("video_token_index", "video_token_id"),
+        image_keys=_either("image")[::-1],
+        video_keys=_either("video")[::-1],
         start_keys=("vision_start_token_index", "vision_start_token_id"),
     ),
     "glm4v": _GLM,
@@ -214,7 +221,7 @@ FAMILIES: dict[str, Family] = {
     "glm_ocr": _GLM,
     "ernie4_5_vl_moe": Family(
         references=_SINCE_5_6,
-        start_keys=("image_start_token_id",),
+        start_keys=_IMAGE_START,
         extra=(ConfigValue("temporal_merge_size", "vision_config.temporal_merge_size", 2),),
         tower=Tower(("borders", "positions", "pairs")),
     ),
@@ -265,11 +272,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "glm_image": Family(
         custom_index="glm_image",
-        inputs=("images_per_sample",),
+        inputs=_COUNTS[:1],
         packs=False,
         references=_SINCE_5_6,
         video_keys=(),
-        start_keys=("image_start_token_id",),
+        start_keys=_IMAGE_START,
         extra=(ConfigValue("image_end_token_id", "image_end_token_id", 103),),
         tower=Tower(
             ("borders", "positions", "source_grids", "host_grids"), "without_last", videos=False
@@ -277,7 +284,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "hunyuan_vl": Family(
         custom_index="hunyuan",
-        inputs=("mm_token_type_ids", "images_per_sample"),
+        inputs=("mm_token_type_ids", _COUNTS[0]),
         still_images=True,
         counts_images=True,
         packs=False,
@@ -372,7 +379,7 @@ ONE_DIMENSIONAL: dict[str, Family] = {
         _PLAIN,
         custom_index="counted",
         merge_keys=(),
-        inputs=("image_merge_sizes", "video_merge_sizes", "video_compression_mask"),
+        inputs=(*columns("item", means="merge"), *columns("patch", means="kept")),
         tower=replace(_ON_HOST, sizes="merged_in_batch"),
     ),
 }

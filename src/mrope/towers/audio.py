@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mrope.arrays import Array, as_integers, borders, starts, within
-from mrope.columns import Columns
+from mrope.columns import Columns, columns
 from mrope.errors import MRopeError
 from mrope.spec.model_config import read_int, read_model, read_tower
 from mrope.spec.references import AUDIO_READ_SINCE, as_release, installed_transformers
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Int64Array = npt.NDArray[np.int64]
 
+_LENGTHS = next(columns("item", modality="audio", means="size"))
 # Qwen3-Omni's code has this constant for every `n_window`; it is right for 50, the released value.
 _TOKENS_OF_FULL_CHUNK = 13
 # Families with an audio tower, and whether the tower averages pairs of tokens at its end.
@@ -191,7 +192,7 @@ def padded_features(
     audios, _, width = input_features.shape
     if frames_N.shape != (audios,) or frames_N.max(initial=0) > width:
         raise MRopeError(
-            f"audio_seqlens {frames_N.tolist()} do not fit input_features of shape "
+            f"{_LENGTHS} {frames_N.tolist()} do not fit input_features of shape "
             f"{tuple(input_features.shape)}: (audios, mel bins, frames)"
         )
     size = 2 * spec.n_window
@@ -276,11 +277,11 @@ def _windows(spec: AudioSpec, frames_N: Int64Array, tokens_C: Int64Array) -> Int
 
 def _as_lengths(audio_seqlens: npt.ArrayLike | None) -> Int64Array:
     lengths = as_integers(
-        "audio_seqlens", [] if audio_seqlens is None else audio_seqlens, "mel frames of each audio"
+        _LENGTHS, [] if audio_seqlens is None else audio_seqlens, "mel frames of each audio"
     )
     if lengths.ndim != 1:
-        raise MRopeError(f"audio_seqlens must have shape (audios,), not {lengths.shape}")
+        raise MRopeError(f"{_LENGTHS} must have shape (audios,), not {lengths.shape}")
     if (lengths < 1).any():
         audio = int((lengths < 1).argmax())
-        raise MRopeError(f"audio_seqlens[{audio}] = {lengths[audio]}: must be at least 1")
+        raise MRopeError(f"{_LENGTHS}[{audio}] = {lengths[audio]}: must be at least 1")
     return lengths.astype(np.int64)

@@ -37,6 +37,7 @@ from mrope.spec.spec import MRopeSpec
 
 Array = npt.NDArray[Any]
 
+_END = "image_end_token_id"
 _NO_MASK = "truncation, or no attention_mask: GLM-Image's tokenizer pads with the end token"
 _CUT = "truncation after the processor ran"
 _LOST = "a grid that was lost on the way, or images_per_sample of another batch"
@@ -138,7 +139,7 @@ def _to_sizes(spec: MRopeSpec, inputs: BatchInputs) -> _Sizes:
 
 def _find_images(spec: MRopeSpec, stream: Stream) -> Spans:
     """Return what stands between the start and end tokens, which must take turns."""
-    end_token = spec.extra["image_end_token_id"]
+    end_token = spec.extra[_END]
     starts_T = stream.tokens_T == spec.vision_start_token_id
     token_M = (starts_T | (stream.tokens_T == end_token)).nonzero()[0]
     open_M = starts_T[token_M]
@@ -254,4 +255,4 @@ def _stray(stream: Stream, images: Spans, sizes: _Sizes, stray_T: BoolArray) -> 
 def glm_image_tokens(spec: MRopeSpec, frames: int, height: int, width: int) -> list[int]:
     """Return the tokens of an image between its two markers: one for each patch."""
     placeholders = [spec.image_token_id] * (frames * height * width)
-    return [spec.vision_start_token_id, *placeholders, int(spec.extra["image_end_token_id"])]
+    return [spec.vision_start_token_id, *placeholders, int(spec.extra[_END])]

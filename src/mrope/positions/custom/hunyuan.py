@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mrope.arrays import IntArray
+from mrope.columns import columns
 from mrope.errors import MRopeError
 from mrope.positions.custom.shared import (
     Spans,
@@ -36,6 +37,7 @@ from mrope.spec.spec import MRopeSpec
 Array = npt.NDArray[Any]
 
 _WRAPPERS = 2
+_GRIDS = next(columns("item", modality="image", means="size"))
 _OTHER = "a grid of another sample or processor, truncation, or the spec of another model family"
 
 
@@ -104,7 +106,7 @@ def _match(stream: Stream, images: Spans, grids: Grids) -> IntArray:
     more_V = images.length_V[:count] - cells_G[:count]
     bad_V = (more_V != 0) & (more_V != _WRAPPERS)
     if grids.row_G is not None or not bad_V.any():
-        refuse_counts(stream, images, cells_G + _WRAPPERS, grids.row_G, "image_grid_thw")
+        refuse_counts(stream, images, cells_G + _WRAPPERS, grids.row_G, _GRIDS)
     if bad_V.any():
         image = int(bad_V.argmax())
         needed = int(cells_G[image]) + _WRAPPERS

@@ -30,6 +30,7 @@ Array = npt.NDArray[Any]
 # Far beyond any clip, and within what float32 counts without gaps.
 _MAX_TIME = 2**23
 
+_AUDIO, _AUDIO_START = "audio_token_id", "audio_start_token_id"
 _ONE = np.float32(1)
 _CUT = "the row ends inside it: truncated at max_length after the processor ran"
 _STRAY = "a placeholder token that was typed or sampled as text, or a lost marker"
@@ -191,7 +192,7 @@ class _Row:
 
     def _starts(self, tokens_n: IntArray) -> list[int]:
         marker_n = tokens_n == self.spec.vision_start_token_id
-        marker_n |= tokens_n == self.spec.extra["audio_start_token_id"]
+        marker_n |= tokens_n == self.spec.extra[_AUDIO_START]
         starts: list[int] = marker_n.nonzero()[0].tolist()
         return starts
 
@@ -205,7 +206,7 @@ class _Row:
 
     def _span(self, tokens_n: IntArray, start: int) -> _Span:
         """Say what begins at a marker, and take what it needs."""
-        spec, audio_start = self.spec, self.spec.extra["audio_start_token_id"]
+        spec, audio_start = self.spec, self.spec.extra[_AUDIO_START]
         behind = int(tokens_n[start + 1]) if start + 1 < len(tokens_n) else None
         if tokens_n[start] == audio_start:
             return _Span("audio", 1, None, _ONE, self._audio())
@@ -287,7 +288,7 @@ class _Row:
         wanted = {
             self.spec.image_token_id: needed if span.name == "image" else 0,
             self.spec.video_token_id: needed - span.audio if span.name == "video" else 0,
-            int(self.spec.extra["audio_token_id"]): span.audio,
+            int(self.spec.extra[_AUDIO]): span.audio,
         }
         inside_n = np.isin(tokens_n[first:], list(wanted))
         found = int(inside_n.argmin()) if not inside_n.all() else len(inside_n)
@@ -295,7 +296,7 @@ class _Row:
         counts = {token: int(np.count_nonzero(body_n == token)) for token in wanted}
         behind_n = tokens_n[first + needed : first + needed + span.markers]
         # A start where the end should be is one more audio to the reference.
-        started = self.spec.extra["audio_start_token_id"] in behind_n
+        started = self.spec.extra[_AUDIO_START] in behind_n
         closed = len(behind_n) == span.markers and not started
         if needed and found == needed and counts == wanted and closed:
             mixed = span.markers == 2 and body_n[0] != self.spec.video_token_id
@@ -323,7 +324,7 @@ class _Row:
         placeholders = [
             self.spec.image_token_id,
             self.spec.video_token_id,
-            int(numbers["audio_token_id"]),
+            int(numbers[_AUDIO]),
         ]
         outside_n = np.isin(tokens_n, placeholders)
         ends = np.cumsum([piece.shape[1] for piece in pieces])
@@ -373,7 +374,7 @@ def omni_tokens(spec: MRopeSpec, placeholders: int, audio: int, end_id: int) -> 
         placeholders, audio: tokens of the frames and of the audio; 0: none.
         end_id: stands for the end markers, which positions treat as text.
     """
-    start, sound = (int(spec.extra[f"audio_{name}"]) for name in ("start_token_id", "token_id"))
+    start, sound = (int(spec.extra[name]) for name in (_AUDIO_START, _AUDIO))
     video = [spec.video_token_id] * placeholders
     if not audio:
         return [spec.vision_start_token_id, *video, end_id]
