@@ -42,6 +42,9 @@ class Flatten:
     Args:
         pad_to_multiple_of: the row is filled up to a multiple of this, by a segment of its own.
         pad_token_id: token id of that segment.
+        attached: the batches go to attached models alone. To be said with transformers before
+            5.23, whose unmodified models let patches attend within the text's borders under flash
+            attention.
 
     Raises:
         ValueError: `pad_to_multiple_of` is below 1.
@@ -49,6 +52,7 @@ class Flatten:
 
     pad_to_multiple_of: int = 1
     pad_token_id: int = 0
+    attached: bool = False
 
     def __post_init__(self) -> None:
         if self.pad_to_multiple_of < 1:
@@ -72,11 +76,11 @@ def check_packing(spec: MRopeSpec, options: Flatten) -> None:
             "examples see of each other in one row"
         )
     version = installed_transformers() or spec.reference.removeprefix("transformers-")
-    if borders_reach_the_tower(version):
+    if borders_reach_the_tower(version) and not options.attached:
         raise MRopeError(
-            f"packing='flatten' is refused with transformers {version}: flash attention in its "
-            "vision tower would take the borders of the text; install "
-            f"{describe_known('flatten')}, or pad"
+            f"packing='flatten' is refused with transformers {version}: under flash attention the "
+            "vision tower of an unmodified model would take the borders of the text; attach the "
+            f"model and say attached=True, install {describe_known('flatten')}, or pad"
         )
     prove_if_unknown("flatten", spec)
 

@@ -89,7 +89,10 @@ def attend_within(
     if borders.pairs is None:
         whole = (one.transpose(0, 1)[None] for one in (query, key, value))
         mask = borders.mask
-        if mask is None:  # float32 on CUDA: the kernel does not take it
+        if is_flash(layer.config):  # before 5.15, see `TowerLayer.takes_longest`
+            options |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders.cu_seqlens)
+            options |= dict.fromkeys(("max_length_q", "max_length_k"), borders.longest)
+        elif mask is None:  # float32 on CUDA: the kernel does not take it
             mask = _block_mask(borders.cu_seqlens, query, layer.config)
         output: torch.Tensor = attend(layer, *whole, attention_mask=mask, **options)[0]
         return output.reshape(len(query), -1), None

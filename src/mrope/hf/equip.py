@@ -118,6 +118,8 @@ def _make_collator(trainer: Any, config: Any, stage: dict[str, Any]) -> MRopeCol
             "packing='flatten'"
         )
     inner = None if inner is transformers.default_data_collator else inner
+    if stage.get("packing") == "flatten":
+        stage = {**stage, "attached": True}
     return MRopeCollator(inner, spec, vision, audio=audio, **stage)
 
 

@@ -25,6 +25,8 @@ class TowerLayer:
         dropout: attribute with the rate of attention dropout; a layer without it has none.
         returns_pair: whether the layer returns (output, attention weights).
         weights: in what it returns the weights of the segments; None: it returns None for them.
+        takes_longest: whether the layer's own forward takes the length of the longest segment as a
+            host int, which before 5.15 it reads back from the borders under flash attention.
         rotate, attend: functions of the modelling file that defines the layer's forward, so that
             rounding is that of its own: of query and key by `position_embeddings`, and eager
             attention. Bound by `bound_to`, since `torch.compile` cannot trace the search for them.
@@ -38,6 +40,7 @@ class TowerLayer:
     dropout: str = "attention_dropout"
     returns_pair: bool = False
     weights: type[list[Any] | tuple[Any, ...]] | None = None
+    takes_longest: bool = True
     rotate: Any = None
     attend: Any = None
 
@@ -47,7 +50,9 @@ class TowerLayer:
         rotate = getattr(module, "apply_rotary_pos_emb_vision", None)
         if rotate is not None and len(inspect.signature(rotate).parameters) == 2:
             rotate = partial(_rotate_by_angles, rotate)
-        return replace(self, rotate=rotate, attend=module.eager_attention_forward)
+        takes_longest = "max_seqlen" in inspect.signature(type(layer).forward).parameters
+        attend = module.eager_attention_forward
+        return replace(self, rotate=rotate, attend=attend, takes_longest=takes_longest)
 
     def describes(self, layer: torch.nn.Module) -> bool:
         """Whether a layer has these modules and no other, which it might run in between."""
@@ -100,12 +105,13 @@ def tower_forward(
     within: Any = getattr(cu_seqlens, "mrope_borders", cu_seqlens)
     if isinstance(within, dict):
         within = within[hidden_states.shape[-2]]
-    if isinstance(within, torch.Tensor):
-        return type(self).forward(self, hidden_states, cu_seqlens, **kwargs)
     parts: TowerLayer = self.mrope_parts
-    # Flash attention's argument; the other implementations would not know it.
-    for longest in ("max_seqlen", "max_window_seqlen"):
-        kwargs.pop(longest, None)
+    if isinstance(within, torch.Tensor) and (parts.takes_longest or "max_seqlen" not in kwargs):
+        return type(self).forward(self, hidden_states, cu_seqlens, **kwargs)
+    # Flash attention's arguments; the other implementations would not know them.
+    longest, _ = (kwargs.pop(name, None) for name in ("max_seqlen", "max_window_seqlen"))
+    if isinstance(within, torch.Tensor):
+        within = Borders(within, longest, None, None, varlen=False)
     # Towers have none for the whole batch; some pass the argument on.
     kwargs.pop("attention_mask", None)
     # GLM-Image's tower, whose layers are built as others', adds its positions before them.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mrope.collate.collator import MRopeCollator
+from mrope.collate.packing import Flatten
 from mrope.collate.padding import PaddingCollator
 from mrope.columns import count_key, tower_key
 from mrope.errors import MRopeError
@@ -128,7 +129,8 @@ def compare_packing(model: Any) -> Outcome:
     for media in _media(spec):
         # Of a row padded on the left, the first token counts in the loss too, predicted by padding.
         given = _return(_plain_batch(model, specs, media, "right"))
-        flat = MRopeCollator(given, spec, vision, audio=audio, packing="flatten")(None)
+        packing = Flatten(attached=True)  # under sdpa the unmodified model takes it too
+        flat = MRopeCollator(given, spec, vision, audio=audio, packing=packing)(None)
         theirs = take_step(model, MRopeCollator(given, spec, vision, audio=audio)(None))
         for mode in modes:
             difference = _try_step(model, flat, theirs, attached=mode == "attached")

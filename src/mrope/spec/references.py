@@ -93,12 +93,14 @@ REFERENCES: dict[str, Reference] = {
     "transformers-5.23": _NEWEST,
 }
 
-# Releases in which every family that has a feature was compared. Before 5.23 flash
-# attention in the vision tower takes the borders of the flattened row, `cu_seq_lens_q`.
+# First release whose unmodified models keep the borders of the flattened row, `cu_seq_lens_q`, from
+# flash attention in the vision tower.
+_BORDERS_APART: Release = (5, 23)
+# Releases in which every family that has a feature was compared.
 _COMPARED: dict[str, tuple[Era, ...]] = {
     "positions": tuple(reference.era for reference in REFERENCES.values()),
-    "attach": (((5, 23), (5, 24)),),
-    "flatten": (((5, 23), (5, 24)),),
+    "attach": (((5, 9), (5, 24)),),
+    "flatten": (((5, 9), (5, 24)),),
 }
 
 VISION_READ_SINCE: dict[str, Release] = {
@@ -177,8 +179,7 @@ def borders_reach_the_tower(version: str) -> bool:
     Under flash attention its patches would then attend within the text's borders. No comparison on
     a CPU finds that, so that these releases are refused.
     """
-    (first, _), *_ = _COMPARED["flatten"]
-    return as_release(version) < first
+    return as_release(version) < _BORDERS_APART
 
 
 def _in_worker() -> bool:

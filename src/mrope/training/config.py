@@ -103,7 +103,7 @@ def build_collator(cfg: Config, inner_collate: Collate | None = None) -> Collate
         inner_collate,
         cfg.spec(),
         cfg.vision_spec(),
-        packing=cfg.rope.flatten(pad_token_id),
+        packing=cfg.rope.flatten(pad_token_id, attached=cfg.model.attach),
         layout=cfg.rope.layout,
         shapes=None if cfg.rope.shapes is None else cfg.rope.shapes.ladder(pad_token_id),
         on_error=on_error,

@@ -263,9 +263,9 @@ class RopeSection(_Section):
         self.skip_bad()
         return self
 
-    def flatten(self, pad_token_id: int = 0) -> Flatten | None:
+    def flatten(self, pad_token_id: int = 0, attached: bool = False) -> Flatten | None:
         """Return the collator's options of packing; None: batches stay padded."""
-        return self.packing and Flatten(self.pad_to_multiple_of, pad_token_id)
+        return self.packing and Flatten(self.pad_to_multiple_of, pad_token_id, attached)
 
     def skip_bad(self) -> Literal["raise"] | SkipBad:
         """Return the collator's options for bad examples."""
