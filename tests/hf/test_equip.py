@@ -51,7 +51,9 @@ def collator(family: str = "qwen3_vl", **options: Any) -> MRopeCollator:
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"])
 def test_losses_are_equal(family: str, tmp_path: Path) -> None:
     plain = losses(make(tmp_path, family=family))
-    assert losses(equip(make(tmp_path, family=family), quiet=True)) == pytest.approx(plain, abs=1e-5)
+    assert losses(equip(make(tmp_path, family=family), quiet=True)) == pytest.approx(
+        plain, abs=1e-5
+    )
 
 
 def test_no_step_syncs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,5 +191,3 @@ def test_positions_that_a_collator_makes_are_refused_at_the_first_batch(tmp_path
 
     with pytest.raises(MRopeError, match="position_ids"):
         losses(equip(make(tmp_path, data_collator=numbers), quiet=True))
-
-

@@ -36,7 +36,11 @@ def preferences() -> Any:
         texts = [part for part in prompt[0]["content"] if part["type"] == "text"]
         prompt = [{"role": "user", "content": texts[0]["text"]}]
         chosen = [{"role": "assistant", "content": text}]
-        return {"prompt": prompt, "chosen": chosen, "rejected": [{**other[0], "content": text[::-1]}]}
+        return {
+            "prompt": prompt,
+            "chosen": chosen,
+            "rejected": [{**other[0], "content": text[::-1]}],
+        }
 
     table = conversations().filter(lambda row: len(row["images"]) > 0)
     return table.map(split, remove_columns=["messages"])

@@ -5,18 +5,22 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
-from mrope.guard import SyncGuard
+from mrope.guard import Site, SyncGuard
 from mrope.hf import attach
 from mrope.hf.attaching import base_model
 from mrope.hf.rows import ROWS
 from mrope.proof import small_models
+from mrope.proof.shrunken import build_model
 from mrope.spec.families import find_family
+from support.flash import flash_attention
 
 
 @pytest.fixture(params=ROWS)
@@ -32,11 +36,46 @@ def test_a_step_is_as_without(model: Any) -> None:
     assert equal, detail
 
 
+def test_an_unmodified_model_takes_the_stage_too(model: Any) -> None:
+    for plain, staged in small_models.staged_batches(model):
+        theirs = small_models.take_step(model, plain)
+        difference = small_models.describe_difference(small_models.take_step(model, staged), theirs)
+        assert difference is None
+
+
 def test_flattened_rows_are_as_padded_ones(model: Any) -> None:
     if not family_row(model).packs:
         pytest.skip("packing is refused for the family")
     equal, detail = small_models.compare_packing(model)
     assert equal, detail
+
+
+def test_under_flash_attention_patches_and_text_stay_apart(model: Any) -> None:
+    """Flattened, attached: as padded under sdpa, and no sync but in the kernel's stand-in."""
+    if not family_row(model).packs or not model._supports_flash_attn:
+        pytest.skip("it is not packed, or runs under no flash attention")
+    for flat, padded in small_models.flattened_batches(model):
+        expected, _ = small_models.take_step(model, padded)
+        with flash_attention():
+            config = copy.deepcopy(model.config)
+            other = build_model(type(model), config, "flash_attention_2")
+            other.load_state_dict(model.state_dict())
+            attach(other)
+            with SyncGuard() as guard:
+                output = other(**flat)
+        logits, _ = output.logits[0, : len(expected["logits"])], output.loss.backward()
+        torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-3)
+        assert [
+            one for one in syncs(guard, model) if not one.file.endswith("support/flash.py")
+        ] == []
+
+
+def syncs(guard: SyncGuard, model: Any) -> list[Site]:
+    """Return the syncs, but those of PaddleOCR-VL's tower before 5.15, which interpolates itself."""
+    file = "modeling_paddleocr_vl.py"
+    if any(hasattr(module, "interpolation_align_corners") for module in model.modules()):
+        file = "none"
+    return [one for one in guard.sites if not one.file.endswith(file)]
 
 
 def family_row(model: Any) -> Any:
@@ -50,6 +89,4 @@ def test_a_step_does_not_sync(model: Any) -> None:
         with SyncGuard() as guard:
             output = model(**batch, use_cache=False)  # as Trainer sets it
             (output[0].sum() if output.get("loss") is None else output.loss).backward()
-        # Before 5.15 PaddleOCR-VL's tower takes no interpolation, and makes it image by image.
-        left = [one for one in guard.sites if one.function != "interpolate_pos_encoding"]
-        assert left == []
+        assert syncs(guard, model) == []

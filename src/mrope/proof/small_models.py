@@ -120,23 +120,29 @@ def compare_packing(model: Any) -> Outcome:
     Raises:
         Exception: one of `FAILURES`, from the unmodified model: nothing was compared.
     """
-    specs = _specs(model)
-    spec, vision, audio = specs
     what = f"a small {type(model).__name__} on padded and on flattened batches"
     layers = getattr(text_model(base_model(model)).config, "layer_types", None) or ()
     # Linear layers keep borders only through kernels, and raise where these are not installed.
     modes = ("attached",) if "linear_attention" in layers else ("plain", "attached")
-    for media in _media(spec):
-        # Of a row padded on the left, the first token counts in the loss too, predicted by padding.
-        given = _return(_plain_batch(model, specs, media, "right"))
-        packing = Flatten(attached=True)  # under sdpa the unmodified model takes it too
-        flat = MRopeCollator(given, spec, vision, audio=audio, packing=packing)(None)
-        theirs = take_step(model, MRopeCollator(given, spec, vision, audio=audio)(None))
+    for flat, padded in flattened_batches(model):
+        theirs = take_step(model, padded)
         for mode in modes:
             difference = _try_step(model, flat, theirs, attached=mode == "attached")
             if difference is not None:
                 return False, f"{what}, {mode}, differ: {difference}"
     return True, f"{what}, {' and '.join(modes)}: logits, loss and gradients are equal"
+
+
+def flattened_batches(model: Any) -> Iterator[tuple[Batch, Batch]]:
+    """Yield a batch of each kind of media that a model takes together, flattened and padded."""
+    specs = _specs(model)
+    spec, vision, audio = specs
+    for media in _media(spec):
+        # Of a row padded on the left, the first token counts in the loss too, predicted by padding.
+        given = _return(_plain_batch(model, specs, media, "right"))
+        packing = Flatten(attached=True)  # under sdpa the unmodified model takes it too
+        flat = MRopeCollator(given, spec, vision, audio=audio, packing=packing)(None)
+        yield dict(flat), dict(MRopeCollator(given, spec, vision, audio=audio)(None))
 
 
 def _specs(model: Any) -> tuple[MRopeSpec, VisionSpec, AudioSpec | None]:
@@ -229,13 +235,13 @@ def _try_step(model: Any, batch: Batch, expected: Step, attached: bool) -> str |
     """Run a step; describe the first difference from the expected one, or what was raised."""
     try:
         if not attached:
-            return _difference(take_step(model, batch), expected)
+            return describe_difference(take_step(model, batch), expected)
         # Not strict: whatever the class has become, it is compared.
         ours = take_step(attach(model, strict=False), batch)
         detach(model)
     except FAILURES as error:
         return f"the {'attached' if attached else 'plain'} model raised {describe_error(error)}"
-    return _difference(ours, expected)
+    return describe_difference(ours, expected)
 
 
 def describe_error(error: BaseException) -> str:
@@ -243,7 +249,7 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
 
 
-def _difference(ours: Step, theirs: Step) -> str | None:
+def describe_difference(ours: Step, theirs: Step) -> str | None:
     """Describe the first value that differs; None if all are equal within rounding."""
     mine, own = ({**outputs, **gradients} for outputs, gradients in (ours, theirs))
     for name in [*own, *(mine.keys() - own.keys())]:
