@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from mrope import MRopeCollator, MRopeError, MRopeSpec, VisionSpec
@@ -14,7 +15,6 @@ from mrope.collate.padding import PaddingCollator
 from mrope.hf import SyncReport, attach, equip
 from mrope.hf.attaching import is_attached
 from support.models import media_of, model_config, tiny_examples, tiny_model, tiny_spec
-from torch.utils.data import IterableDataset
 
 STEPS = 3
 

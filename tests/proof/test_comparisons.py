@@ -206,9 +206,9 @@ def test_wrong_positions_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     specs = models._specs(small)
     plain = models._plain_batch(small, specs, {"images": True, "videos": True})
     staged = MRopeCollator(lambda _: dict(plain), specs[0], specs[1])(None)
-    expected = models._step(small, staged)
+    expected = models.take_step(small, staged)
     staged["position_ids"][2] += staged["position_ids"][1]
-    assert models._difference(models._step(small, staged), expected) is not None
+    assert models.describe_difference(models.take_step(small, staged), expected) is not None
 
 
 def test_a_shrunken_config_keeps_what_decides_about_inputs() -> None:

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from mrope import MRopeError
+from mrope.spec import references
 from mrope.spec.families import FAMILIES
+from mrope.spec.spec import example_config
 from mrope.towers import VisionSpec, check_release, vision, vision_spec, vision_tensors
 from mrope.towers.frame_cache import FRAME_CACHE, FrameCache, clear_cache
 
@@ -193,10 +195,8 @@ def test_the_spec_pickles_and_hashes() -> None:
 @pytest.mark.parametrize(
     ("spec", "version", "unread"),
     [
-        (VisionSpec(2), "4.57.6", "cu_seqlens, max_seqlen, position_ids; install 5.15"),
-        (VisionSpec(2), "5.14.1", "max_seqlen; install 5.15"),
-        (VisionSpec(2, window_side=4), "5.9.0", "max_seqlen, max_window_seqlen; install 5.15"),
-        (VisionSpec(2, table_side=4), "5.9.0", "max_seqlen, interp_indices, interp_weights"),
+        (VisionSpec(2), "4.57.6", "cu_seqlens, max_seqlen, position_ids; install 5.9"),
+        (VisionSpec(2, window_side=4), "5.8.1", "max_window_seqlen; install 5.9"),
     ],
 )
 def test_a_release_that_does_not_read_them_is_refused(
@@ -207,17 +207,29 @@ def test_a_release_that_does_not_read_them_is_refused(
 
 
 def test_a_release_that_reads_them_passes() -> None:
-    for version in ("5.15.0", "5.17.0.dev0", "5.23.0", "6.0"):
+    for version in ("5.9.0", "5.17.0.dev0", "5.23.0", "6.0"):
         check_release(EVERYTHING, version)
     with pytest.raises(MRopeError, match="cannot read transformers' version 'main'"):
         check_release(EVERYTHING, "main")
     with (
-        mock.patch.object(vision_spec, "installed_transformers", return_value="5.14.0"),
-        pytest.raises(MRopeError, match=r"5\.14\.0"),
+        mock.patch.object(vision_spec, "installed_transformers", return_value="5.8.1"),
+        pytest.raises(MRopeError, match=r"5\.8\.1"),
     ):
         check_release(EVERYTHING)
     with mock.patch.object(vision_spec, "installed_transformers", return_value=None):
         check_release(EVERYTHING)
+
+
+@pytest.mark.parametrize(("release", "corners"), [("5.14.1", 0), ("5.15.0", 1), ("5.22.2", 1)])
+def test_a_table_is_interpolated_as_the_installed_tower_does(release: str, corners: int) -> None:
+    """PaddleOCR-VL's, from corner to corner for as long as its tower does."""
+    config = example_config("paddleocr_vl")
+    with mock.patch.object(references, "installed_transformers", return_value=release):
+        spec = VisionSpec.from_config(config)
+    grid = [[1, 6, 4]]
+    expected = vision.table_taps(np.array(grid), 1, spec.table_side or 0, corners=bool(corners))
+    taps = vision_tensors(spec, grid)["interp_weights"]
+    np.testing.assert_array_equal(taps, expected["interp_weights"])
 
 
 # What is remembered.

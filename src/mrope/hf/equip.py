@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import transformers
@@ -15,6 +15,9 @@ from mrope.hf.attention_choice import Attention
 from mrope.hf.thinkers import text_model
 from mrope.spec.spec import MRopeSpec
 from mrope.towers import AudioSpec, VisionSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 AnyTrainer = TypeVar("AnyTrainer")
 
@@ -47,7 +50,7 @@ def equip(
             numbers tokens, or is a `MRopeCollator` for another model; batches are cut on their
             first dimension. And whatever `attach` refuses.
     """
-    made: Any = trainer
+    made: Trainer = trainer
     _refuse_trainer(made)
     base = base_model(made.model)
     _refuse_late(made)
@@ -64,7 +67,7 @@ def equip(
     return trainer
 
 
-def _models(trainer: Any) -> Iterator[torch.nn.Module]:
+def _models(trainer: Trainer) -> Iterator[torch.nn.Module]:
     """Yield the model that is trained, and the frozen one that TRL's trainers compare it with."""
     yield trainer.model
     reference = getattr(trainer, "ref_model", None)
@@ -72,7 +75,7 @@ def _models(trainer: Any) -> Iterator[torch.nn.Module]:
         yield reference
 
 
-def _refuse_trainer(trainer: Any) -> None:
+def _refuse_trainer(trainer: Trainer) -> None:
     """Raise for a trainer whose batches, or whose model, are not those that it holds."""
     name = type(trainer).__name__
     if not isinstance(trainer, transformers.Trainer):
@@ -89,7 +92,7 @@ def _refuse_trainer(trainer: Any) -> None:
         )
 
 
-def _refuse_late(trainer: Any) -> None:
+def _refuse_late(trainer: Trainer) -> None:
     if trainer.model_wrapped is not trainer.model:
         raise MRopeError(
             f"too late: {type(trainer).__name__} has wrapped its model already; call equip before "
@@ -103,7 +106,9 @@ def _refuse_late(trainer: Any) -> None:
         )
 
 
-def _make_collator(trainer: Any, config: Any, stage: dict[str, Any]) -> MRopeCollator:
+def _make_collator(
+    trainer: Trainer, config: PreTrainedConfig, stage: dict[str, Any]
+) -> MRopeCollator:
     """Return the trainer's collator within the stage; one that is a stage already as it is."""
     spec, vision = MRopeSpec.from_config(config), VisionSpec.from_config(config)
     has_audio = "audio_seqlens" in spec.family_row.inputs
@@ -142,7 +147,7 @@ def _refuse_other_model(
             )
 
 
-def _apply_settings(trainer: Any) -> list[str]:
+def _apply_settings(trainer: Trainer) -> list[str]:
     """Change what makes a trainer sync; return the settings as they are now."""
     loader, args = trainer.accelerator.dataloader_config, trainer.args
     changed = []
@@ -159,7 +164,7 @@ def _apply_settings(trainer: Any) -> list[str]:
     return changed
 
 
-def _left(trainer: Any, base: Any) -> Iterator[str]:
+def _left(trainer: Trainer, base: PreTrainedModel) -> Iterator[str]:
     """Yield what still syncs and is the user's to change."""
     args = trainer.args
     if not args.dataloader_pin_memory:
@@ -177,7 +182,11 @@ def _left(trainer: Any, base: Any) -> Iterator[str]:
 
 
 def _describe(
-    trainer: Any, inner: Any, models: list[torch.nn.Module], changed: list[str], left: list[str]
+    trainer: Trainer,
+    inner: Collate | None,
+    models: list[torch.nn.Module],
+    changed: list[str],
+    left: list[str],
 ) -> str:
     """Return five lines: the trainer, and what was done to its collator, model and settings."""
     collate = trainer.data_collator
@@ -196,5 +205,5 @@ def _describe(
     )
 
 
-def _name(collate: Any) -> str:
+def _name(collate: Collate | None) -> str:
     return getattr(collate, "__name__", type(collate).__name__)

@@ -73,7 +73,7 @@ def linear_mask(self: Any, attention_mask: torch.Tensor | None, cache: Any) -> t
         attention_mask: (B, 1, S, keys), made by `causal_mask`; any other: the model's own method.
         cache: key-value cache, or None.
     """
-    if hasattr(attention_mask, "mrope_linear_mask"):
+    if attention_mask is not None and hasattr(attention_mask, "mrope_linear_mask"):
         made: torch.Tensor | None = attention_mask.mrope_linear_mask
         return made
     own: Any = type(self)._update_linear_attn_mask  # noqa: SLF001 - the method that this one replaces

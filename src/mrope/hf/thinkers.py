@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from mrope.hf.attention import modelling_of
 from mrope.hf.inputs import Tensors
@@ -22,7 +24,7 @@ _FOR_TEXT = "mrope_text_inputs"
 _OWNED = ("visual_pos_masks", "deepstack_visual_embeds")
 
 
-def text_model(base: Any) -> Any:
+def text_model(base: PreTrainedModel) -> PreTrainedModel:
     """Return the text model of a base model."""
     return base.model if holds_head(base) else base.language_model
 
@@ -52,24 +54,24 @@ _THINKERS = {
 class _ThroughHead:
     """A text model as `mrope.hf.text` runs it, called through the forward of its thinker."""
 
-    def __init__(self, base: Any, inputs: Tensors) -> None:
+    def __init__(self, base: PreTrainedModel, inputs: Tensors) -> None:
         self.base, self.config = base, base.model.config
         self.mrope_attention = base.model.mrope_attention
         # What a text model is not given. The loss of experts is over the tokens of the 2-D mask.
         self.own = {name: inputs.get(name) for name in ("attention_mask", "labels")}
 
-    def __call__(self, attention_mask: Any, **inputs: Any) -> Any:
+    def __call__(self, attention_mask: torch.Tensor | None, **inputs: Any) -> ModelOutput:
         """Run the thinker's own forward on embeddings."""
         for_text = {name: inputs.pop(name) for name in _OWNED if name in inputs}
         inputs[_FOR_TEXT] = {**for_text, "attention_mask": attention_mask}
         return type(self.base).forward(self.base, **self.own, **inputs)
 
 
-def text_to_run(base: Any, inputs: Tensors) -> Any:
+def text_to_run(base: PreTrainedModel, inputs: Tensors) -> PreTrainedModel | _ThroughHead:
     """Return what runs the text model on embeddings: itself, or the thinker that holds its head."""
     return _ThroughHead(base, inputs) if holds_head(base) else text_model(base)
 
 
-def take_text_inputs(self: Any, **inputs: Any) -> Any:
+def take_text_inputs(self: PreTrainedModel, **inputs: Any) -> ModelOutput:
     """Run the text model on what an attached thinker passes it; replaces its forward."""
     return type(self).forward(self, **{**inputs, **inputs.pop(_FOR_TEXT, {})})

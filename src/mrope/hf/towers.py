@@ -19,7 +19,6 @@ from mrope.hf.inputs import (
 )
 from mrope.hf.outputs import Encoded
 from mrope.hf.scatter import Gather, Places, scatter_features
-from mrope.spec.references import VISION_READ_SINCE
 
 if TYPE_CHECKING:
     from mrope.hf.rows import Row
@@ -31,6 +30,13 @@ VISION_TOWERS = ("visual", "vision_tower", "vision_model")
 _BORDERS = (
     ("cu_seqlens", "max_seqlen", "split_sizes"),
     ("cu_window_seqlens", "max_window_seqlen", "window_split_sizes"),
+)
+_VISION = (
+    *(name for borders in _BORDERS for name in borders[:2]),
+    "position_ids",
+    "window_index",
+    "interp_indices",
+    "interp_weights",
 )
 _AUDIO = ("padded_feature", "chunk_lengths", "valid_indices", "pool_indices", "max_seqlen")
 # Patches that a window of MiniCPM-V's tower merges.
@@ -99,7 +105,7 @@ def _take_call(self: Any, row: Row, modality: str, inputs: Tensors) -> Call:
         places: Places = Gather(taken.pop("feature_index"), inputs.pop("vision_feature_mask"))
     else:
         grid_thw, places = take_sizes(inputs, modality), taken.pop("scatter_index")
-    keywords = {name: taken.pop(name) for name in VISION_READ_SINCE if name in taken}
+    keywords = {name: taken.pop(name) for name in _VISION if name in taken}
     keywords["grid_thw"] = _grids(row, grid_thw, keywords["cu_seqlens"], taken)
     if "merge_size" in taken:
         keywords["merge_sizes"] = torch.full((len(grid_thw),), taken.pop("merge_size"))
@@ -225,7 +231,7 @@ def encode_codes(self: Any, inputs: Tensors) -> dict[str, Encoded]:
         return {}
     tower = vision_tower(self)
     pixels, taken = inputs.pop(PIXELS["image"]).type(tower.dtype), take_added(inputs, "image")
-    known = {name: taken[name] for name in VISION_READ_SINCE if name in taken}
+    known = {name: taken[name] for name in _VISION if name in taken}
     known |= asked_of_towers(inputs)
     cu_seqlens = known["cu_seqlens"]
     borders = tower_borders(tower, pixels, cu_seqlens, known["max_seqlen"], taken["split_sizes"])

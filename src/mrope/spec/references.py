@@ -103,26 +103,15 @@ _COMPARED: dict[str, tuple[Era, ...]] = {
     "flatten": (((5, 9), (5, 24)),),
 }
 
-VISION_READ_SINCE: dict[str, Release] = {
-    "cu_seqlens": (5, 9),
-    "max_seqlen": (5, 9),
-    "position_ids": (5, 9),
-    "window_index": (5, 9),
-    "cu_window_seqlens": (5, 9),
-    "max_window_seqlen": (5, 9),
-    "interp_indices": (5, 9),
-    "interp_weights": (5, 9),
-}
-"""First release whose vision towers read each tensor; source: docs/batch.md.
+TOWERS_READ_SINCE: Release = (5, 9)
+"""First release whose towers take tensors of the stage.
 
-A later release that ignored one would compute it again: slower, not wrong. `attach` compares.
+Before 5.15 vision towers take some by other names or not at all, before 5.23 audio towers: an
+attached model gives them those all the same, an unmodified one computes them again.
 """
 
 # Releases whose tower interpolates its table from corner to corner, as no other of the family does.
 _TO_CORNERS: dict[str, Era] = {"paddleocr_vl": ((5, 15), (5, 22))}
-
-AUDIO_READ_SINCE: Release = (5, 9)
-"""First release whose audio towers are known to read every tensor."""
 
 
 def prove_if_unknown(feature: str, subject: object) -> None:

@@ -24,7 +24,7 @@ from mrope.arrays import Array, as_integers, borders, starts, within
 from mrope.columns import Columns, columns
 from mrope.errors import MRopeError
 from mrope.spec.model_config import read_int, read_model, read_tower
-from mrope.spec.references import AUDIO_READ_SINCE, as_release, installed_transformers
+from mrope.spec.references import TOWERS_READ_SINCE, as_release, installed_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ class AudioSpec:
         return cls(n_window, window // n_window // 2)
 
     def check_release(self, version: str | None = None) -> None:
-        """Refuse a transformers release whose audio towers would ignore some of `keys`.
+        """Refuse a transformers release whose audio towers take none of `keys`.
 
         Args:
             version: release to check; None: the installed one. If none is installed, nothing
@@ -95,10 +95,10 @@ class AudioSpec:
             MRopeError: the release is too old.
         """
         version = version if version is not None else installed_transformers()
-        if version is not None and as_release(version) < AUDIO_READ_SINCE:
+        if version is not None and as_release(version) < TOWERS_READ_SINCE:
             raise MRopeError(
-                f"transformers {version} does not read all audio tensors; install "
-                f"{AUDIO_READ_SINCE[0]}.{AUDIO_READ_SINCE[1]} or later, or leave audio out"
+                f"transformers {version} does not read audio tensors; install "
+                f"{TOWERS_READ_SINCE[0]}.{TOWERS_READ_SINCE[1]} or later, or leave audio out"
             )
 
     @property

@@ -11,7 +11,7 @@ from mrope.errors import MRopeError
 from mrope.spec.families import FAMILIES, ONE_DIMENSIONAL, Tower, find_family
 from mrope.spec.model_config import read_int, read_model, read_tower
 from mrope.spec.references import (
-    VISION_READ_SINCE,
+    TOWERS_READ_SINCE,
     as_release,
     installed_transformers,
     interpolates_to_corners,
@@ -86,7 +86,7 @@ class VisionSpec:
 
 
 def check_release(spec: VisionSpec, version: str | None = None) -> None:
-    """Refuse a transformers release whose towers would ignore a tensor of `vision_tensors`.
+    """Refuse a transformers release whose towers take none of `vision_tensors`.
 
     Args:
         spec: the tower's values.
@@ -94,7 +94,7 @@ def check_release(spec: VisionSpec, version: str | None = None) -> None:
             checked, since the model runs elsewhere.
 
     Raises:
-        MRopeError: the release does not read some of `spec.keys`; the message lists them.
+        MRopeError: the release is too old.
 
     Example:
         >>> check_release(VisionSpec(2, table_side=48), "5.23.0")
@@ -102,12 +102,10 @@ def check_release(spec: VisionSpec, version: str | None = None) -> None:
     version = version if version is not None else installed_transformers()
     if version is None:
         return
-    release = as_release(version)
-    unread = [key for key in spec.keys if release < VISION_READ_SINCE[key]]
-    if unread:
-        major, minor = max(VISION_READ_SINCE[key] for key in unread)
+    if as_release(version) < TOWERS_READ_SINCE:
+        major, minor = TOWERS_READ_SINCE
         raise MRopeError(
-            f"transformers {version} does not read the vision tensors {', '.join(unread)}; "
+            f"transformers {version} does not read the vision tensors {', '.join(spec.keys)}; "
             f"install {major}.{minor} or later, or leave vision tensors out"
         )
 
