@@ -21,7 +21,8 @@ STEPS = 3
 
 def make(folder: Path, model: Any = None, kind: type = Trainer, **options: Any) -> Any:
     family = options.pop("family", "qwen3_vl")
-    given = {name: options.pop(name) for name in ("data_collator", "model_init") if name in options}
+    names = ("data_collator", "model_init")
+    given: dict[str, Any] = {name: options.pop(name) for name in names if name in options}
     settings: dict[str, Any] = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 3,
@@ -125,7 +126,7 @@ def test_batches_of_a_stream_are_not_dispatched(tmp_path: Path) -> None:
     assert len(losses(trainer)) == STEPS
 
 
-class Metrics(Trainer):
+class Metrics(Trainer):  # type: ignore[misc]
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(*args, **kwargs)
 
@@ -137,7 +138,7 @@ def test_a_loss_of_its_own_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "dataloader_pin_memory=False" in last
 
 
-class Generates(Trainer):
+class Generates(Trainer):  # type: ignore[misc]
     def _generate_and_score_completions(self) -> None: ...
 
 

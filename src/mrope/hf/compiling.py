@@ -14,6 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mrope.errors import MRopeError
+from mrope.hf.thinkers import text_model
 from mrope.hf.towers import VISION_TOWERS
 
 
@@ -54,7 +55,7 @@ def forget_compiled(model: torch.nn.Module) -> None:
 def _parts(base: Any) -> Iterator[torch.nn.Module]:
     """Yield what runs as one graph each: layers, and modules beside a stack of layers."""
     towers = [getattr(base, name) for name in VISION_TOWERS if name in base._modules]  # noqa: SLF001
-    for stack in (*towers, base.language_model):
+    for stack in (*towers, text_model(base)):
         layers = [one for one in stack.modules() if isinstance(one, GradientCheckpointingLayer)]
         yield from layers
         within = {one for layer in layers for one in layer.modules()}

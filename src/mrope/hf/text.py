@@ -29,8 +29,8 @@ from mrope.hf.varlen import can_attend
 
 Masks = Callable[[Any, torch.Tensor, torch.Tensor | None, Any], Any]
 
-# What lets transformers make a mask without asking first whether it is needed, a sync: since 5.15 an
-# argument, before it a function of ours, which hides nothing.
+# What lets transformers make a mask without asking first whether it is needed, a sync: since 5.15
+# an argument, before it a function of ours, which hides nothing.
 _ASKS_NOTHING: dict[str, Any] = (
     {"allow_is_causal_skip": False}
     if "allow_is_causal_skip" in inspect.signature(create_causal_mask).parameters
@@ -56,7 +56,7 @@ def run_rope(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
 
 
 def _as_taken(text: Any, mask: Any) -> Any:
-    """Return masks by kind of layer as one tensor where the text model takes no dict: up to 5.12."""
+    """Return masks by kind of layer as one tensor, where up to 5.12 no dict is taken."""
     if not isinstance(mask, dict) or not hasattr(text, "_update_linear_attn_mask"):
         return mask
     full = mask["full_attention"]

@@ -123,7 +123,7 @@ def _take_call(self: Any, row: Row, modality: str, inputs: Tensors) -> Call:
 
 
 def _name_as_read(tower: Any, keywords: dict[str, Any]) -> None:
-    """Rename the interpolation for towers up to transformers 5.14, which take a row for each corner."""
+    """Rename the interpolation for towers up to 5.14, which take a row for each corner."""
     if "interp_indices" in keywords and _reads_corners(type(tower)):
         for name in ("indices", "weights"):
             keywords[f"bilinear_{name}"] = keywords.pop(f"interp_{name}").t()

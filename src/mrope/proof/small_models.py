@@ -107,7 +107,7 @@ def compare_steps(model: object) -> Outcome:
 
 
 def staged_batches(model: Any) -> Iterator[tuple[Batch, Batch]]:
-    """Yield a batch of each kind of media that a model takes together, without and with the stage."""
+    """Yield a batch of each media that a model takes together, without and with the stage."""
     spec, vision, audio = _specs(model)
     for media in _media(spec):
         plain = _plain_batch(model, (spec, vision, audio), media)

@@ -154,7 +154,7 @@ def describe_known(feature: str) -> str:
 
 
 def interpolates_to_corners(family: str) -> bool:
-    """Whether the family's tower in the installed transformers interpolates to corners; see there."""
+    """Whether the installed release's tower of the family interpolates to corners."""
     version = installed_transformers()
     if version is None or family not in _TO_CORNERS:
         return False
