@@ -26,7 +26,7 @@ from mrope.hf.patches import (
     refuse_foreign_features,
 )
 from mrope.hf.rows import ROWS, row_of
-from mrope.hf.text import run_rope
+from mrope.hf.text import run_rope, run_searched
 from mrope.spec import references
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -221,7 +221,7 @@ def _refuse_prompts(model: torch.nn.Module) -> None:
 
 def _refuse_sliding(base: Any) -> None:
     """Raise for a text model whose layers with windows would get no mask."""
-    if row_of(base.config.model_type).text is not run_rope:
+    if row_of(base.config.model_type).text not in (run_rope, run_searched):
         return  # a mask is made for each kind of layer
     for text in (one for name, one in attending_parts(base) if name == "language_model"):
         if "sliding_attention" in (getattr(text.config, "layer_types", None) or ()):

@@ -26,7 +26,7 @@ from mrope.hf.features import (
 from mrope.hf.inputs import Tensors
 from mrope.hf.outputs import Encoded
 from mrope.hf.scatter import Places
-from mrope.hf.text import run_plain, run_pooled, run_rope
+from mrope.hf.text import run_plain, run_pooled, run_rope, run_searched
 from mrope.hf.towers import encode, encode_audio, encode_codes, encode_crops
 
 
@@ -84,7 +84,7 @@ ROWS: dict[str, Row] = {
     "ernie4_5_vl_moe": Row(
         behind("resampler_model", pairs="pair_index"), evenly_in_pairs, before=give_experts
     ),
-    "cosmos3_edge": Row(behind("projector"), grids="host"),
+    "cosmos3_edge": Row(behind("projector"), grids="host", text=run_searched),
     "qwen2_5_omni_thinker": _OMNI,
     "qwen3_omni_moe_thinker": _OMNI,
     "dots3_note": _PLAIN,

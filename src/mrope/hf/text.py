@@ -55,6 +55,44 @@ def run_rope(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
     return text(input_ids=None, inputs_embeds=embeds, attention_mask=mask, **inputs)
 
 
+def run_searched(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
+    """Run Cosmos3-Edge's text model, which up to 5.22 makes its mask by the times of tokens.
+
+    Without a mask it searches them for jumps, as if they were the places of tokens: a sync, and
+    borders where there are none. So it is always given a mask.
+
+    Raises:
+        MRopeError: such a release, a flattened row, and flash attention, which takes no mask.
+    """
+    if not tells_text_row(type(text)):
+        seq_idx = inputs.get("seq_idx")
+        if is_flash(text.config):
+            if seq_idx is not None:
+                raise MRopeError(
+                    "packing='flatten' is not supported for cosmos3_edge under flash attention "
+                    "with transformers before 5.23: it takes the times of tokens for their places"
+                )
+            inputs["has_padding"] = True
+        elif cache_of(inputs) is None and (seq_idx is not None or not inputs["has_padding"]):
+            within = seq_idx is not None and packed_sequence_mask_function(seq_idx)
+            how = {"and_mask_function": within} if within else _ASKS_NOTHING
+            inputs["attention_mask"] = create_causal_mask(text.config, embeds, None, None, **how)
+    return run_rope(text, embeds, inputs)
+
+
+_TELLS_TEXT_ROW: dict[type, bool] = {}
+
+
+# A constant under torch.compile, which cannot trace `inspect`; it would warn of an lru_cache.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def tells_text_row(text: type) -> bool:
+    """Whether a text model tells four rows of positions, the first of text, from three."""
+    if text not in _TELLS_TEXT_ROW:
+        code = inspect.unwrap(text.forward).__code__  # type: ignore[attr-defined]
+        _TELLS_TEXT_ROW[text] = 4 in code.co_consts
+    return _TELLS_TEXT_ROW[text]
+
+
 def _as_taken(text: Any, mask: Any) -> Any:
     """Return masks by kind of layer as one tensor, where up to 5.12 no dict is taken."""
     if not isinstance(mask, dict) or not hasattr(text, "_update_linear_attn_mask"):

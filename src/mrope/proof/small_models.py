@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,8 @@ from mrope.collate.padding import PaddingCollator
 from mrope.columns import count_key, tower_key
 from mrope.errors import MRopeError
 from mrope.hf.attaching import attach, base_model, detach
+from mrope.hf.attention import has_layers
+from mrope.hf.text import tells_text_row
 from mrope.hf.thinkers import text_model
 from mrope.proof.shrunken import build_model, shrink_config
 from mrope.proof.tiny_examples import tiny_examples
@@ -40,6 +43,7 @@ _TOLERANCE = 3e-4
 _MEL_FRAMES = (95, 131, 260)
 
 Batch = dict[str, Any]
+Side = Literal["left", "right"]
 Step = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 Outcome = tuple[bool | None, str]
 
@@ -107,10 +111,14 @@ def compare_steps(model: object) -> Outcome:
 
 
 def staged_batches(model: Any) -> Iterator[tuple[Batch, Batch]]:
-    """Yield a batch of each media that a model takes together, without and with the stage."""
-    spec, vision, audio = _specs(model)
-    for media in _media(spec):
-        plain = _plain_batch(model, (spec, vision, audio), media)
+    """Yield batches of each media that a model takes together, without and with the stage.
+
+    One of padded rows, and one of equal rows, which needs no padding and no mask.
+    """
+    specs = spec, vision, audio = _specs(model)
+    sides: tuple[Side | None, ...] = ("left", None)
+    for media, side in product(_media(spec), sides):
+        plain = _plain_batch(model, specs, media, side)
         yield plain, dict(MRopeCollator(_return(plain), spec, vision, audio=audio)(None))
 
 
@@ -121,9 +129,11 @@ def compare_packing(model: Any) -> Outcome:
         Exception: one of `FAILURES`, from the unmodified model: nothing was compared.
     """
     what = f"a small {type(model).__name__} on padded and on flattened batches"
-    layers = getattr(text_model(base_model(model)).config, "layer_types", None) or ()
+    text = text_model(base_model(model))
     # Linear layers keep borders only through kernels, and raise where these are not installed.
-    modes = ("attached",) if "linear_attention" in layers else ("plain", "attached")
+    linear = has_layers(text.config, "linear_attention")
+    takes_rows = tells_text_row(type(text)) and not linear
+    modes = ("plain", "attached") if takes_rows else ("attached",)
     for flat, padded in flattened_batches(model):
         theirs = take_step(model, padded)
         for mode in modes:
@@ -167,11 +177,18 @@ def _plain_batch(
     model: Any,
     specs: tuple[MRopeSpec, VisionSpec, AudioSpec | None],
     media: dict[str, bool],
-    padding_side: Literal["left", "right"] = "left",
+    padding_side: Side | None = "left",
 ) -> Batch:
-    """Return three padded rows: media of both kinds, only text, and media; Omnis have audio too."""
+    """Return three padded rows: media of both kinds, only text, and media; Omnis have audio too.
+
+    Without a side to pad on: the first row twice.
+    """
     spec, _, audio = specs
     examples = tiny_examples(model.config.to_dict(), spec, **media)
+    lengths = _MEL_FRAMES
+    if padding_side is None:
+        padding_side, lengths = "left", _MEL_FRAMES[:1] * 2
+        examples = [dict(examples[0]) for _ in lengths]
     if audio is None:
         joined = _take_crops(examples) if spec.family_row.custom_index == "minicpm" else {}
         batch = dict(PaddingCollator(padding_side=padding_side)(examples)) | joined
@@ -179,18 +196,25 @@ def _plain_batch(
             grids = tower_key("image", "grid_thw")
             batch[count_key("image")] = torch.tensor([len(one[grids]) for one in examples])
         return batch
-    for example, frames in zip(examples, _MEL_FRAMES, strict=True):
+    for example, frames in zip(examples, lengths, strict=True):
         _append_audio(example, spec, audio, frames)
     batch = dict(PaddingCollator(padding_side=padding_side)(examples))
+    return batch | _sounds(model, batch, lengths)
+
+
+def _sounds(model: Any, batch: Batch, lengths: tuple[int, ...]) -> Batch:
+    """Return what a thinker's processor adds beside tokens and pixels, for audios of mel frames."""
     # The thinkers' own function takes no token types.
     batch.pop("mm_token_type_ids", None)
-    batch["video_second_per_grid"] = torch.full((len(batch["video_grid_thw"]),), 0.5)
-    frames_N = torch.tensor(_MEL_FRAMES)
-    shape = (len(frames_N), model.config.audio_config.num_mel_bins, max(_MEL_FRAMES))
+    frames_N = torch.tensor(lengths)
+    shape = (len(frames_N), model.config.audio_config.num_mel_bins, max(lengths))
     generator = torch.Generator().manual_seed(0)
-    batch["input_features"] = torch.randn(shape, generator=generator)
-    mask = torch.arange(max(_MEL_FRAMES)) < frames_N[:, None]
-    return batch | {"feature_attention_mask": mask.long()}
+    mask = torch.arange(max(lengths)) < frames_N[:, None]
+    return {
+        "video_second_per_grid": torch.full((len(batch["video_grid_thw"]),), 0.5),
+        "input_features": torch.randn(shape, generator=generator),
+        "feature_attention_mask": mask.long(),
+    }
 
 
 def _take_crops(examples: list[Batch]) -> Batch:
