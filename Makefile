@@ -1,6 +1,6 @@
 # Each target sets up its own environment: a fresh clone needs python3, make and a package index.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs browser parity integration peers ray soak slow fuzz cuda bench lowest newest newest-torch clean
+.PHONY: help demo test check docs browser parity releases integration peers ray soak slow fuzz cuda bench lowest newest newest-torch clean
 
 PYTHON ?= python3
 LOWEST_PYTHON ?= python3.10
@@ -58,6 +58,17 @@ parity: $(PARITY:%=%/.ready) $(READY)  ## Compare live with transformers 4.57.6,
 	  PARITY_BATCHES=300 PYTHONPATH=src:tests $$env/bin/python -m pytest -q -p no:cacheprovider tests/parity/test_live.py && \
 	  PYTHONPATH=src:tests $$env/bin/python tests/parity/make_goldens.py --check || exit 1; \
 	done
+
+# One environment for all, in which transformers is exchanged: torch's wheel is 2 GB. Not in CI.
+RELEASES := 5.9.0 5.10.4 5.11.0 5.12.1 5.13.1 5.14.1 5.15.1 5.16.1 5.17.0 5.18.0 5.19.0 5.20.2 5.21.1 5.22.2 5.23.0 5.24.0
+releases: .venvs/releases/.ready  ## Attach every family under each minor release of transformers from 5.9 on (about 30 minutes)
+	PYTHONPATH=src:tests .venvs/releases/bin/python tests/parity/reach.py .venvs/releases $(RELEASES)
+
+.venvs/releases/.ready: constraints.txt
+	$(PYTHON) -m venv --clear $(@D)
+	grep -vE '^(transformers|tokenizers|huggingface.hub)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/pip install --quiet -c $(@D)/constraints.txt torch numpy rich pytest pytest-timeout
+	touch $@
 
 .venvs/%/.ready: constraints.txt
 	$(PYTHON) -m venv $(@D)
