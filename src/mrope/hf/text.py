@@ -208,7 +208,9 @@ def _by_layer(config: Any, full: Any, linear: torch.Tensor | None) -> Any:
     """Return the mask of each kind of layer, for text models with linear layers; else the mask."""
     if not has_layers(config, "linear_attention"):
         return full
-    return {kind: linear if kind == "linear_attention" else full for kind in config.layer_types}
+    # Qwen4-Exp of 5.16 reads the mask of all its kinds of attention by this name.
+    kinds = {"full_attention", *config.layer_types}
+    return {kind: linear if kind == "linear_attention" else full for kind in kinds}
 
 
 def text_masks(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from mrope.hf.attention import tower_borders
+from mrope.hf.attention import modelling_of, tower_borders
 from mrope.hf.inputs import (
     PIXELS,
     SOUND,
@@ -124,21 +123,10 @@ def _take_call(self: Any, row: Row, modality: str, inputs: Tensors) -> Call:
 
 def _name_as_read(tower: Any, keywords: dict[str, Any]) -> None:
     """Rename the interpolation for towers up to 5.14, which take a row for each corner."""
-    if "interp_indices" in keywords and _reads_corners(type(tower)):
+    older = hasattr(modelling_of(tower), "get_vision_bilinear_indices_and_weights")
+    if older and "interp_indices" in keywords:
         for name in ("indices", "weights"):
             keywords[f"bilinear_{name}"] = keywords.pop(f"interp_{name}").t()
-
-
-_READS_CORNERS: dict[type, bool] = {}
-
-
-# A constant under torch.compile, which cannot trace `inspect`; it would warn of an lru_cache.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _reads_corners(tower: type) -> bool:
-    if tower not in _READS_CORNERS:
-        names = inspect.unwrap(tower.forward).__code__.co_names  # type: ignore[attr-defined]
-        _READS_CORNERS[tower] = "get_vision_bilinear_indices_and_weights" in names
-    return _READS_CORNERS[tower]
 
 
 def given_borders(cu_seqlens: torch.Tensor, borders: Any, reads: bool) -> Any:

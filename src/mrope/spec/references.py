@@ -111,7 +111,7 @@ attached model gives them those all the same, an unmodified one computes them ag
 """
 
 # Releases whose tower interpolates its table from corner to corner, as no other of the family does.
-_TO_CORNERS: dict[str, Era] = {"paddleocr_vl": ((5, 15), (5, 22))}
+_TO_CORNERS: dict[str, Era] = {"paddleocr_vl": ((5, 13), (5, 22))}
 
 
 def prove_if_unknown(feature: str, subject: object) -> None:
@@ -140,7 +140,7 @@ def is_known(feature: str, version: str) -> bool:
     """Whether a feature was compared with a transformers release, in every family that has it.
 
     Example:
-        >>> is_known("attach", "5.24.0"), is_known("attach", "5.9.0"), is_known("positions", "5.9")
+        >>> is_known("attach", "5.24.0"), is_known("attach", "5.8.1"), is_known("positions", "5.8")
         (True, False, True)
     """
     release = as_release(version)
