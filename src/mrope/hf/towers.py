@@ -123,10 +123,15 @@ def _take_call(self: Any, row: Row, modality: str, inputs: Tensors) -> Call:
 
 def _name_as_read(tower: Any, keywords: dict[str, Any]) -> None:
     """Rename the interpolation for towers up to 5.14, which take a row for each corner."""
-    older = hasattr(modelling_of(tower), "get_vision_bilinear_indices_and_weights")
-    if older and "interp_indices" in keywords:
+    if "interp_indices" in keywords and _reads_corners(tower):
         for name in ("indices", "weights"):
             keywords[f"bilinear_{name}"] = keywords.pop(f"interp_{name}").t()
+
+
+# A constant under torch.compile, which takes no module of Python's from such a function.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _reads_corners(tower: torch.nn.Module) -> bool:
+    return hasattr(modelling_of(tower), "get_vision_bilinear_indices_and_weights")
 
 
 def given_borders(cu_seqlens: torch.Tensor, borders: Any, reads: bool) -> Any:
