@@ -2,13 +2,16 @@
 
     PYTHONPATH=src:tests python -m measure.linear check,short,long,moe [tiny]
     PYTHONPATH=src:tests python -m measure.linear short plain
+    PYTHONPATH=src:tests python -m measure.linear short flat untuned
 
 `check` compares losses and gradients of a flattened row with those of its examples one by one, under
 the same kernels, and with the plain model in float32 on the CPU, by transformers' reference. Each case:
 milliseconds of a step, forward and backward, by CUDA events (median of 8 after 3); GPU idle and the
 share of matrix products in kernel time by a trace of 2 further steps; model FLOPs (of matrix products
 and attention, counted by torch) over 989 TFLOP/s; losses of two batches. With `plain` nothing
-is compiled: for runs without flash-linear-attention. `tiny` runs on a CPU.
+is compiled: for runs without flash-linear-attention. `tiny` runs on a CPU. `flat`
+measures flattened rows alone. flash-linear-attention tries dozens of configurations of each kernel,
+for minutes; with `untuned` it takes the first of each, so that its kernels are no faster than otherwise.
 
 flash-linear-attention refuses Triton 3.4 to 3.7 on Hopper in the backward pass, for wrong gradients (its
 #640). The refusal is lifted here, so `check` must be read beside every figure.
@@ -17,9 +20,11 @@ flash-linear-attention refuses Triton 3.4 to 3.7 on Hopper in the backward pass,
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -29,6 +34,7 @@ import transformers
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from mrope import MRopeCollator, MRopeSpec, Shapes, VisionSpec
 from mrope.bench.trace import covered_length, trace_steps
@@ -235,12 +241,14 @@ def measure_case(name: str, options: list[str]) -> None:
         "attached, flattened, fixed shapes": {"packing": "flatten", "shapes": fixed},
     }
     made = {key: collate(config, batches, dtype, DEVICE, **value) for key, value in kinds.items()}
-    plain = measure("plain, padded", model, made["plain, padded"], 0, synced=True)
+    plain = float("nan")
+    if "flat" not in options:
+        plain = measure("plain, padded", model, made["plain, padded"], 0, synced=True)
     attach(model)
     flops = count_flops(model, made["attached, flattened"][0])
     floor = f"{1e3 * flops / PEAK:.1f} ms at {PEAK / 1e12:.0f} TFLOP/s"
     print(f"flattened: {flops / 1e12:.1f} TFLOP a step, at least {floor}", flush=True)
-    for key in list(kinds)[1:]:
+    for key in ["attached, flattened"] if "flat" in options else list(kinds)[1:]:
         found = measure(key, model, made[key], flops, synced=False)
         print(f"    {found / plain:.3f} of plain, padded", flush=True)
     if "plain" not in options:
@@ -269,6 +277,18 @@ def gradients_of(model: Any, batches: list[Batch]) -> tuple[float, torch.Tensor]
     return total, torch.cat(flat)
 
 
+@contextmanager
+def by_reference() -> Iterator[None]:
+    """Let Qwen3.5 compute by transformers' reference though kernels are installed."""
+    name = "torch_chunk_gated_delta_rule"
+    own = getattr(modeling_qwen3_5, name)
+    setattr(modeling_qwen3_5, name, inspect.unwrap(own))
+    try:
+        yield
+    finally:
+        setattr(modeling_qwen3_5, name, own)
+
+
 def check(options: list[str]) -> None:
     """Compare a flattened row with its examples alone, by the same kernels, and with the CPU."""
     tiny = "tiny" in options
@@ -279,7 +299,8 @@ def check(options: list[str]) -> None:
     alone = [[one] for one in examples]
     cpu = torch.device("cpu")
     reference = build(config, cpu, torch.float32)
-    want = gradients_of(reference, collate(config, alone, torch.float32, cpu, plain=True))
+    with by_reference():
+        want = gradients_of(reference, collate(config, alone, torch.float32, cpu, plain=True))
     model = build(config, cpu, torch.float32).to(DEVICE, dtype)
     found = {}
     plain = collate(config, alone, dtype, DEVICE, plain=True)
@@ -321,6 +342,10 @@ def describe_kernels() -> str:
     except ImportError:
         return "without flash-linear-attention"
     kernels.TRITON_ABOVE_3_4_0 = False
+    if "untuned" in sys.argv:
+        from triton.runtime.autotuner import Autotuner
+
+        Autotuner.prune_configs = lambda self, *_, **__: self.configs[:1]
     return f"flash-linear-attention {fla.__version__}, triton {triton.__version__}"
 
 
