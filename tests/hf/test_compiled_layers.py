@@ -23,14 +23,16 @@ from hf.test_one_graph import (
     under_autocast,
     with_lora,
 )
-from mrope import MRopeError
+from mrope import MRopeError, load_config
 from mrope.hf import attach, compile_layers, detach
 from mrope.hf.compiling import CompiledLoss
+from mrope.training.model import attach_and_compile
 from support.models import tiny_model
 
 # dynamo looks at the gradient of a layer's input, which is no leaf.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 FAMILY = "qwen3_vl"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture
@@ -101,7 +103,7 @@ def test_detach_undoes_it_and_the_loss_takes_a_count_of_tokens() -> None:
             graphs.append(counted["stats"]["unique_graphs"])
         assert graphs[0] == graphs[1]
         detach(model)
-        assert not isinstance(model.loss_function, CompiledLoss)
+        assert "_loss_function" not in vars(model)
         layers = model.model.language_model.layers
         assert all(layer._compiled_call_impl is None for layer in layers)
 
@@ -109,3 +111,30 @@ def test_detach_undoes_it_and_the_loss_takes_a_count_of_tokens() -> None:
 def test_a_model_that_is_not_attached_is_refused() -> None:
     with pytest.raises(MRopeError, match="is not attached"):
         compile_layers(tiny_model(FAMILY))
+
+
+@pytest.mark.parametrize(
+    ("value", "layers", "whole", "mode"),
+    [
+        ("false", False, False, None),
+        ("true", True, False, None),
+        ("layers", True, False, None),
+        ("whole", False, True, None),
+        ("captured", False, True, "reduce-overhead"),
+    ],
+)
+def test_the_config_says_how(
+    value: str, layers: bool, whole: bool, mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[Any] = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: modes.append((self, options))
+    )
+    ladder = "rope.shapes={tokens: [256], patches: [512], longest: 256}"
+    options = ["rope.vision=true", "model.attach=true", f"model.compile={value}", ladder]
+    cfg = load_config(CONFIGS / "qwen3_vl.yaml", options)
+    model: Any = attach_and_compile(cfg, tiny_model(FAMILY))
+    compiled = [module for module, _ in modes]
+    assert (model in compiled) is whole
+    assert (model.model.language_model.layers[0] in compiled) is layers
+    assert all(options.get("mode") == mode and options["fullgraph"] for _, options in modes)

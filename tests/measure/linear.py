@@ -20,6 +20,8 @@ flash-linear-attention refuses Triton 3.4 to 3.7 on Hopper in the backward pass,
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 import inspect
 import sys
 import time
@@ -58,7 +60,7 @@ Batch = dict[str, Any]
 def config_of(moe: bool, tiny: bool, layers: int) -> Any:
     hidden, heads = (128, 2) if tiny else (2048, 16)
     width = 32 if tiny else 128
-    text = {
+    text: dict[str, Any] = {
         "vocab_size": 512 if tiny else 151936,
         "hidden_size": hidden,
         "intermediate_size": 3 * hidden,
@@ -88,7 +90,7 @@ def config_of(moe: bool, tiny: bool, layers: int) -> Any:
             "shared_expert_intermediate_size": 64 if tiny else 512,
         }
     kind = "qwen3_5_moe" if moe else "qwen3_5"
-    vision = {
+    vision: dict[str, Any] = {
         "depth": 2 if tiny else 24,
         "hidden_size": 64 if tiny else 1024,
         "intermediate_size": 128 if tiny else 4096,
@@ -172,7 +174,8 @@ def time_steps(one_step: Callable[[int], Any]) -> float:
         if number < STEPS:
             one_step(number)
     torch.cuda.synchronize()
-    return sorted(one.elapsed_time(other) for one, other in pairwise(marks))[STEPS // 2]
+    times: list[float] = sorted(one.elapsed_time(other) for one, other in pairwise(marks))
+    return times[STEPS // 2]
 
 
 def describe_trace(one_step: Callable[[int], Any]) -> str:
@@ -335,17 +338,13 @@ def check(options: list[str]) -> None:
 
 
 def describe_kernels() -> str:
-    try:
-        import fla
-        import fla.ops.common.chunk_o as kernels
-        import triton
-    except ImportError:
+    if importlib.util.find_spec("fla") is None:
         return "without flash-linear-attention"
-    kernels.TRITON_ABOVE_3_4_0 = False
+    fla, triton = importlib.import_module("fla"), importlib.import_module("triton")
+    importlib.import_module("fla.ops.common.chunk_o").TRITON_ABOVE_3_4_0 = False  # type: ignore[attr-defined]
     if "untuned" in sys.argv:
-        from triton.runtime.autotuner import Autotuner
-
-        Autotuner.prune_configs = lambda self, *_, **__: self.configs[:1]
+        tuner: Any = importlib.import_module("triton.runtime.autotuner").Autotuner
+        tuner.prune_configs = lambda self, *_, **__: self.configs[:1]
     return f"flash-linear-attention {fla.__version__}, triton {triton.__version__}"
 
 
