@@ -218,6 +218,20 @@ def test_layers_with_kernels_compile(kernels: SimpleNamespace, packing: Any) -> 
             torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-5, msg=name)
 
 
+def test_layers_compile_without_kernels() -> None:
+    model: Any = attach(model_of_depth(2, FAMILY))
+    batch = collate(FAMILY, rows_of([20, 40]), "flatten", replace(RUNGS, tokens=(128,)))
+    want, wanted = step(model, dict(batch))
+    with fresh_dynamo() as counted:
+        compile_layers(model, backend="aot_eager")
+        loss, grads = step(model, dict(batch))
+        assert not counted["graph_break"]
+    assert (loss - want).abs() < 1e-5
+    for name, grad in wanted.items():
+        if grad is not None:
+            torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-5, msg=name)
+
+
 def test_the_operator_is_sound(kernels: SimpleNamespace) -> None:
     torch.manual_seed(0)
     query, key = (torch.randn(1, 9, 2, 4, requires_grad=True) for _ in range(2))
