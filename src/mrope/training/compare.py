@@ -47,8 +47,7 @@ def compare(cfg: Config, console: Console | None = None) -> bool:
     for number, ((one, other), same) in enumerate(zip(pairs, equal, strict=True), 1):
         mark = "[green]yes[/]" if same else f"[red]no, by {abs(one - other):.3g}[/]"
         table.add_row(str(number), f"{one:.6f}", f"{other:.6f}", mark)
-    console.print(table)
-    console.print(_summary((on, off)))
+    console.print(table, _summary((on, off)))
     exactness = f"within {tolerance:g}" if tolerance else "to the last bit"
     colour = "green" if all(equal) else "red"
     verdict = f"{sum(equal)} of {len(equal)} losses are equal {exactness}"

@@ -166,12 +166,7 @@ class Conversations:
 
 def _shown(talk: Conversation, row: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
     """Return the images and clips that a row shows, in order."""
-    images, videos = _listed(row.get("images")), row.get("videos")
-    return in_order(talk.images, images), in_order(talk.videos, videos or [])
-
-
-def _listed(images: Any) -> Sequence[Any]:
-    """Return a column of images as a list; a single one may stand alone."""
-    if images is None:
-        return []
-    return images if isinstance(images, (list, tuple)) else [images]
+    images = row.get("images")
+    if images is not None and not isinstance(images, (list, tuple)):
+        images = [images]  # a single one may stand alone
+    return in_order(talk.images, images or []), in_order(talk.videos, row.get("videos") or [])

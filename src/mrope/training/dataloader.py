@@ -20,7 +20,8 @@ from mrope.prepare.ranks import find_rank
 from mrope.prepare.sampler import TokenBudgetSampler
 from mrope.prepare.streams import TokenBudgetStream
 from mrope.prepare.work import WorkModel
-from mrope.training.rows import Rows, count_example, dataset_folder, start_worker
+from mrope.training.open_source import open_source, split_source
+from mrope.training.rows import Rows, count_example, start_worker
 from mrope.training.sizes_file import SizesFile
 from mrope.training.synthetic import SyntheticRows, patch_shape
 
@@ -42,37 +43,27 @@ RowDataset = Rows | SyntheticRows
 
 
 def load_rows(cfg: Config) -> RowDataset:
-    """Return the rows that a config trains on.
+    """Open or make the dataset that a config names; no row is prepared before a batch needs it.
 
     Raises:
         ConfigError: the model's config is not usable.
-        MRopeError: the dataset cannot be read, or has neither token columns nor conversations.
+        MRopeError: the dataset cannot be read, or has neither token columns nor conversations, or
+            the model's processor cannot be loaded.
     """
     from mrope.training.model import load_model_config
 
-    return prepare_rows(cfg, cfg.spec(), load_model_config(cfg))
-
-
-def prepare_rows(cfg: Config, spec: MRopeSpec, model_config: Any) -> RowDataset:
-    """Open or make the dataset that a config names; no row is prepared before a batch needs it.
-
-    Args:
-        cfg: the training config.
-        spec: of the model.
-        model_config: the model's live transformers config.
-
-    Raises:
-        MRopeError: as `load_rows`, or the model's processor cannot be loaded.
-    """
+    spec, model_config = cfg.spec(), load_model_config(cfg)
     if cfg.data.shape is not None:
         vision = model_config.vision_config
         dtype = getattr(torch, cfg.model.dtype)
         rows = cfg.data.rows or _DEMO_ROWS
         return SyntheticRows(spec, cfg.data.shape, rows, patch_shape(spec, vision), dtype)
     table = open_table(cfg)
+    conversations = None
     if "input_ids" in table.column_names:
-        return Rows(_tokenized(table, spec), spec, None, _sizes_file(cfg, None))
-    conversations = open_conversations(cfg, spec, model_config)
+        table = _tokenized(table, spec)
+    else:
+        conversations = open_conversations(cfg, spec, model_config)
     return Rows(table, spec, conversations, _sizes_file(cfg, conversations))
 
 
@@ -88,8 +79,6 @@ def open_table(cfg: Config) -> datasets.Dataset:
 
         table = photographs(cfg.data.rows or _DEMO_ROWS, cfg.seed)
     else:
-        from mrope.training.open_source import open_source
-
         table = open_source(cfg.data.source)
         table = table.select(range(min(cfg.data.rows or len(table), len(table))))
     names = table.column_names
@@ -108,19 +97,19 @@ def open_conversations(cfg: Config, spec: MRopeSpec, model_config: Any) -> Conve
         MRopeError: the processor cannot be loaded, or is not the model's.
     """
     from mrope.training.conversations import Conversations
-    from mrope.training.open_source import split_source
     from mrope.training.processor import check_processor
 
-    demo = cfg.data.source == "demo"
     folder = processor_folder(cfg)
     vision = model_config.vision_config
     sides = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size"}
     sides["merge_size"] = "spatial_merge_size"
+    source = split_source(cfg.data.source)[0]
     made = Conversations(
         spec,
         cfg.data,
         source=folder,
-        pictures=Path() if demo else dataset_folder(split_source(cfg.data.source)[0]),
+        # Relative paths of pictures begin at the dataset's folder.
+        pictures=source if source.is_dir() else source.parent,
         model_type=model_config.model_type,
         patches={name: int(getattr(vision, side, 1)) for name, side in sides.items()},
         trust_remote_code=cfg.model.trust_remote_code,
@@ -133,15 +122,10 @@ def open_conversations(cfg: Config, spec: MRopeSpec, model_config: Any) -> Conve
 
 
 def make_loader(cfg: Config, rows: RowDataset, collate: Collate) -> DataLoader[Any]:
-    """Make the DataLoader of a config.
+    """Make the DataLoader of a config over rows of `load_rows`, shuffled by `trainer.seed`.
 
-    Rows are shuffled by `trainer.seed`. Without `dataloader.max_tokens` an incomplete last batch is
-    dropped; with it, the loader has as many batches in every epoch, see `EpochsInTurn`.
-
-    Args:
-        cfg: a training config.
-        rows: as `prepare_rows` returns them.
-        collate: makes the batches.
+    Without `dataloader.max_tokens` an incomplete last batch is dropped; with it, the loader has as
+    many batches in every epoch, see `EpochsInTurn`.
 
     Raises:
         MRopeError: fewer rows than one batch takes, or a row above the token budget.
@@ -171,11 +155,7 @@ def indexed(cfg: Config, rows: RowDataset) -> Any:
 
 
 def require_a_batch(cfg: Config, rows: RowDataset) -> None:
-    """Raise if there are fewer rows than `dataloader.batch_size`.
-
-    Raises:
-        MRopeError: there are.
-    """
+    """Raise an `MRopeError` if there are fewer rows than `dataloader.batch_size`."""
     size = cfg.trainer.get("per_device_train_batch_size", cfg.dataloader.batch_size)
     if len(rows) < size:
         raise MRopeError(f"dataloader.batch_size is {size}, but there are only {len(rows)} rows")
@@ -231,9 +211,6 @@ class EpochsInTurn(Sampler[list[int]]):
     steps, where it resumes and where it ends, by the length of the first. Here its epoch k is
     batches k * L to (k + 1) * L of all epochs of the sampler, one after another: none is left out
     at a border, and a resumed run continues at the batch where it stopped.
-
-    Args:
-        sampler: whose epochs are plans that its seed and the epoch decide.
     """
 
     def __init__(self, sampler: TokenBudgetSampler) -> None:
@@ -267,10 +244,9 @@ class EpochsInTurn(Sampler[list[int]]):
 
 
 class _Endless(IterableDataset[Any]):
-    """Read a stream epoch after epoch, without an end: all ranks take as many steps.
+    """Read streams epoch after epoch, without an end: all ranks take as many steps.
 
-    Args:
-        make: makes the stream. Each worker has one of its own, since they share the epoch of one.
+    Each worker makes a stream of its own, since they share the epoch of one.
     """
 
     def __init__(self, make: Callable[[], TokenBudgetStream]) -> None:
@@ -293,23 +269,23 @@ def _make_stream(cfg: Config, rows: Any, max_tokens: int, buffer_size: int) -> _
     """Make the stream of batches of a config with `dataloader.buffer_size`."""
     # Found here: a worker that is started anew knows no ranks.
     rank, ranks = find_rank(None, None)
-    make = partial(
-        TokenBudgetStream,
-        rows,
-        max_tokens,
-        max_patches=cfg.dataloader.max_patches,
-        pad_to_multiple_of=cfg.rope.pad_to_multiple_of,
-        buffer_size=buffer_size,
-        size=partial(count_example, cfg.spec()),
-        seed=cfg.seed,
-        rank=rank,
-        num_replicas=ranks,
+    options = sampler_options(cfg)
+    del options["cost"]
+    return _Endless(
+        partial(
+            TokenBudgetStream,
+            rows,
+            max_tokens,
+            **options,
+            buffer_size=buffer_size,
+            size=partial(count_example, cfg.spec()),
+            rank=rank,
+            num_replicas=ranks,
+        )
     )
-    return _Endless(make)
 
 
 def _loader_options(cfg: Config, collate: Collate) -> dict[str, Any]:
-    """Return the arguments of a DataLoader that do not depend on how batches are sampled."""
     options = cfg.dataloader
     workers: dict[str, Any] = {}
     # A DataLoader without workers raises if it is given any of these.
@@ -329,9 +305,6 @@ def _loader_options(cfg: Config, collate: Collate) -> dict[str, Any]:
 
 
 def _sizes_file(cfg: Config, conversations: Conversations | None) -> SizesFile | None:
-    """Return the file for the counts of a config's rows; None for the demo's."""
-    from mrope.training.open_source import split_source
-
     if cfg.data.source == "demo":
         return None
     words: list[object] = [cfg.data.source, cfg.data.rows, cfg.spec().family]

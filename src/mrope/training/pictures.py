@@ -54,11 +54,7 @@ def picture_size(value: Any, folder: Path, download: bool = False) -> tuple[int,
 
 
 def frames_of(value: Any) -> list[Any]:
-    """Return the frames of a clip, each as `read_picture` takes it.
-
-    Raises:
-        MRopeError: a video file, or no frames.
-    """
+    """Return the frames of a clip, which must be a list."""
     if not isinstance(value, list):
         raise MRopeError(
             f"a video must be a list of frames, not {type(value).__name__}: video files are not "

@@ -9,7 +9,6 @@ from __future__ import annotations
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -125,11 +124,8 @@ class Rows(Dataset[dict[str, Any]]):
         Raises:
             MRopeError: a row cannot be counted, without `skip`.
         """
-        table_NF = (
-            None
-            if self.sizes_file is None
-            else self.sizes_file.read(len(self), len(RowSize._fields))
-        )
+        shape = len(self), len(RowSize._fields)
+        table_NF = None if self.sizes_file is None else self.sizes_file.read(*shape)
         if table_NF is None:
             table_NF = np.array([*self._count_all(workers)], np.int64)
             if self.sizes_file is not None:
@@ -182,9 +178,7 @@ class _Counting(Dataset[RowSize]):
 def start_worker(own: Callable[[int], Any] | None, number: int) -> None:
     """Let a worker outlive Ctrl-C, which a terminal sends to it too: its process saves first.
 
-    Args:
-        own: what the loader calls in a worker besides; None: nothing.
-        number: of the worker.
+    `own` is what the loader calls in a worker besides, with the worker's `number`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if own is not None:
@@ -195,11 +189,7 @@ class PadRows(PaddingCollator):
     """A `PaddingCollator` that raises the error of a row that could not be prepared."""
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the padded batch of `examples`.
-
-        Raises:
-            MRopeError: that of the first such row.
-        """
+        """Return the padded batch of `examples`, or raise the first such row's `MRopeError`."""
         for example in examples:
             if FAILED in example:
                 raise example[FAILED]
@@ -210,11 +200,6 @@ def count_example(spec: MRopeSpec, example: Mapping[str, Any]) -> tuple[int, int
     """Return tokens and patches of a prepared row; one that failed counts as a token."""
     size = _ONE_TOKEN if FAILED in example else count_columns(spec, example)
     return size.tokens, size.patches
-
-
-def dataset_folder(source: Path) -> Path:
-    """Return the folder of a dataset: what relative paths in it are relative to."""
-    return source if source.is_dir() else source.parent
 
 
 _SECONDS = tuple(columns("item", means="seconds"))

@@ -31,9 +31,11 @@ from mrope.training.dataloader import (
     load_rows,
     make_loader,
     make_sampler,
+    processor_folder,
     require_a_batch,
 )
 from mrope.training.model import add_adapter, attach_and_compile, build_model
+from mrope.training.processor import load_processor
 from mrope.training.rows import Rows, start_worker
 from mrope.training.sections import Config
 
@@ -94,7 +96,7 @@ def run(
     *,
     watched: bool = False,
 ) -> tuple[TrainResult, StageTrainer]:
-    """Build the model and train it on rows.
+    """Build the model, and train it on rows, with others to evaluate on.
 
     Args:
         cfg: the training config.
@@ -110,22 +112,27 @@ def run(
     calls = _count_rope_index(model) if watched else None
     trainer.keeps_losses = watched
     report = _sync_report(cfg, trainer)
-    with _quiet_pinning(), _stopping(trainer) as stop:
+    with warnings.catch_warnings(), _stopping(trainer) as stop:
+        # Pinning is the default everywhere; without a device torch says so for every loader.
+        warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no")
         out = trainer.train(resume_from_checkpoint=checkpoint)
     if arguments.save_strategy != "no" and not stop.asked:
         trainer.save_model()
-    return _result(trainer, stop, out, report, calls), trainer
+    result = TrainResult(
+        steps=trainer.state.global_step,
+        losses=tuple(torch.stack(trainer.losses).float().tolist() if trainer.losses else ()),
+        rope_index_calls=calls[0] if calls else None,
+        positions_given=trainer.positions_given,
+        checkpoint=stop.saved,
+        stopped=stop.asked,
+        seconds=out.metrics["train_runtime"],
+        report=report if report is not None and report.watched else None,
+    )
+    return result, trainer
 
 
 class StageTrainer(Trainer):  # type: ignore[misc]
-    """A `Trainer` over the rows, the collator and the batches that a config describes.
-
-    Args:
-        cfg: the training config.
-        model: the model to train.
-        arguments: as `training_arguments` returns them.
-        rows: to train and to evaluate on.
-    """
+    """A `Trainer` over the rows, the collator and the batches that a config describes."""
 
     def __init__(
         self,
@@ -233,11 +240,7 @@ def _stopping(trainer: StageTrainer) -> Iterator[_Stop]:
 
 
 def _checkpoint(arguments: Any, resume: bool) -> str | None:
-    """Return the folder to resume from.
-
-    Raises:
-        MRopeError: there is none.
-    """
+    """Return the folder to resume from, which must be there."""
     given = arguments.resume_from_checkpoint
     if isinstance(given, str) and given.lower() not in ("true", "false"):
         if not Path(given).is_dir():
@@ -245,21 +248,14 @@ def _checkpoint(arguments: Any, resume: bool) -> str | None:
         return given
     if not resume and str(given).lower() != "true":
         return None
-    found = _last_checkpoint(arguments.output_dir)
-    if found is None:
+    # The last whole one: its state is written last.
+    states = Path(arguments.output_dir).glob("checkpoint-*/trainer_state.json")
+    found = {int(state.parent.name.rpartition("-")[2]): str(state.parent) for state in states}
+    if not found:
         raise MRopeError(
             f"trainer.output_dir: there is no checkpoint in {arguments.output_dir} to resume from"
         )
-    return found
-
-
-def _last_checkpoint(folder: str) -> str | None:
-    """Return the last whole checkpoint in a folder: its state is written last."""
-    found = {
-        int(state.parent.name.rpartition("-")[2]): str(state.parent)
-        for state in Path(folder).glob("checkpoint-*/trainer_state.json")
-    }
-    return found[max(found)] if found else None
+    return found[max(found)]
 
 
 def _open_in_turn(cfg: Config, arguments: Any) -> tuple[RowDataset, RowDataset | None]:
@@ -276,9 +272,6 @@ def _open_in_turn(cfg: Config, arguments: Any) -> tuple[RowDataset, RowDataset |
 
 def _processing_class(cfg: Config, rows: RowDataset) -> Any:
     """Return what is saved beside the weights: the processor, or the demo's tokenizer."""
-    from mrope.training.dataloader import processor_folder
-    from mrope.training.processor import load_processor
-
     if isinstance(rows, Rows) and rows.conversations is not None:
         processor = rows.conversations.processor
         return processor if rows.conversations.source is not None else processor.tokenizer
@@ -306,11 +299,7 @@ def _sync_report(cfg: Config, trainer: StageTrainer) -> SyncReport | None:
 
 
 def _count_rope_index(model: torch.nn.Module) -> list[int]:
-    """Count the calls of the model's own `get_rope_index` from now on.
-
-    Returns:
-        A list of one count, which is updated in place; empty if no module has the method.
-    """
+    """Return a list of the number of calls from now on; empty for a model without the method."""
     owners: list[Any] = [part for part in model.modules() if hasattr(part, "get_rope_index")]
     if not owners:
         return []
@@ -326,48 +315,12 @@ def _count_rope_index(model: torch.nn.Module) -> list[int]:
     return calls
 
 
-@contextmanager
-def _quiet_pinning() -> Iterator[None]:
-    """Pinning is the default everywhere; without a device torch says so for every loader."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no")
-        yield
-
-
-def _result(
-    trainer: StageTrainer,
-    stop: _Stop,
-    out: Any,
-    report: SyncReport | None,
-    calls: list[int] | None,
-) -> TrainResult:
-    losses = torch.stack(trainer.losses).float().tolist() if trainer.losses else []
-    return TrainResult(
-        steps=trainer.state.global_step,
-        losses=tuple(losses),
-        rope_index_calls=calls[0] if calls else None,
-        positions_given=trainer.positions_given,
-        checkpoint=stop.saved,
-        stopped=stop.asked,
-        seconds=out.metrics["train_runtime"],
-        report=report if report is not None and report.watched else None,
-    )
-
-
 def _print_end(result: TrainResult, console: Console) -> None:
-    if result.stopped:
-        console.print(
-            f"stopped at step {result.steps}: saved {result.checkpoint}; "
-            "mrope train ... --resume continues",
-            highlight=False,
-        )
-        return
     where = "nothing was saved" if result.checkpoint is None else f"saved {result.checkpoint}"
-    console.print(f"{result.steps} steps in {result.seconds:.0f} s; {where}", highlight=False)
+    said = f"{result.steps} steps in {result.seconds:.0f} s; {where}"
+    if result.stopped:
+        said = f"stopped at step {result.steps}: {where}; mrope train ... --resume continues"
+    console.print(said, highlight=False)
     report = result.report
-    if report is None:
-        return
-    if report.count:
-        console.print(report.table())
-    else:
-        console.print(str(report), highlight=False)
+    if report is not None and not result.stopped:
+        console.print(report.table() if report.count else str(report), highlight=False)

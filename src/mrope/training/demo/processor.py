@@ -10,6 +10,7 @@ X pixels of a patch in one channel.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ _CHANNELS = 3
 _EDGES = ("shortest_edge", "longest_edge")
 
 
+@dataclass  # its repr is part of the name of a file of counts
 class FramesAsPictures:
     """Cut clips into patches, frame by frame, as the image processor cuts pictures.
 
@@ -31,11 +33,12 @@ class FramesAsPictures:
         image_processor: with the sizes of the model's patches.
     """
 
-    def __init__(self, image_processor: Any) -> None:
-        self.image_processor = image_processor
-        self.merge_size = image_processor.merge_size
-        self.temporal_patch_size = image_processor.temporal_patch_size
-        self.size = {edge: image_processor.size[edge] for edge in _EDGES}
+    image_processor: Any
+
+    def __post_init__(self) -> None:
+        self.merge_size = self.image_processor.merge_size
+        self.temporal_patch_size = self.image_processor.temporal_patch_size
+        self.size = {edge: self.image_processor.size[edge] for edge in _EDGES}
 
     def __call__(
         self, videos: Sequence[Sequence[Image.Image]], video_metadata: Any = None, **_: Any
