@@ -66,12 +66,11 @@ data: {sorce: demo}
 dataloader: {batch_size: "4", num_workers: -1, start_method: spwan, pin_memory: 1}
 rope: {enable: true, reference: transformers-5.22}
 tran: {steps: 3}
-train: {steps: 3}
 trainer: 5
 """
     allowed = "'sdpa', 'eager' or 'flash_attention_2'"
     assert message(tmp_path, text).splitlines() == [
-        f"{tmp_path}/run.yaml: 11 problems",
+        f"{tmp_path}/run.yaml: 10 problems",
         f"  model.attn_implementation: must be {allowed}, not 'flash' (str)",
         "  data.sorce: unknown key (did you mean 'source'?); known: source, eval_source, shape, rows, "
         "processor, min_pixels, max_pixels, fps, loss, download",
@@ -85,9 +84,6 @@ trainer: 5
         "  trainer: must be a valid dictionary, not 5 (int)",
         "  tran: unknown key (did you mean 'trainer'?); known: model, data, dataloader, rope, "
         "trainer, peft",
-        "  train: this section is gone: steps is trainer.max_steps, lr trainer.learning_rate, seed "
-        "and weight_decay are keys of trainer, dtype is model.dtype, device: cpu trainer.use_cpu: "
-        "true; losses are in the checkpoint's trainer_state.json, every trainer.logging_steps steps",
     ]
 
 

@@ -16,12 +16,12 @@ from PIL import Image
 
 from mrope import MRopeError, load_config
 from mrope.training.conversations import Conversations
-from mrope.training.counts import count_columns
 from mrope.training.dataloader import open_conversations
 from mrope.training.demo.dataset import photographs
 from mrope.training.messages import in_order, read_messages
 from mrope.training.model import load_model_config
 from mrope.training.pictures import read_picture
+from mrope.training.sizes import count_columns
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Patches of 16, 14, 14 and 16 pixels; the first and the last have frames apart.

@@ -22,7 +22,7 @@ from mrope.training import rows as rows_module
 from mrope.training.config import as_config
 from mrope.training.dataloader import EpochsInTurn, load_rows, make_loader, make_sampler
 from mrope.training.rows import FAILED, Rows
-from mrope.training.sizes_file import FOLDER
+from mrope.training.sizes import FOLDER
 from support.models import model_config, tiny_examples
 from training.runs import config, table_of
 

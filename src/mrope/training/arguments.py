@@ -79,11 +79,7 @@ def training_arguments(cfg: Config, **changes: Any) -> Any:
 
 
 def lora_config(cfg: Config) -> Any:
-    """Return the `LoraConfig` of a config's section `peft`.
-
-    Raises:
-        ConfigError: as `training_arguments` does.
-    """
+    """Return the `LoraConfig` of a config's section `peft`; raises as `training_arguments`."""
     from peft import LoraConfig
 
     given = checked_fields("peft", cfg.peft or {}, LoraConfig)
@@ -92,11 +88,7 @@ def lora_config(cfg: Config) -> Any:
 
 
 def checked_fields(section: str, given: Mapping[str, Any], kind: Any) -> dict[str, Any]:
-    """Return the fields of a section, if a dataclass of another library takes them.
-
-    Raises:
-        ConfigError: all unknown names, each with the nearest known one, and all wrong types.
-    """
+    """Return the fields of a section, or raise a `ConfigError` of all that a dataclass refuses."""
     known = [field.name for field in dataclasses.fields(kind) if field.init]
     hints = typing.get_type_hints(kind)
     problems = []
@@ -124,11 +116,7 @@ def _type_error(hint: Any, value: Any) -> str | None:
 
 
 def _loader_fields(cfg: Config, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that the section `dataloader` decides.
-
-    Raises:
-        ConfigError: both sections give one, with different values.
-    """
+    """Return the fields that the section `dataloader` decides; `trainer` must not contradict."""
     section = cfg.dataloader
     workers = given.get("dataloader_num_workers", section.num_workers)
     fields = {}

@@ -59,15 +59,12 @@ def compare_runs(cfg: Config) -> tuple[TrainResult, TrainResult]:
     """Return two runs over the same rows: `rope.enabled` on, and off."""
     training_arguments(cfg, **_DRY)  # raises before rows are opened, which takes long
     rows = load_rows(cfg)
-    on, off = (_run_once(_switched(cfg, enabled), rows) for enabled in (True, False))
+    on, off = (_run_once(cfg, rows, enabled) for enabled in (True, False))
     return on, off
 
 
-def _switched(cfg: Config, enabled: bool) -> Config:
-    return cfg.model_copy(update={"rope": cfg.rope.model_copy(update={"enabled": enabled})})
-
-
-def _run_once(cfg: Config, rows: RowDataset) -> TrainResult:
+def _run_once(cfg: Config, rows: RowDataset, enabled: bool) -> TrainResult:
+    cfg = cfg.model_copy(update={"rope": cfg.rope.model_copy(update={"enabled": enabled})})
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(cfg, **_DRY, output_dir=folder)
         result, _ = run(cfg, arguments, (rows, None), watched=True)

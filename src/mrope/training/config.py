@@ -25,12 +25,6 @@ from mrope.spec.references import nearest
 from mrope.training.rows import PadRows
 from mrope.training.sections import Config, ConfigError, errors_of, problems_error
 
-_MOVED = (
-    "train: this section is gone: steps is trainer.max_steps, lr trainer.learning_rate, seed and "
-    "weight_decay are keys of trainer, dtype is model.dtype, device: cpu trainer.use_cpu: true; "
-    "losses are in the checkpoint's trainer_state.json, every trainer.logging_steps steps"
-)
-
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """Read a training config.
@@ -56,15 +50,9 @@ def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Con
 
 
 def as_config(table: Mapping[str, Any], folder: Path, name: str) -> Config:
-    """Check a mapping of sections.
+    """Check a mapping of sections, as a YAML file holds them; raises as `load_config` does.
 
-    Args:
-        table: sections by name, each a mapping of keys, as a YAML file holds them.
-        folder: what relative paths are relative to.
-        name: of the source of the table, for errors.
-
-    Raises:
-        ConfigError: as `load_config` does.
+    Relative paths in it are relative to `folder`; `name` is that of its source, for errors.
     """
     try:
         return Config.model_validate(table, context={"folder": folder})
@@ -111,11 +99,7 @@ def build_collator(cfg: Config, inner_collate: Collate | None = None) -> Collate
 
 
 def model_table(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
-    """Return `model.config` as a mapping, read from its file if it is a path.
-
-    Raises:
-        ConfigError: the file cannot be read, or is not a JSON object.
-    """
+    """Return `model.config` as a mapping, read from its file if it is a path."""
     with errors_of("model.config", MRopeError):
         return as_mapping(config)
 
@@ -162,8 +146,6 @@ def _problem(entry: Mapping[str, Any]) -> str:
     """Describe one entry of pydantic's error list in a line: key, what is allowed, value."""
     keys = [str(part) for part in entry["loc"]]
     name = ".".join(keys)
-    if name == "train":
-        return _MOVED
     if entry["type"] in ("extra_forbidden", "missing"):
         known = _known_keys(keys[:-1])
         if entry["type"] == "missing":

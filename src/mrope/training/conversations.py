@@ -20,10 +20,10 @@ from mrope.positions.spans import token_types
 from mrope.spec.spec import MRopeSpec
 from mrope.training.answers import answer_spans, answer_tokens
 from mrope.training.clips import video_metadata
-from mrope.training.counts import count_columns, count_text
 from mrope.training.messages import Conversation, in_order, read_messages
 from mrope.training.naming import naming_row
 from mrope.training.pictures import frames_of, picture_size, read_picture
+from mrope.training.sizes import count_columns, count_text
 
 if TYPE_CHECKING:
     from mrope.training.sections import DataSection

@@ -22,7 +22,7 @@ from mrope.prepare.streams import TokenBudgetStream
 from mrope.prepare.work import WorkModel
 from mrope.training.open_source import open_source, split_source
 from mrope.training.rows import Rows, count_example, start_worker
-from mrope.training.sizes_file import SizesFile
+from mrope.training.sizes import file_of_sizes
 from mrope.training.synthetic import SyntheticRows, patch_shape
 
 if TYPE_CHECKING:
@@ -162,11 +162,7 @@ def require_a_batch(cfg: Config, rows: RowDataset) -> None:
 
 
 def make_sampler(cfg: Config, rows: RowDataset, max_tokens: int) -> TokenBudgetSampler:
-    """Make the batch sampler of a config with `dataloader.max_tokens`.
-
-    Raises:
-        MRopeError: a row is above a budget, or the work of the model's tower cannot be counted.
-    """
+    """Make the batch sampler of a config with `dataloader.max_tokens`; raises as it does."""
     shapes = cfg.rope.shapes
     ladder = shapes.ladder() if shapes is not None and cfg.rope.enabled else None
     has_rungs = ladder is not None and bool(ladder.patches)
@@ -189,11 +185,7 @@ def needs_patches(cfg: Config) -> bool:
 
 
 def sampler_options(cfg: Config) -> dict[str, Any]:
-    """Return the arguments of a config's sampler that neither rows nor ladder decide.
-
-    Raises:
-        MRopeError: the work of the model's tower cannot be counted.
-    """
+    """Return the arguments of a config's sampler that neither rows nor ladder decide."""
     by_work = cfg.dataloader.balance == "work"
     return {
         "max_patches": cfg.dataloader.max_patches,
@@ -304,7 +296,7 @@ def _loader_options(cfg: Config, collate: Collate) -> dict[str, Any]:
     }
 
 
-def _sizes_file(cfg: Config, conversations: Conversations | None) -> SizesFile | None:
+def _sizes_file(cfg: Config, conversations: Conversations | None) -> Path | None:
     if cfg.data.source == "demo":
         return None
     words: list[object] = [cfg.data.source, cfg.data.rows, cfg.spec().family]
@@ -315,7 +307,7 @@ def _sizes_file(cfg: Config, conversations: Conversations | None) -> SizesFile |
         sides = cfg.data.min_pixels, cfg.data.max_pixels, cfg.data.fps
         words += [transformers.__version__, *sides, processor.to_dict(), processor.chat_template]
         words.append(len(processor.tokenizer))
-    return SizesFile.beside(split_source(cfg.data.source)[0], words)
+    return file_of_sizes(split_source(cfg.data.source)[0], words)
 
 
 def processor_folder(cfg: Config) -> str | None:

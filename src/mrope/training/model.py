@@ -16,11 +16,7 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def load_model_config(cfg: Config) -> Any:
-    """Return `model.config` as a live transformers config.
-
-    Raises:
-        ConfigError: transformers has no class for the model, and its folder has none to run.
-    """
+    """Return `model.config` as a live transformers config; a `ConfigError` without a class."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     table = dict(model_table(cfg.model.config))
@@ -37,11 +33,7 @@ def load_model_config(cfg: Config) -> Any:
 
 
 def build_model(cfg: Config) -> torch.nn.Module:
-    """Build the model in training mode, with the weights of its folder, or random ones.
-
-    Raises:
-        ConfigError: as `load_model_config` does.
-    """
+    """Build the model in training mode, with the weights of its folder, or random ones."""
     from transformers import AutoModelForImageTextToText
 
     auto: Any = AutoModelForImageTextToText
@@ -60,12 +52,7 @@ def build_model(cfg: Config) -> torch.nn.Module:
 
 
 def add_adapter(cfg: Config, model: torch.nn.Module) -> torch.nn.Module:
-    """Return the model with the LoRA adapter that `peft` describes, or as it is.
-
-    Raises:
-        ConfigError: the section's fields or values are wrong.
-        ModuleNotFoundError: peft is not installed.
-    """
+    """Return the model with the LoRA adapter that `peft` describes, or as it is."""
     if cfg.peft is None:
         return model
     from peft import get_peft_model

@@ -48,11 +48,7 @@ def limit_pixels(processor: Any, limits: dict[str, int | None], *, clips: bool) 
 
 
 def check_processor(processor: Any, whose: str, spec: MRopeSpec, model_config: Any) -> None:
-    """Check that a processor is that of a model, by its special tokens, vocabulary and patches.
-
-    Raises:
-        MRopeError: it is not.
-    """
+    """Raise an `MRopeError` unless tokens, vocabulary and patches are those of the model."""
     tokenizer = processor.tokenizer
     for name in ("image_token_id", "video_token_id"):
         wanted, token = getattr(spec, name), getattr(processor, name.removesuffix("_id"), None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,9 +22,8 @@ from mrope.collate.skip_bad import INDEX
 from mrope.columns import columns
 from mrope.errors import MRopeError
 from mrope.positions.spans import token_types
-from mrope.training.counts import Sizes, as_sizes, count_columns
 from mrope.training.naming import naming_row
-from mrope.training.sizes_file import SizesFile
+from mrope.training.sizes import Sizes, as_sizes, count_columns, read_sizes, write_sizes
 
 if TYPE_CHECKING:
     import datasets
@@ -54,7 +54,7 @@ class Rows(Dataset[dict[str, Any]]):
         table: datasets.Dataset,
         spec: MRopeSpec,
         conversations: Conversations | None = None,
-        sizes_file: SizesFile | None = None,
+        sizes_file: Path | None = None,
     ) -> None:
         # The format is applied when a row is read, in the worker; the table stays memory-mapped.
         # Of conversations "arrow", which decodes nothing: not pictures, whose bytes and paths are
@@ -77,11 +77,7 @@ class Rows(Dataset[dict[str, Any]]):
             return {FAILED: error, INDEX: index}
 
     def prepare(self, index: int) -> dict[str, Any]:
-        """Return a row as the collate function takes it.
-
-        Raises:
-            MRopeError: it cannot be prepared; the message names the row.
-        """
+        """Return a row as the collate function takes it, or raise an `MRopeError` that names it."""
         if self.conversations is not None:
             return self.conversations.prepare(self._conversation(index), index)
         with naming_row(index):
@@ -97,11 +93,7 @@ class Rows(Dataset[dict[str, Any]]):
         return row
 
     def count(self, index: int) -> RowSize:
-        """Return tokens and patches of a row, from its sizes alone.
-
-        Raises:
-            MRopeError: they cannot be counted; the message names the row.
-        """
+        """Return the size of a row without preparing it, or raise an `MRopeError` that names it."""
         if self.conversations is not None:
             return self.conversations.count(self._conversation(index), index)
         with naming_row(index):
@@ -124,12 +116,12 @@ class Rows(Dataset[dict[str, Any]]):
         Raises:
             MRopeError: a row cannot be counted, without `skip`.
         """
-        shape = len(self), len(RowSize._fields)
-        table_NF = None if self.sizes_file is None else self.sizes_file.read(*shape)
+        file = self.sizes_file
+        table_NF = None if file is None else read_sizes(file, len(self))
         if table_NF is None:
             table_NF = np.array([*self._count_all(workers)], np.int64)
-            if self.sizes_file is not None:
-                self.sizes_file.write(table_NF)
+            if file is not None:
+                write_sizes(file, table_NF)
         bad_N = table_NF[:, 0] < 0
         if bad_N.any() and not skip:
             self.count(int(bad_N.argmax()))  # raises the row's own error

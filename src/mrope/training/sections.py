@@ -330,20 +330,12 @@ class Config(_Section):
         return int(self.trainer.get("seed", 42))  # the default of `TrainingArguments`
 
     def spec(self) -> MRopeSpec:
-        """Return the spec of the model under the chosen reference, without transformers.
-
-        Raises:
-            ConfigError: the model's config is of no known family, or lacks values.
-        """
+        """Return the spec of the model under the chosen reference, without transformers."""
         with errors_of("model.config", MRopeError):
             return MRopeSpec.from_config(self.model.config, self.rope.reference)
 
     def vision_spec(self) -> VisionSpec | None:
-        """Return the spec of the vision tower; None with `rope.vision: false`.
-
-        Raises:
-            ConfigError: the tower is unknown, or its config lacks values.
-        """
+        """Return the spec of the vision tower; None with `rope.vision: false`."""
         if not self.rope.vision:
             return None
         with errors_of("model.config", MRopeError):

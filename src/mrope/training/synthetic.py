@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mrope.collate.read import RowSize
 from mrope.errors import MRopeError
 from mrope.positions.sample_rows import Medium, Part, make_row, medium_tokens, refuse_custom_layouts
 from mrope.spec.families import NO_TOKEN
-from mrope.training.counts import Sizes, as_sizes
+from mrope.training.sizes import Sizes, as_sizes, count_columns
 
 if TYPE_CHECKING:
     from mrope.spec.spec import MRopeSpec
@@ -72,13 +71,8 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
     def sizes(self, workers: int = 0, skip: bool = False) -> Sizes:
         """Return the sizes of all rows; the arguments are those of `Rows.sizes`."""
         del workers, skip
-        return as_sizes(np.array([self._size(row) for row in range(len(self))], np.int64))
-
-    def _size(self, row: int) -> RowSize:
-        grids = [*self._images(torch.Generator().manual_seed(row)), *self.clips]
-        sides = [height * width for frames, height, width in grids for _ in range(frames)]
-        pairs, width = sum(side**2 for side in sides), self.shape.width
-        return RowSize(width, width, sum(sides), len(sides), pairs, max(sides, default=0))
+        sizes = [count_columns(self.spec, self[row]) for row in range(len(self))]
+        return as_sizes(np.array(sizes, np.int64))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         # Seeded by the index, so that a row is the same in every worker and every epoch.

@@ -27,11 +27,7 @@ _EDGES = ("shortest_edge", "longest_edge")
 
 @dataclass  # its repr is part of the name of a file of counts
 class FramesAsPictures:
-    """Cut clips into patches, frame by frame, as the image processor cuts pictures.
-
-    Args:
-        image_processor: with the sizes of the model's patches.
-    """
+    """Cut clips into patches, frame by frame, as the image processor cuts pictures."""
 
     image_processor: Any
 

@@ -1,9 +1,16 @@
-"""Count the tokens and patches of rows before they are read: what batches are planned by."""
+"""Count the tokens and patches of rows before they are read, and keep the counts in a file.
+
+Batches are planned by them.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +18,10 @@ import numpy as np
 from mrope.arrays import IntArray
 from mrope.collate.read import PIXELS, RowSize, measure, read_row
 from mrope.spec.spec import MRopeSpec
+from mrope.training.open_source import DATA_FILES
+
+FOLDER = ".mrope_sizes"
+"""Name of the folder beside a dataset that holds the files of counts."""
 
 Sizes = dict[str, IntArray]
 """The fields of `RowSize` of all rows of a dataset, int64 (N,) each."""
@@ -81,3 +92,46 @@ def _count_tokens(processor: Any, text: str) -> int:
         left_out += (len(text) - len(short)) // len(token)
         text = short
     return len(processor.tokenizer(text)["input_ids"]) + left_out
+
+
+def file_of_sizes(source: Path, words: Sequence[object]) -> Path:
+    """Return the path of the counts of a dataset, in `FOLDER` beside it.
+
+    Another dataset, processor or release has another file.
+
+    Args:
+        source: a file, or a folder of files; names, sizes and times of those with rows are part of
+            the name.
+        words: whatever else the counts depend on.
+    """
+    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    digest = hashlib.blake2b(digest_size=12)
+    for file in files:
+        # Not pictures, which may stand beside the rows by the million.
+        if file.name.endswith((*DATA_FILES, ".arrow")):
+            stat = file.stat()
+            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    digest.update(repr(words).encode())
+    folder = source if source.is_dir() else source.parent
+    return folder / FOLDER / f"{digest.hexdigest()}.npy"
+
+
+def read_sizes(file: Path, rows: int) -> IntArray | None:
+    """Return the counts in a file, int64 (N, fields); None if there are none for so many rows."""
+    try:
+        table_NF: IntArray = np.load(file)
+    except (OSError, ValueError):
+        return None
+    return table_NF if table_NF.shape == (rows, len(RowSize._fields)) else None
+
+
+def write_sizes(file: Path, table_NF: IntArray) -> None:
+    """Write counts, if the folder is one that can be written to."""
+    try:
+        file.parent.mkdir(exist_ok=True)
+        # Renamed when whole: ranks and other runs read it at the same time.
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
+            np.save(part, table_NF)
+        os.replace(part.name, file)  # noqa: PTH105 - of a name, not of a Path
+    except OSError:
+        return
