@@ -33,7 +33,8 @@ MOST_SECONDS, MOST_GROWTH = 60, 1.15
 def memory_of_all() -> float:
     """Return the resident memory of this process and its workers, in MiB."""
     me = psutil.Process()
-    return sum(one.memory_info().rss for one in [me, *me.children(recursive=True)]) / 2**20
+    rss: int = sum(one.memory_info().rss for one in [me, *me.children(recursive=True)])
+    return rss / 2**20
 
 
 def make_rows(folder: Path, count: int) -> int:

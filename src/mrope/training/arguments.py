@@ -68,7 +68,11 @@ def training_arguments(cfg: Config, **changes: Any) -> Any:
     copies = fields.get("accelerator_config")
     if copies is None or isinstance(copies, dict):
         fields["accelerator_config"] = {"non_blocking": True, **(copies or {})}
-    _require_device(fields)
+    if fields.get("use_cpu") is False and not torch.cuda.is_available():
+        raise MRopeError(
+            "trainer.use_cpu is false, but torch sees no CUDA device: set it to true, or install a "
+            "CUDA build of torch"
+        )
     with errors_of("trainer", ValueError, TypeError, ImportError):
         arguments = TrainingArguments(**fields)
     _require_rows(cfg, arguments)
@@ -132,14 +136,6 @@ def _loader_fields(cfg: Config, given: Mapping[str, Any]) -> dict[str, Any]:
         if workers or key not in _OF_WORKERS:
             fields[field] = value
     return fields
-
-
-def _require_device(fields: Mapping[str, Any]) -> None:
-    if fields.get("use_cpu") is False and not torch.cuda.is_available():
-        raise MRopeError(
-            "trainer.use_cpu is false, but torch sees no CUDA device: set it to true, or install a "
-            "CUDA build of torch"
-        )
 
 
 def _require_rows(cfg: Config, arguments: Any) -> None:

@@ -22,8 +22,6 @@ _HELD_BY = {
     "image_url": ("image_url",),
     "video": ("video", "url", "path"),
 }
-# A chat template writes the same placeholder for both.
-_SHOWN_AS = {"image": "image", "image_url": "image", "video": "video"}
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,9 @@ images=['cat.png'], videos=[], clips=[])
         where = f"message {number}"
         content = _checked(message, where)["content"]
         if not isinstance(content, str):
-            items = [_without_nulls(item) for item in content]
             content = [
-                _read_item(read, item, f"{where}, item {place}") for place, item in enumerate(items)
+                _read_item(read, item, f"{where}, item {place}")
+                for place, item in enumerate(content)
             ]
         read.messages.append({**message, "content": content})
     return read
@@ -116,6 +114,7 @@ def _read_item(read: Conversation, item: Any, where: str) -> dict[str, Any]:
     """Return an item as a chat template takes it, and add what it shows to `read`."""
     if not isinstance(item, Mapping):
         raise MRopeError(f"{where} must be a mapping with a type, not {_name(item)}")
+    item = {key: value for key, value in item.items() if value is not None}
     kind = item.get("type")
     if kind == "text":
         if not isinstance(item.get("text"), str):
@@ -125,11 +124,13 @@ def _read_item(read: Conversation, item: Any, where: str) -> dict[str, Any]:
         raise MRopeError(_describe_unknown_type(kind, where))
     key = next((key for key in _HELD_BY[kind] if key in item), kind)
     value = _url(item.get(key), where) if key == "image_url" else item.get(key)
-    shown = _SHOWN_AS[kind]
-    (read.images if shown == "image" else read.videos).append(value)
-    if shown == "video":
+    if kind == "video":
+        read.videos.append(value)
         read.clips.append({name: item[name] for name in CLIP_COLUMNS if name in item})
-    return {"type": shown}
+        return {"type": "video"}
+    # A chat template writes the same placeholder for both kinds of images.
+    read.images.append(value)
+    return {"type": "image"}
 
 
 def _url(value: Any, where: str) -> str:
@@ -146,12 +147,6 @@ def _describe_unknown_type(kind: Any, where: str) -> str:
         return f"{where} has no type; {known}"
     hint = " (video files are not decoded here: give the frames)" if kind == "video_url" else ""
     return f"{where}: unknown type {kind!r}{hint}; {known}"
-
-
-def _without_nulls(item: Any) -> Any:
-    if not isinstance(item, Mapping):
-        return item
-    return {key: value for key, value in item.items() if value is not None}
 
 
 def _is_list(value: Any) -> bool:

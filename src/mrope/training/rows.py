@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mrope.arrays import IntArray
 from mrope.collate.padding import PaddingCollator
 from mrope.collate.read import PIXELS, RowSize
 from mrope.collate.skip_bad import INDEX
@@ -119,7 +120,7 @@ class Rows(Dataset[dict[str, Any]]):
         file = self.sizes_file
         table_NF = None if file is None else read_sizes(file, len(self))
         if table_NF is None:
-            table_NF = np.array([*self._count_all(workers)], np.int64)
+            table_NF = self._count_all(workers)
             if file is not None:
                 write_sizes(file, table_NF)
         bad_N = table_NF[:, 0] < 0
@@ -128,13 +129,23 @@ class Rows(Dataset[dict[str, Any]]):
         table_NF[bad_N] = _ONE_TOKEN
         return as_sizes(table_NF)
 
-    def _count_all(self, workers: int) -> Iterator[RowSize]:
-        processes = workers if len(self) >= _MANY else 0
+    def _count_all(self, workers: int) -> IntArray:
         batches: Any = DataLoader(
-            _Counting(self), batch_size=64, num_workers=processes, collate_fn=list
+            range(len(self)),  # type: ignore[arg-type]
+            batch_size=64,
+            num_workers=workers if len(self) >= _MANY else 0,
+            collate_fn=self._count_some,
         )
-        for batch in batches:
-            yield from batch
+        return np.array([size for batch in batches for size in batch], np.int64)
+
+    def _count_some(self, indices: Sequence[int]) -> list[RowSize]:
+        return [self._count_or_not(index) for index in indices]
+
+    def _count_or_not(self, index: int) -> RowSize:
+        try:
+            return self.count(index)
+        except MRopeError:
+            return _UNCOUNTED
 
 
 def _without_pictures(features: datasets.Features) -> datasets.Features:
@@ -151,20 +162,6 @@ def _without_pictures(features: datasets.Features) -> datasets.Features:
         return feature
 
     return datasets.Features(undecoded(dict(features)))
-
-
-class _Counting(Dataset[RowSize]):
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> RowSize:
-        try:
-            return self.rows.count(index)
-        except MRopeError:
-            return _UNCOUNTED
 
 
 def start_worker(own: Callable[[int], Any] | None, number: int) -> None:

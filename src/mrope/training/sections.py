@@ -98,13 +98,9 @@ def _with_paths(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
 
     def is_path(key: str, entry: Any) -> bool:
         # `resume_from_checkpoint: true` is the last checkpoint, in transformers as a text too.
-        text = isinstance(entry, str) and entry.lower() not in ("true", "false")
-        return key in _PATHS and text
+        return key in _PATHS and isinstance(entry, str) and entry.lower() not in ("true", "false")
 
-    return {
-        key: _resolved(entry, info) if is_path(key, entry) else entry
-        for key, entry in value.items()
-    }
+    return {key: _resolved(one, info) if is_path(key, one) else one for key, one in value.items()}
 
 
 def _folder(value: str, info: ValidationInfo) -> str:

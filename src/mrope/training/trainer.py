@@ -141,7 +141,6 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         arguments: Any,
         rows: tuple[RowDataset, RowDataset | None],
     ) -> None:
-        collate = build_collator(cfg)
         training, evaluation = (one and indexed(cfg, one) for one in rows)
         self.cfg, self.rows = cfg, rows[0]
         self.keeps_losses = False
@@ -152,7 +151,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             arguments,
             train_dataset=training,
             eval_dataset=evaluation,
-            data_collator=collate,
+            data_collator=build_collator(cfg),
             processing_class=_processing_class(cfg, rows[0]),
         )
 
@@ -164,10 +163,9 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             base = getattr(own, "base_dataloader", own)
             base.worker_init_fn = partial(start_worker, base.worker_init_fn)
             return own
-        loader = make_loader(self.cfg, self.rows, self.data_collator)
         # Batches are those of this rank: accelerate alone would deal them out once more.
         prepared: DataLoader[Any] = prepare_data_loader(
-            loader,
+            make_loader(self.cfg, self.rows, self.data_collator),
             self.accelerator.device,
             num_processes=1,
             process_index=0,
