@@ -169,9 +169,7 @@ def _known_keys(sections: Sequence[str]) -> list[str]:
     for section in sections:
         # An optional section is annotated as a union with None.
         annotation = kind.model_fields[section].annotation
-        (kind,) = (one for one in (annotation, *get_args(annotation)) if _is_section(one))
+        kind = next(
+            one for one in (annotation, *get_args(annotation)) if hasattr(one, "model_fields")
+        )
     return list(kind.model_fields)
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
