@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Trainer, TrainerCallback, set_seed
 
 from mrope import build_collator
+from mrope.hf import compile_layers
 from mrope.training import trainer as training
 from mrope.training.arguments import training_arguments
 from mrope.training.compare import compare, compare_runs
@@ -184,12 +186,13 @@ def test_weights_are_those_of_the_trainer_alone(tmp_path: Path) -> None:
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("compiled", "half"), [(True, False), ("whole", True)])
 @pytest.mark.filterwarnings("ignore:bfloat16 on a CPU")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_a_compiled_model_is_saved_under_the_names_of_its_weights(
-    half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compiled: Any, half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One graph: `fullgraph` raises otherwise. Its backend is the quickest to compile."""
+    """Whole graphs: `fullgraph` raises otherwise. Their backend is the quickest to compile."""
     own = torch.nn.Module.compile
     calls: list[dict[str, Any]] = []
 
@@ -198,13 +201,15 @@ def test_a_compiled_model_is_saved_under_the_names_of_its_weights(
         own(self, **options | {"backend": "eager"})
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    monkeypatch.setattr("mrope.hf.compile_layers", partial(compile_layers, backend="eager"))
     ladder = {"tokens": [256], "patches": [512], "longest": 256, "patches_per_segment": 8}
     cfg = config(
         tmp_path,
-        model={"compile": True},
+        model={"compile": compiled},
         rope={"shapes": ladder},
         trainer={"max_steps": 1, "bf16": half},
     )
     assert train(cfg, console=silent()).report is None
-    assert calls == [{"fullgraph": True, "dynamic": False, "mode": None}]
+    assert all(call["fullgraph"] and not call["dynamic"] for call in calls)
+    assert (len(calls) == 1) == (compiled == "whole")
     assert weights(tmp_path / "out").keys() == build_model(cfg).state_dict().keys()
