@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 
-from mrope import MRopeCollator
 from mrope.training.config import build_collator, load_config
 from mrope.training.dataloader import load_rows, make_loader
 
@@ -71,18 +70,6 @@ def test_batches_stay_within_the_budgets(name: str, tmp_path: Path) -> None:
     each = patches // len(batch["rope_deltas"])
     fit = min(64 // valid, 96 // each if each else 64)
     assert len(loader) - -(-40 // fit) in (0, 1)
-
-
-@pytest.mark.parametrize("seconds", [2.0, [2.0]])
-def test_seconds_as_one_number(seconds: Any, tmp_path: Path) -> None:
-    ids = [7, 3, *[6] * 12, 8]
-    row = {"input_ids": ids, "labels": ids, "video_grid_thw": [[3, 4, 4]]}
-    row |= {"second_per_grid_ts": seconds, "pixel_values_videos": pixels(48)}
-    cfg = config_of(tmp_path, row)
-    collate = MRopeCollator(None, cfg.spec())
-    right = collate([row])["position_ids"]
-    assert right[0, 0].tolist()[2:14:4] == [2, 6, 10]
-    assert torch.equal(collate([load_rows(cfg)[0]])["position_ids"], right)
 
 
 @pytest.mark.parametrize("second", [32, 16])

@@ -66,10 +66,15 @@ def test_seconds_as_one_number_reach_the_collator(tmp_path: Path) -> None:
     pixels = np.zeros((48, 1176), np.float32).tolist()
     clip = {"input_ids": ids, "labels": ids, "video_grid_thw": [[3, 4, 4]]}
     clip |= {"pixel_values_videos": pixels}
-    for name in ("second_per_grid_ts", "video_second_per_grid"):
-        row = clip | {name: 2.0}
+    for seconds in (
+        {"second_per_grid_ts": 2.0},
+        {"second_per_grid_ts": [2.0]},
+        {"video_second_per_grid": 2.0},
+    ):
+        row = clip | seconds
         cfg = config(tmp_path, "qwen2_5_vl", data=written(tmp_path, [row]))
         right = MRopeCollator(None, cfg.spec())([row])["position_ids"]
+        assert right[0, 0].tolist()[2:14:4] == [2, 6, 10]
         assert torch.equal(build_collator(cfg)([opened(cfg)[0]])["position_ids"], right)
     with pytest.warns(UserWarning, match="has clips but no second_per_grid_ts: one second a step"):
         opened(config(tmp_path, "qwen2_5_vl", data=written(tmp_path, [clip])))[0]
