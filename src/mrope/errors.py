@@ -7,6 +7,11 @@ class MRopeError(ValueError):
     """Bad input; the message states what is wrong, where, and the usual cause."""
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun, such as "1 video" and "2 videos"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 class SpanMismatchError(MRopeError):
     """Placeholder tokens and grids do not match.
 

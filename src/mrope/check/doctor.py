@@ -6,12 +6,14 @@ import importlib.metadata
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import transformers
 from rich.console import Console
 from rich.table import Table
 
 from mrope.check.engine import compare_engine
+from mrope.check.slow_steps import list_slow_parts
 from mrope.hf.rows import ROWS
 from mrope.proof.comparisons import Verdict, compare
 from mrope.proof.small_models import FAILURES, default_model, describe_error
@@ -19,16 +21,23 @@ from mrope.spec.families import FAMILIES
 from mrope.spec.references import resolve_reference
 from mrope.spec.spec import MRopeSpec, example_config
 
+if TYPE_CHECKING:
+    from mrope.training.sections import Config
+
 FEATURES = ("positions", "attach", "flatten")
 _WORDS = {True: "equal", False: "NOT equal", None: "not compared"}
 _STYLES = {True: "green", False: "red", None: "yellow"}
 
 
-def compare_families(json_file: Path | None = None) -> bool:
-    """Print a table of all families, and below it each difference; return whether none differs.
+def compare_families(json_file: Path | None = None, cfg: Config | None = None) -> bool:
+    """Print a table of all families, each difference, and what makes steps slow on this machine.
 
     Args:
         json_file: the verdicts are written there too.
+        cfg: a training config, whose settings are looked at too.
+
+    Returns:
+        Whether no family differs.
     """
     verdicts = {family: compare_family(family) for family in FAMILIES}
     console = Console()
@@ -37,12 +46,15 @@ def compare_families(json_file: Path | None = None) -> bool:
         for feature, verdict in row.items():
             if not verdict.equal:
                 console.print(f"{family} {feature}: {verdict.detail}", markup=False)
+    slow = list(list_slow_parts(cfg))
+    for line in slow:
+        console.print(f"slow: {line}", markup=False, highlight=False, soft_wrap=True)
     if json_file is not None:
         result = {
             family: {name: vars(one) for name, one in row.items()}
             for family, row in verdicts.items()
         }
-        found = {"transformers": transformers.__version__, "families": result}
+        found = {"transformers": transformers.__version__, "families": result, "slow": slow}
         json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return all(one.equal is not False for row in verdicts.values() for one in row.values())
 

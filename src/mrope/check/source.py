@@ -57,6 +57,7 @@ def check_config(
     reference: str | None = None,
     rows: int | None = None,
     max_tokens: int | None = None,
+    batch_size: int | None = None,
 ) -> Config:
     """Build a training config from the options of the command line.
 
@@ -67,6 +68,7 @@ def check_config(
         reference: `rope.reference`.
         rows: `data.rows`, how many of the first rows to use.
         max_tokens: `dataloader.max_tokens`, with flattened batches.
+        batch_size: `dataloader.batch_size`, in place of a config's `max_tokens`.
 
     Raises:
         ConfigError: a value is invalid.
@@ -80,6 +82,7 @@ def check_config(
         "rope.reference": reference,
         "data.rows": rows,
         "dataloader.max_tokens": max_tokens,
+        "dataloader.batch_size": batch_size,
         "rope.packing": None if max_tokens is None else "flatten",
     }
     if config is not None:
@@ -90,6 +93,8 @@ def check_config(
             given["data.source"] = str(Path(dataset).absolute())
         # Overrides are parsed as YAML, of which JSON is a subset: quoting keeps odd paths intact.
         words = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+        if batch_size is not None:
+            words.append("dataloader.max_tokens=null")
         return load_config(config, words)
     table: dict[str, NewColumns] = {}
     for key, value in given.items():

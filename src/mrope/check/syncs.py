@@ -13,6 +13,7 @@ from rich.table import Table
 from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 from mrope.guard import Site
+from mrope.guard.sync_places import place_cells
 from mrope.hf import SyncReport, attach, detach
 from mrope.training.config import as_config, build_collator, load_config
 from mrope.training.dataloader import RowDataset, load_rows
@@ -45,7 +46,8 @@ def print_step_syncs(config: Path | None, overrides: list[str], model: str | Non
         MRopeError: neither or both of config and model are given, or the model is unknown.
     """
     before, after = count_step_syncs(_config(config, overrides, model))
-    Console().print(_table(before, after))
+    console = Console()
+    console.print(_table(before, after, console.width))
 
 
 def print_trainer_syncs(config: Path | None, overrides: list[str], model: str | None) -> None:
@@ -69,7 +71,7 @@ def print_trainer_syncs(config: Path | None, overrides: list[str], model: str | 
         report = SyncReport(quiet=True)
         run_trainer(cfg, options, report)
         console.print(f"transformers' Trainer, {name}", *(f"{k}={v!r}" for k, v in options.items()))
-        console.print(report.table())
+        console.print(report.table(console.width))
 
 
 def run_trainer(cfg: Config, options: NewColumns, report: SyncReport) -> float:
@@ -165,21 +167,22 @@ def _synthetic_config(model: str) -> Config:
     return as_config(table, Path(), "--model")
 
 
-def _table(before: list[Site], after: list[Site]) -> Table:
+def _table(before: list[Site], after: list[Site], width: int) -> Table:
     """Return a table of both counts for each site, most syncs first."""
     table = Table(title="host syncs of one training step")
     # Folded, not cut: a place without its line number is of no use.
-    table.add_column("where", overflow="fold")
-    for heading in ("what", "plain", "attached"):
-        table.add_column(heading)
+    for heading in ("where", "what", "plain", "attached"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "where")
     counts: dict[tuple[str, str], list[int]] = {}
     for column, sites in enumerate((before, after)):
         for site in sites:
             file = "/".join(Path(site.file).parts[-2:])
             where = f"{file}:{site.line} {site.function}"
             counts.setdefault((where, site.op), [0, 0])[column] += site.count
-    for (where, what), (plain, attached) in sorted(counts.items(), key=lambda item: -sum(item[1])):
-        table.add_row(where, what, str(plain), str(attached))
+    rows = sorted(counts.items(), key=lambda item: -sum(item[1]))
+    cells = place_cells([where for (where, _), _ in rows], width)
+    for cell, ((_, what), (plain, attached)) in zip(cells, rows, strict=True):
+        table.add_row(cell, what, str(plain), str(attached))
     table.add_section()
     totals = [sum(site.count for site in sites) for sites in (before, after)]
     table.add_row("in all", "", *map(str, totals))

@@ -5,7 +5,10 @@ Each command imports its modules when it runs, so that `mrope explain` works wit
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -57,6 +60,8 @@ _EXTRAS = {
     "matplotlib": "plot",
 }
 
+_WORKER_TRACEBACK = "Original Traceback (most recent call last):"
+
 app = typer.Typer(
     name="mrope",
     help="Compute M-RoPE position ids in DataLoader workers: check data, train, benchmark.",
@@ -81,16 +86,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=None if arguments is None else list(arguments))
     except MRopeError as error:
-        message = str(error)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _EXTRAS:
+        message = _own_words(error)
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+        described = _describe_missing(error) or _describe_torchvision(error)
+        if described is None:
             raise
-        message = f"no module {package!r}; pip install 'mrope[{_EXTRAS[package]}]'"
+        message = described
     Console(stderr=True, soft_wrap=True).print(
         f"mrope: {message}", style="red", markup=False, highlight=False
     )
     raise SystemExit(2)
+
+
+def _own_words(error: MRopeError) -> str:
+    """Return an error's message; of one that a worker raised, without the worker's traceback."""
+    # DataLoader raises a worker's error again, with the text of its traceback as the message.
+    text = str(error)
+    return re.split(r"\n[\w.]+Error: ", text)[-1].strip() if _WORKER_TRACEBACK in text else text
+
+
+def _describe_missing(error: Exception) -> str | None:
+    """Name the extra that installs a missing package; None if the error is another."""
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or package not in _EXTRAS:
+        return None
+    if importlib.util.find_spec(package) is not None:  # one of its modules is missing
+        return None
+    return f"no module {package!r}; pip install 'mrope[{_EXTRAS[package]}]'"
+
+
+def _describe_torchvision(error: BaseException) -> str | None:
+    """Say what to do if an error comes from a torchvision that cannot be imported; else None."""
+    # transformers imports it wherever it is installed, and hides why that failed.
+    causes = []
+    at: BaseException | None = error
+    while at is not None:
+        causes.append(at)
+        at = at.__cause__ or at.__context__
+    frames = [frame.filename for one in causes for frame in traceback.extract_tb(one.__traceback__)]
+    if not any("torchvision" in text for text in (*map(str, causes), *frames)):
+        return None
+    import torch
+
+    reason = str(causes[-1]).partition("\n")[0]
+    return (
+        f"torchvision is installed but cannot be imported ({reason}): install its release for "
+        f"torch {torch.__version__}, or uninstall it"
+    )
 
 
 def _print_version(wanted: bool) -> None:
@@ -187,6 +229,10 @@ def check(
             "as in the config.",
         ),
     ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --shapes: for batches of so many rows."),
+    ] = None,
     replay: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
@@ -212,10 +258,20 @@ def check(
     from mrope.check.source import check_config
     from mrope.check.summary import INTERRUPTED
 
-    if max_tokens is not None and not shapes:
-        raise typer.BadParameter("--max-tokens requires --shapes")
+    sizes = {"--max-tokens": max_tokens, "--batch-size": batch_size}
+    given = [name for name, value in sizes.items() if value is not None]
+    if given and not shapes:
+        raise typer.BadParameter(f"{given[0]} requires --shapes")
+    if len(given) > 1:
+        raise typer.BadParameter("give --max-tokens or --batch-size, and not both")
     cfg = check_config(
-        config, model, dataset, reference=reference, rows=limit, max_tokens=max_tokens
+        config,
+        model,
+        dataset,
+        reference=reference,
+        rows=limit,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
     )
     summary = check_dataset(cfg, workers, json_file, report_file, shapes=shapes)
     if summary.stopped == INTERRUPTED:
@@ -321,13 +377,19 @@ def syncs(
 
 
 @app.command()
-def doctor(json_file: JsonFile = None, engine: EngineName = None) -> None:
-    """Compare every family with the installed transformers; exit with 1 if any differs."""
+def doctor(json_file: JsonFile = None, engine: EngineName = None, config: RunConfig = None) -> None:
+    """Compare every family with the installed transformers, and name what makes steps slow here.
+
+    Exits with 1 if a family differs.
+    """
     from mrope.check.doctor import compare_families, print_engine
 
     if engine is not None:
         print_engine(engine)
-    elif not compare_families(json_file):
+        return
+    from mrope.training.config import load_config
+
+    if not compare_families(json_file, None if config is None else load_config(config)):
         raise typer.Exit(1)
 
 

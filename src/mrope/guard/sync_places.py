@@ -7,6 +7,7 @@ function, so that a release which moves a line changes nothing here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -18,6 +19,10 @@ Kind = Literal["model", "copy", "trainer", "loop"]
 
 Stack = Sequence[tuple[str, int, str]]
 """(file, line, function) of stack frames, innermost first."""
+
+
+# Columns beside a place that stay readable: the part of the loop, what syncs, how often, advice.
+_OTHER_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,20 @@ class SyncPlace:
     def as_dict(self) -> dict[str, Any]:
         """Return the attributes by name."""
         return asdict(self)
+
+
+def place_cells(places: Sequence[str], width: int) -> list[str]:
+    """Return a table's cells of places, `file:line` always whole.
+
+    Args:
+        places: "folder/file:line function", maybe with "via file:line function" behind.
+        width: columns of the terminal. If it is too narrow for the longest place and four more
+            columns, the folder is left out and the function gets a line of its own.
+    """
+    if max(map(len, places), default=0) + _OTHER_COLUMNS <= width:
+        return list(places)
+    bare = [re.sub(r"\S*/", "", place).replace(" via ", "\nvia ") for place in places]
+    return [re.sub(r"(:\d+) ", r"\1\n", place) for place in bare]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from mrope.errors import MRopeError
 from mrope.guard import Judge, LoaderRecord, watching_loop
-from mrope.guard.sync_places import Kind, Stack, SyncPlace, find_place
+from mrope.guard.sync_places import Kind, Stack, SyncPlace, find_place, place_cells
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -198,17 +198,24 @@ class SyncReport(TrainerCallback):  # type: ignore[misc]
             return f"no step watched: {self._done} steps, {self.warmup} of them warm-up"
         return f"{self.count} syncs in {self.watched} optimizer steps, {_JUDGES[self.judge]}"
 
-    def table(self) -> Table:
-        """Return a rich table: the parts of the loop, and the places of each with most syncs."""
+    def table(self, width: int = 80) -> Table:
+        """Return a rich table: the parts of the loop, and the places of each with most syncs.
+
+        Args:
+            width: columns of the terminal; in a narrow one a place takes two lines.
+        """
         from rich.table import Table
 
         table = Table(title=self._title())
         for heading in ("part", "where", "what", "per step", "removed by"):
             # Folded, not cut: logs are 80 columns wide, and names of settings must stay whole.
-            table.add_column(heading, overflow="fold")
+            table.add_column(heading, overflow="fold", no_wrap=heading == "where")
+        rows = [(kind, row) for kind in self.by_kind() for row in self._rows(kind)]
+        cells = place_cells([row[1] for _, row in rows], width)
         for kind, total in self.by_kind().items():
-            for row in self._rows(kind):
-                table.add_row(*row)
+            for (of, (part, _, *rest)), cell in zip(rows, cells, strict=True):
+                if of == kind:
+                    table.add_row(part, cell, *rest)
             table.add_row(kind, "in all", "", self._each(total), "", end_section=True)
         table.add_row("in all", "", "", self._each(self.count), "")
         return table
@@ -236,4 +243,5 @@ class SyncReport(TrainerCallback):  # type: ignore[misc]
         except ModuleNotFoundError:
             print(self)
             return
-        Console().print(self.table())
+        console = Console()
+        console.print(self.table(console.width))

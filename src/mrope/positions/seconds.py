@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from mrope.arrays import Array
-from mrope.errors import MRopeError
+from mrope.errors import MRopeError, counted
 from mrope.positions.grids import Grids
 from mrope.positions.inputs import SECONDS, BatchInputs, Media
 from mrope.spec.spec import MRopeSpec
@@ -62,7 +62,9 @@ def _checked(seconds: Array, grids: Grids) -> Array:
             "at half precision frames share positions"
         )
     if seconds.shape != (videos,):
-        raise MRopeError(f"{SECONDS} has shape {seconds.shape}, but the batch has {videos} videos")
+        raise MRopeError(
+            f"{SECONDS} has shape {seconds.shape}, but the batch has {counted(videos, 'video')}"
+        )
     most = grids.size_3G[0].max(initial=1)
     with np.errstate(over="ignore"):
         bad = ~((seconds >= 0) & (seconds * most < _MAX_SECONDS))

@@ -41,9 +41,7 @@ def utilisation(tflop: float, milliseconds: float) -> float:
 
 def _text(config: Mapping[str, Any], tokens: Iterable[int]) -> float:
     text = config["text_config"]
-    hidden, layers, side = (
-        text[name] for name in ("hidden_size", "num_hidden_layers", "head_dim")
-    )
+    hidden, layers, side = (text[name] for name in ("hidden_size", "num_hidden_layers", "head_dim"))
     heads, kept = text["num_attention_heads"], text["num_key_value_heads"]
     projections = 2 * hidden * side * (heads + kept)  # query and output, key and value
     each = layers * (projections + 3 * hidden * text["intermediate_size"])
@@ -53,15 +51,13 @@ def _text(config: Mapping[str, Any], tokens: Iterable[int]) -> float:
 
 
 def _tower(vision: Mapping[str, Any], frames: Sequence[int]) -> float:
-    hidden, depth, merge = (
-        vision[name] for name in ("hidden_size", "depth", "spatial_merge_size")
-    )
+    hidden, depth, merge = (vision[name] for name in ("hidden_size", "depth", "spatial_merge_size"))
     patches = sum(frames)
     pixels = _CHANNELS * vision["temporal_patch_size"] * vision["patch_size"] ** 2
     each = depth * (4 * hidden**2 + 2 * hidden * vision["intermediate_size"]) + pixels * hidden
     wide = hidden * merge**2
-    mergers = (1 + len(vision["deepstack_visual_indexes"])) * wide * (
-        wide + vision["out_hidden_size"]
+    mergers = (
+        (1 + len(vision["deepstack_visual_indexes"])) * wide * (wide + vision["out_hidden_size"])
     )
     pairs = sum(count**2 for count in frames)
     return 2 * (each * patches + mergers * patches / merge**2) + depth * 4 * hidden * pairs

@@ -24,7 +24,10 @@ def provide_flash_attn() -> None:
     """Let this process import flash_attn. Call it before transformers is imported."""
     package: Any = _module("flash_attn", is_package=True)
     package.__version__ = VERSION
-    package.flash_attn_func, package.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+    package.flash_attn_func, package.flash_attn_varlen_func = (
+        flash_attn_func,
+        flash_attn_varlen_func,
+    )
     package.flash_attn_with_kvcache = None
     padding: Any = _module("flash_attn.bert_padding")
     padding.index_first_axis, padding.unpad_input = _index_first_axis, _unpad_input

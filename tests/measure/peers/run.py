@@ -52,10 +52,14 @@ class Runner:
         if self.wheels is None:
             return None
         files = [str(file) for file in sorted((self.wheels / folder).glob("*.whl"))]
-        words = "-m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target".split()
+        words = (
+            "-m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target".split()
+        )
         return subprocess.Popen([sys.executable, *words, str(self.sites / folder), *files])
 
-    def start(self, name: str, environment: str, module: str, *words: str) -> subprocess.Popen[bytes]:
+    def start(
+        self, name: str, environment: str, module: str, *words: str
+    ) -> subprocess.Popen[bytes]:
         print(f"{time.monotonic() - self.began:4.0f} s: {name}", flush=True)
         sites = [str(self.sites / site) for site in SITES[environment]] if self.wheels else []
         paths = [*sites, os.environ.get("PYTHONPATH", "")]

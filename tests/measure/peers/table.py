@@ -70,7 +70,9 @@ def read_cells() -> dict[tuple[str, str], Cell]:
     for match in _LINE.finditer(text):
         case, ms = match["case"], float(match["ms"])
         share = utilisation(tflop[case], ms)
-        cell = Cell(ms, float(match["least"]), int(match["syncs"]), float(match["memory"]), share, True)
+        cell = Cell(
+            ms, float(match["least"]), int(match["syncs"]), float(match["memory"]), share, True
+        )
         found.setdefault((case, match["peer"]), cell)
     return found
 

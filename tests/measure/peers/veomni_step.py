@@ -45,7 +45,13 @@ def operators() -> Any:
 
     if ON_GPU:
         return OpsImplementationConfig()
-    parts = ("cross_entropy_loss", "rms_norm", "swiglu_mlp", "rotary_pos_emb", "load_balancing_loss")
+    parts = (
+        "cross_entropy_loss",
+        "rms_norm",
+        "swiglu_mlp",
+        "rotary_pos_emb",
+        "load_balancing_loss",
+    )
     named = {f"{part}_implementation": "eager" for part in parts}
     return OpsImplementationConfig(**named, moe_implementation="eager")
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from mrope.arrays import IntArray
 from mrope.columns import MODALITIES, count_key
-from mrope.errors import MRopeError, SpanMismatchError
+from mrope.errors import MRopeError, SpanMismatchError, counted
 from mrope.positions.inputs import SECONDS, BatchInputs, Media
 from mrope.spec.spec import MRopeSpec
 from mrope.towers import AudioSpec, audio_tokens
@@ -84,7 +84,7 @@ class MediaCursor:
             if counts is not None and counts[self.row] != found:
                 cause = f"{_CUT}, or sizes are another sample's"
                 raise SpanMismatchError(
-                    f"row {self.row}: tokens for {found} {kind}s, but the row carries "
+                    f"row {self.row}: tokens for {counted(found, kind)}, but the row carries "
                     f"{counts[self.row]}. Likely cause: {cause}.",
                     row=self.row,
                     modality=kind,
@@ -99,7 +99,8 @@ class MediaCursor:
             there, taken = len(self.media.sizes(kind)), self._taken[kind]
             if taken < there:
                 raise SpanMismatchError(
-                    f"the batch has {there} {kind}s, but tokens for {taken}. Likely cause: {_CUT}.",
+                    f"the batch has {counted(there, kind)}, but tokens for {taken}. "
+                    f"Likely cause: {_CUT}.",
                     modality=kind,
                     found=taken,
                     needed=there,
