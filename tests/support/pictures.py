@@ -27,7 +27,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 FOLDER = DOCS / "pictures"
 WIDTH = 560
 # As wide as the text of a page, for pictures with much detail along time.
-WIDE = 800
+WIDE = 680
 BATCHES = 2000
 STYLE = """
 text { font: 14px sans-serif; fill: #333 }
@@ -297,9 +297,9 @@ def draw_peers() -> Picture:
     """Draw the milliseconds of a step of each peer on each case, ours in colour."""
     cells = read_cells()
     most = max(cells[case, peer].ms for case in CASES for peer in PEERS if (case, peer) in cells)
-    picture = Picture(44 + len(CASES) * (44 + 21 * len(PEERS)), "Milliseconds of a step", WIDE)
-    left, top = 176.0, 34.0
-    scale = (WIDE - left - 190) / most
+    picture = Picture(34 + len(CASES) * (44 + 21 * len(PEERS)), "Milliseconds of a step", WIDE)
+    left, top = 166.0, 34.0
+    scale = (WIDE - left - 130) / most
     picture.text(2, 18, "Milliseconds of a training step, in brackets its syncs; shorter is better")
     for case, words in CASES.items():
         picture.text(left, top + 24, words)
