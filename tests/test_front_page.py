@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from measure.peers.table import FOLDER, read_cells
-from support.front_page import INDEX, README, as_index, with_table
+from support.front_page import BENCHMARKS, INDEX, README, as_index, with_table
 
 # Prose with measured numbers, and the raw output that has them.
 CLAIMS = {
@@ -48,8 +49,10 @@ def test_no_other_number_is_measured() -> None:
     assert _MEASURED.findall(text) == []
 
 
-def test_the_table_is_that_of_the_raw_output() -> None:
-    assert with_table(readme()) == readme(), "run tests/support/front_page.py"
+@pytest.mark.parametrize("file", [README, BENCHMARKS])
+def test_the_table_is_that_of_the_raw_output(file: Path) -> None:
+    page = file.read_text(encoding="utf-8")
+    assert with_table(page) == page, "run tests/support/front_page.py"
 
 
 def test_losses_of_the_table_agree_within_1e_3() -> None:

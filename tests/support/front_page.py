@@ -1,4 +1,4 @@
-"""Write the site's front page from README.md, and the table of peers into both.
+"""Write the site's front page from README.md, and the table of peers into all pages that have it.
 
     PYTHONPATH=src:tests python tests/support/front_page.py
 """
@@ -12,6 +12,7 @@ from measure.peers.table import PEERS, table
 
 ROOT = Path(__file__).parents[2]
 README, INDEX = ROOT / "README.md", ROOT / "docs/index.md"
+BENCHMARKS = ROOT / "docs/benchmarks.md"
 _MARKS = "<!-- peers -->", "<!-- /peers -->"
 
 
@@ -31,5 +32,6 @@ def as_index(readme: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for file in (README, BENCHMARKS):
+        file.write_text(with_table(file.read_text(encoding="utf-8")), encoding="utf-8")
     INDEX.write_text(as_index(README.read_text(encoding="utf-8")), encoding="utf-8")
