@@ -19,7 +19,9 @@ CLAIMS = {
     "0.52 and 0.87 ms": "stage.txt",
 }
 # What needs no measurement: bounds of tests, and sizes of what was measured.
-_MEASURED = re.compile(r"\d[\d.,]*(?: and \d[\d.]*)? ?(?:ms\b|µs|GiB|%|times\b|TFLOP)|\d+ to \d+ in\b")
+_MEASURED = re.compile(
+    r"\d[\d.,]*(?: and \d[\d.]*)? ?(?:ms\b|µs|GiB|%|times\b|TFLOP)|\d+ to \d+ in\b"
+)
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -67,4 +69,6 @@ def test_losses_of_the_table_agree_within_1e_3() -> None:
 
 
 def test_the_site_has_the_same_page() -> None:
-    assert INDEX.read_text(encoding="utf-8") == as_index(readme()), "run tests/support/front_page.py"
+    assert INDEX.read_text(encoding="utf-8") == as_index(readme()), (
+        "run tests/support/front_page.py"
+    )

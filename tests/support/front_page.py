@@ -1,6 +1,6 @@
 """Write the site's front page from README.md, and the table of peers into all pages that have it.
 
-    PYTHONPATH=src:tests python tests/support/front_page.py
+PYTHONPATH=src:tests python tests/support/front_page.py
 """
 
 from __future__ import annotations

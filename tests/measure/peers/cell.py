@@ -140,7 +140,7 @@ def attempt(case: Case, peer: str, part: Callable[[], Any]) -> None:
     """Run a part; a failure becomes the cell's result, and the next part runs."""
     try:
         part()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other parts run
         traceback.print_exc(limit=-6)
         text = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         write({"case": case["name"], "peer": peer, "failed": text})
@@ -158,14 +158,16 @@ def write(line: dict[str, Any]) -> None:
             file.write(text + "\n")
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def write_versions(peer: str, *packages: str) -> None:
     """Write what a process runs on."""
-    found = {"torch": torch.__version__}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
+    found = {"torch": str(torch.__version__)} | {name: _version(name) for name in packages}
     device = torch.cuda.get_device_name() if ON_GPU else "cpu"
     date = time.strftime("%Y-%m-%d", time.gmtime())
     write({"process": peer, "device": device, "date": date, "versions": found})

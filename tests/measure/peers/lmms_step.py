@@ -41,7 +41,6 @@ def import_patcher() -> Any:
         module.__spec__ = ModuleSpec(name, None, is_package=True)
         module.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
         sys.modules[name] = module
-    import lmms_engine.models.qwen3_vl.monkey_patch  # registers
     from lmms_engine.models.monkey_patch import MONKEY_PATCHER
 
     return MONKEY_PATCHER

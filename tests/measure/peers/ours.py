@@ -125,7 +125,8 @@ def warm(case: Case) -> None:
     model, batches = attach(build(case, "sdpa")), collated(case, fixed=True)
     # Raised by running the graph beside other processes; by then it is in the cache.
     with suppress(torch.OutOfMemoryError):
-        torch.compile(model, fullgraph=True, dynamic=False)(**batches[0])
+        run: Any = torch.compile(model, fullgraph=True, dynamic=False)
+        run(**batches[0])
 
 
 def timed(case: Case, peer: str, run: Any, model: Any, batches: list[Any]) -> None:
@@ -158,7 +159,7 @@ PARTS: dict[str, Callable[[Case], None]] = {
 def main(folder: Path, files: list[str], parts: list[str]) -> None:
     provide_flash_attn()
     # The backward is compiled with the forward, without a step that needs its memory.
-    torch._functorch.config.force_non_lazy_backward_lowering = True  # type: ignore[attr-defined]
+    torch._functorch.config.force_non_lazy_backward_lowering = True
     cell.write_versions(",".join(parts), "transformers", "liger-kernel", "triton")
     for file in files:
         case = load_case(folder, file) | {"file": file}

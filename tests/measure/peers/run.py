@@ -52,9 +52,17 @@ class Runner:
         if self.wheels is None:
             return None
         files = [str(file) for file in sorted((self.wheels / folder).glob("*.whl"))]
-        words = (
-            "-m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target".split()
-        )
+        words = [
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-index",
+            "--no-deps",
+            "--no-compile",
+            "--no-cache-dir",
+            "--target",
+        ]
         return subprocess.Popen([sys.executable, *words, str(self.sites / folder), *files])
 
     def start(
