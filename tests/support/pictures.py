@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from measure.mix import make_mix
 from measure.peers.table import CASES, PEERS, read_cells
 from mrope import MRopeSpec, Shapes, rope_index
 from mrope.spec import example_config
@@ -172,14 +171,12 @@ def _draw_frame(
 
 
 def draw_ladder() -> Picture:
-    """Draw the patches of batches of four rows, and the rungs that `Shapes.fit` proposes."""
-    mix = make_mix(4 * BATCHES)
-    tokens, patches, segments = (
-        values.reshape(-1, 4).sum(axis=1)
-        for values in (mix.tokens(), mix.patches(), mix.segments())
-    )
-    longest = int(mix.grids_G3[:, 1:].prod(axis=1).max())
-    ladder = Shapes.fit(tokens=tokens, patches=patches, segments=segments, longest=longest)
+    """Draw the patches of batches like those of configs/bench/2b-mixed8.yaml, and their rungs."""
+    # Eight images a row, two rows; each side 16 to 28 patches, in steps of a merged token.
+    sides = 2 * np.random.default_rng(0).integers(8, 15, (BATCHES, 16, 2))
+    patches = sides.prod(axis=2).sum(axis=1)
+    tokens, segments = np.full(BATCHES, 2560), np.full(BATCHES, 16)
+    ladder = Shapes.fit(tokens=tokens, patches=patches, segments=segments, longest=784, graphs=3)
     rungs = ladder.shapes.patches
     picture = Picture(300, "Patches of batches, and the rungs that hold them")
     left, bottom, width, height = 20.0, 246.0, 520.0, 160.0
@@ -197,7 +194,9 @@ def draw_ladder() -> Picture:
             tall = float(count / counts.max() * (height - 10))
             picture.rect("gpu", float(left + edge * scale), bottom - tall, width / 52 - 1, tall)
     picture.line("axis", (left, bottom), (left + width, bottom))
-    picture.text(left, 18, f"Patches of {BATCHES:,} batches of four rows, images of many sizes")
+    picture.text(
+        left, 18, f"Patches of {BATCHES:,} batches of two rows, eight images of many sizes each"
+    )
     shares = (
         f"{100 * ladder.patch_padding:.0f} % of the patches are padding, {ladder.graphs} graphs"
     )

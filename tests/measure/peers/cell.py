@@ -51,11 +51,12 @@ def stepper(run: Any, model: Any, batches: list[Any], **more: Any) -> Step:
     """Return a step of forward and backward on batch `number`, which leaves no gradients."""
 
     def one_step(number: int) -> torch.Tensor:
-        loss = run(**batches[number % len(batches)], **more).loss
-        total: torch.Tensor = sum(loss.values()) if isinstance(loss, dict) else loss
-        total.backward()  # type: ignore[no-untyped-call]
+        loss: Any = run(**batches[number % len(batches)], **more).loss
+        total: Any = sum(loss.values()) if isinstance(loss, dict) else loss
+        total.backward()
         model.zero_grad(set_to_none=True)
-        return total.detach()
+        found: torch.Tensor = total.detach()
+        return found
 
     return one_step
 

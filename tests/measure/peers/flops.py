@@ -47,7 +47,8 @@ def _text(config: Mapping[str, Any], tokens: Iterable[int]) -> float:
     each = layers * (projections + 3 * hidden * text["intermediate_size"])
     each += hidden * text["vocab_size"]  # LM head, on every token
     pairs = sum(count * (count + 1) / 2 for count in tokens)
-    return 2 * each * sum(tokens) + layers * 4 * heads * side * pairs
+    total: float = 2 * each * sum(tokens) + layers * 4 * heads * side * pairs
+    return total
 
 
 def _tower(vision: Mapping[str, Any], frames: Sequence[int]) -> float:
@@ -60,4 +61,5 @@ def _tower(vision: Mapping[str, Any], frames: Sequence[int]) -> float:
         (1 + len(vision["deepstack_visual_indexes"])) * wide * (wide + vision["out_hidden_size"])
     )
     pairs = sum(count**2 for count in frames)
-    return 2 * (each * patches + mergers * patches / merge**2) + depth * 4 * hidden * pairs
+    total: float = 2 * (each * patches + mergers * patches / merge**2) + depth * 4 * hidden * pairs
+    return total

@@ -7,6 +7,7 @@ read as they are where this torch allows it, as flash_attn does. On a CPU, for t
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import sys
@@ -33,9 +34,7 @@ def provide_flash_attn() -> None:
     padding.index_first_axis, padding.unpad_input = _index_first_axis, _unpad_input
     padding.index_put_first_axis, padding.pad_input = _index_put_first_axis, _pad_input
     if importlib.util.find_spec("einops") is not None:
-        from einops import rearrange
-
-        padding.rearrange = rearrange
+        padding.rearrange = importlib.import_module("einops").rearrange
     package.bert_padding = padding
     _declare()
 
@@ -51,16 +50,15 @@ def _module(name: str, is_package: bool = False) -> types.ModuleType:
 
 def _declare() -> None:
     """Let the package have a version, and transformers take it on a CPU too."""
-    version, packages = importlib.metadata.version, importlib.metadata.packages_distributions
+    metadata: Any = importlib.metadata
+    version, packages = metadata.version, metadata.packages_distributions
 
     def with_flash(name: str) -> str:
-        return VERSION if name.replace("_", "-") == "flash-attn" else version(name)
+        found: str = VERSION if name.replace("_", "-") == "flash-attn" else version(name)
+        return found
 
-    importlib.metadata.version = with_flash
-    importlib.metadata.packages_distributions = lambda: {
-        **packages(),
-        "flash_attn": ["flash-attn"],
-    }
+    metadata.version = with_flash
+    metadata.packages_distributions = lambda: {**packages(), "flash_attn": ["flash-attn"]}
     import transformers
     from transformers import modeling_flash_attention_utils as utils
     from transformers.utils import import_utils
@@ -112,9 +110,9 @@ def flash_attn_func(
 ) -> Any:
     rows, width = q.shape[:2]
     borders = torch.arange(0, (rows + 1) * width, width, dtype=torch.int32, device=q.device)
-    flat = (one.flatten(0, 1) for one in (q, k, v))
+    q, k, v = (one.flatten(0, 1) for one in (q, k, v))
     more = (dropout_p, softmax_scale, causal, window_size, softcap)
-    out = flash_attn_varlen_func(*flat, borders, borders, width, width, *more)
+    out = flash_attn_varlen_func(q, k, v, borders, borders, width, width, *more)
     return out.reshape(rows, width, *out.shape[1:])
 
 
@@ -143,9 +141,9 @@ def _reads_groups() -> bool:
     found: list[list[Any]] = []
     for repeat in (1, 2):
         query, key, value = mine = [one.clone().requires_grad_() for one in leaves]
-        wide = (one.repeat_interleave(repeat, dim=1) for one in (key, value))
+        key, value = (one.repeat_interleave(repeat, dim=1) for one in (key, value))
         try:
-            out = _varlen(query, *wide, borders, (56, 56), True, 0.125)
+            out = _varlen(query, key, value, borders, (56, 56), True, 0.125)
             out.float().square().sum().backward()
         except (RuntimeError, ValueError):
             return False
@@ -162,8 +160,8 @@ def _masked(q: Any, k: Any, v: Any, borders: Any, causal: bool, scale: float) ->
     mask = segment[:, None] == segment
     if causal:
         mask = mask & (at[:, None] >= at)
-    heads = (one.transpose(0, 1)[None] for one in (q, k, v))
-    out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale, enable_gqa=True)
+    q, k, v = (one.transpose(0, 1)[None] for one in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1).contiguous()
 
 

@@ -63,7 +63,7 @@ def read_cells() -> dict[tuple[str, str], Cell]:
     tflop = {row["case"]: float(row["tflop"]) for row in rows}
     names = ("ms", "least_ms", "syncs", "memory_gib", "utilisation")
     found = {
-        (row["case"], row["peer"]): Cell(*(row[name] for name in names), quoted=False)
+        (row["case"], row["peer"]): Cell(**{name: row[name] for name in names}, quoted=False)
         for row in rows
     }
     text = (FOLDER / "peers-h200-earlier.txt").read_text(encoding="utf-8")
@@ -83,7 +83,7 @@ def table(peers: dict[str, str]) -> list[str]:
     lines = ["| | " + " | ".join(CASES.values()) + " |", "|---" * (len(CASES) + 1) + "|"]
     for peer, name in peers.items():
         of_peer = [cells.get((case, peer)) for case in CASES]
-        mark = " *" if any(cell is not None and cell.quoted for cell in of_peer) else ""
+        mark = "\\*" if any(cell is not None and cell.quoted for cell in of_peer) else ""
         lines.append(f"| {name}{mark} | " + " | ".join(map(_words, of_peer)) + " |")
     return lines
 
