@@ -220,7 +220,9 @@ def test_a_release_that_reads_them_passes() -> None:
         check_release(EVERYTHING)
 
 
-@pytest.mark.parametrize(("release", "corners"), [("5.12.1", 0), ("5.13.0", 1), ("5.22.2", 1), ("5.23.0", 0)])
+@pytest.mark.parametrize(
+    ("release", "corners"), [("5.12.1", 0), ("5.13.0", 1), ("5.22.2", 1), ("5.23.0", 0)]
+)
 def test_a_table_is_interpolated_as_the_installed_tower_does(release: str, corners: int) -> None:
     """PaddleOCR-VL's, from corner to corner for as long as its tower does."""
     config = example_config("paddleocr_vl")

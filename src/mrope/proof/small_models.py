@@ -185,7 +185,7 @@ def _plain_batch(
     """
     spec, _, audio = specs
     examples = tiny_examples(model.config.to_dict(), spec, **media)
-    lengths = _MEL_FRAMES
+    lengths: tuple[int, ...] = _MEL_FRAMES
     if padding_side is None:
         padding_side, lengths = "left", _MEL_FRAMES[:1] * 2
         examples = [dict(examples[0]) for _ in lengths]
