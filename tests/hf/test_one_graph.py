@@ -213,8 +213,9 @@ def test_layers_compile_one_by_one_and_share_graphs(family: str, checkpointing: 
         compile_layers(model, backend="aot_eager")
         loss, _ = step(model, batch)
         assert (loss - want).abs() < 1e-5
-        # First layers, whose inputs need no gradient or whose windows differ, have graphs of their own.
-        assert counted["stats"]["unique_graphs"] <= 5
+        # First layers, whose inputs need no gradient or whose windows differ, have graphs of their
+        # own, up to 5 of 24 layers; the others are those beside the layers, and the loss.
+        assert counted["stats"]["unique_graphs"] <= 9
 
 
 def checkpointed() -> Any:
