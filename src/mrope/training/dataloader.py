@@ -279,21 +279,20 @@ def _make_stream(cfg: Config, rows: Any, max_tokens: int, buffer_size: int) -> _
 
 def _loader_options(cfg: Config, collate: Collate) -> dict[str, Any]:
     options = cfg.dataloader
-    workers: dict[str, Any] = {}
+    given = {
+        "num_workers": options.num_workers,
+        "pin_memory": options.pin_memory,
+        "collate_fn": collate,
+    }
     # A DataLoader without workers raises if it is given any of these.
     if options.num_workers:
-        workers = {
+        given |= {
             "multiprocessing_context": options.start_method,
             "persistent_workers": options.persistent_workers,
             "prefetch_factor": options.prefetch_factor,
             "worker_init_fn": partial(start_worker, None),
         }
-    return {
-        "num_workers": options.num_workers,
-        "pin_memory": options.pin_memory,
-        "collate_fn": collate,
-        **workers,
-    }
+    return given
 
 
 def _sizes_file(cfg: Config, conversations: Conversations | None) -> Path | None:

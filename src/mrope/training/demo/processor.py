@@ -68,11 +68,9 @@ class FramesAsPictures:
         pixels, grids = out["pixel_values"], out["image_grid_thw"]
         groups, height, width = len(padded) // depth, *(int(side) for side in grids[0, 1:])
         pixels_NFPCFX = pixels.reshape(groups, depth, height * width, _CHANNELS, depth, -1)
-        slot = np.arange(depth)
-        # numpy puts the axis of two separated index arrays first: (F, N, P, C, X). It goes back
-        # behind C, where the model expects the slots of a patch.
-        clip_FNPCX = pixels_NFPCFX[:, slot, :, :, slot]
-        clip = np.moveaxis(clip_FNPCX, 0, 3).reshape(groups * height * width, -1)
+        # The diagonal of both axes F, as the model expects a patch: slots behind channels.
+        clip_NPCFX = np.einsum("nfpcfx->npcfx", pixels_NFPCFX)
+        clip = clip_NPCFX.reshape(groups * height * width, -1)
         return clip, [groups, height, width]
 
 
