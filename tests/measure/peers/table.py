@@ -91,7 +91,8 @@ def table(peers: dict[str, str]) -> list[str]:
 def _words(cell: Cell | None) -> str:
     if cell is None:
         return "not run"
-    return f"{cell.ms:.0f} ms, {cell.syncs}, {100 * cell.utilisation:.0f} %"
+    # A number stays with its unit where a narrow page breaks the line.
+    return f"{cell.ms:.0f}&nbsp;ms, {cell.syncs}, {100 * cell.utilisation:.0f}&nbsp;%"
 
 
 if __name__ == "__main__":
