@@ -92,7 +92,7 @@ def _words(cell: Cell | None) -> str:
     if cell is None:
         return "not run"
     # A number stays with its unit where a narrow page breaks the line.
-    return f"{cell.ms:.0f}&nbsp;ms, {cell.syncs}, {100 * cell.utilisation:.0f}&nbsp;%"
+    return f"{cell.ms:.0f}\u00a0ms, {cell.syncs}, {100 * cell.utilisation:.0f}\u00a0%"
 
 
 if __name__ == "__main__":
