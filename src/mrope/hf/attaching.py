@@ -113,7 +113,7 @@ def detach(model: Model) -> Model:
     return model
 
 
-def compile_layers(model: Model, **options: Any) -> Model:
+def compile_layers(model: Model, **options: object) -> Model:
     """Compile each layer of an attached model, what its towers and text run between, and its loss.
 
     Equal layers share a graph. Parameters, names and the state dict stay. Call it before DDP or

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 from mrope.hf.varlen import attend_varlen, can_attend
 
@@ -60,7 +61,7 @@ def attend_within(
     key: torch.Tensor,
     value: torch.Tensor,
     borders: Borders,
-    options: dict[str, Any],
+    options: NewColumns,
     eager: Any,
 ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
     """Attend within segments, in one call where that is possible.
@@ -100,7 +101,7 @@ def attend_within(
 
 
 def _attend_pairs(
-    attend: Any, layer: Any, heads: tuple[torch.Tensor, ...], pairs: Pairs, options: dict[str, Any]
+    attend: Any, layer: Any, heads: tuple[torch.Tensor, ...], pairs: Pairs, options: NewColumns
 ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
     """Attend with one call for adjacent segments of equal length.
 
@@ -233,12 +234,12 @@ def is_flash(config: Any) -> bool:
     return "flash" in (config._attn_implementation or "")  # noqa: SLF001 - no public name
 
 
-def has_layers(config: Any, kind: str) -> bool:
+def has_layers(config: object, kind: str) -> bool:
     """Whether the config of a text model lists layers of a kind."""
     return kind in (getattr(config, "layer_types", None) or ())
 
 
-def modelling_of(layer: Any) -> Any:
+def modelling_of(layer: object) -> Any:
     """Return the module of transformers that defines the layer's forward."""
     return _module_of_forward(type(layer))
 

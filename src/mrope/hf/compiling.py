@@ -13,12 +13,13 @@ import torch
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 from mrope.hf.thinkers import text_model
 from mrope.hf.towers import VISION_TOWERS
 
 
-def compile_parts(model: torch.nn.Module, base: Any, options: dict[str, Any]) -> None:
+def compile_parts(model: torch.nn.Module, base: object, options: NewColumns) -> None:
     """Compile what `_parts` names, and the loss of the heads around the base model.
 
     Raises:
@@ -85,7 +86,7 @@ class CompiledLoss:
         options: of `torch.compile`.
     """
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, options: NewColumns) -> None:
         self.options = options
         self._compiled: Any = None
 
@@ -97,7 +98,7 @@ class CompiledLoss:
         num_items_in_batch: torch.Tensor | int | None = None,
         ignore_index: int = -100,
         shift_labels: torch.Tensor | None = None,
-        **_: Any,
+        **_: object,
     ) -> torch.Tensor:
         """Return the mean loss, or its sum over `num_items_in_batch`, as `ForCausalLMLoss`."""
         if self._compiled is None:

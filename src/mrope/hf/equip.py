@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import transformers
 
 from mrope.collate.collator import Collate, MRopeCollator
+from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 from mrope.hf.attaching import attach, base_model, explain_attention, is_attached
 from mrope.hf.attention_choice import Attention
@@ -23,7 +24,7 @@ AnyTrainer = TypeVar("AnyTrainer")
 
 
 def equip(
-    trainer: AnyTrainer, *, attention: Attention = "auto", quiet: bool = False, **stage: Any
+    trainer: AnyTrainer, *, attention: Attention = "auto", quiet: bool = False, **stage: object
 ) -> AnyTrainer:
     """Put the stage into a transformers `Trainer` or a subclass, before `trainer.train()`.
 
@@ -106,9 +107,7 @@ def _refuse_late(trainer: Trainer) -> None:
         )
 
 
-def _make_collator(
-    trainer: Trainer, config: PreTrainedConfig, stage: dict[str, Any]
-) -> MRopeCollator:
+def _make_collator(trainer: Trainer, config: PreTrainedConfig, stage: NewColumns) -> MRopeCollator:
     """Return the trainer's collator within the stage; one that is a stage already as it is."""
     spec, vision = MRopeSpec.from_config(config), VisionSpec.from_config(config)
     has_audio = "audio_seqlens" in spec.family_row.inputs
@@ -131,7 +130,7 @@ def _make_collator(
 def _refuse_other_model(
     collate: MRopeCollator,
     wanted: tuple[MRopeSpec, VisionSpec, AudioSpec | None],
-    stage: dict[str, Any],
+    stage: NewColumns,
 ) -> None:
     """Raise for a stage of the user's that does not give what the model takes."""
     if stage:

@@ -23,7 +23,7 @@ class Experts(NamedTuple):
     vision: torch.Tensor
 
 
-def give_experts(_: Any, inputs: Tensors) -> dict[str, Encoded]:
+def give_experts(_: object, inputs: Tensors) -> dict[str, Encoded]:
     """Put `Experts` in the place of ERNIE's token types."""
     text, vision = (inputs.pop(f"moe_{name}_index", None) for name in ("text", "vision"))
     if vision is not None:

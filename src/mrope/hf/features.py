@@ -42,7 +42,7 @@ def behind(module: str, *, of: str = "last_hidden_state", **by: str) -> Features
         by: what else it takes: keywords, and the stage's tensors for them.
     """
 
-    def pass_on(self: Any, output: Any, taken: dict[str, Any]) -> torch.Tensor:
+    def pass_on(self: object, output: object, taken: dict[str, Any]) -> torch.Tensor:
         more = {keyword: taken[name] for keyword, name in by.items()}
         features: torch.Tensor = getattr(self, module)(getattr(output, of), **more)
         return features
@@ -57,7 +57,7 @@ def kept(self: Any, output: Any, taken: dict[str, Any]) -> torch.Tensor:
     return features if places is None else features.index_select(0, places)
 
 
-def evenly(_: Any, sizes: list[list[int]], total: int) -> list[int]:
+def evenly(_: object, sizes: list[list[int]], total: int) -> list[int]:
     """Return how many features each image or clip has, if all patches count alike.
 
     Args:
@@ -68,7 +68,7 @@ def evenly(_: Any, sizes: list[list[int]], total: int) -> list[int]:
     return [total * one // sum(cells) for one in cells]
 
 
-def evenly_in_pairs(self: Any, sizes: list[list[int]], total: int) -> list[int]:
+def evenly_in_pairs(self: object, sizes: list[list[int]], total: int) -> list[int]:
     """Return the same where frames of a clip are joined in pairs, and a last one is left out."""
     return evenly(self, [[max(frames // 2, 1), *size] for frames, *size in sizes], total)
 

@@ -119,7 +119,7 @@ class _Context:
 
     saved_tensors: tuple[Any, ...] = ()
 
-    def save_for_backward(self, *tensors: Any) -> None:
+    def save_for_backward(self, *tensors: object) -> None:
         self.saved_tensors = tensors
 
 
@@ -165,7 +165,7 @@ def delta_rule_operator(
 
 
 @delta_rule_operator.register_fake
-def _(_query: Any, _key: Any, value: torch.Tensor, *_others: Any) -> torch.Tensor:
+def _(_query: object, _key: object, value: torch.Tensor, *_others: object) -> torch.Tensor:
     return torch.empty_like(value, memory_format=torch.contiguous_format)
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from mrope.columns import columns
+from mrope.columns import Columns, NewColumns, columns
 from mrope.errors import MRopeError
 
 # What the stage adds to a batch, beside position ids.
@@ -14,7 +11,7 @@ _ADDED = frozenset(columns("derived"))
 _NO_PROMPTS = ("seq_idx", "vision_feature_mask")
 
 
-def for_generate(batch: Mapping[str, Any]) -> dict[str, Any]:
+def for_generate(batch: Columns) -> NewColumns:
     """Return a batch as `model.generate(**batch)` takes it: as the inner collate function made it.
 
     `generate` numbers the tokens itself, those that it adds too, and refuses keys that it does not
@@ -41,6 +38,6 @@ def for_generate(batch: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def of_the_stage(batch: Mapping[str, Any]) -> bool:
+def of_the_stage(batch: Columns) -> bool:
     """Whether a batch has anything that the stage adds, beside position ids."""
     return not _ADDED.isdisjoint(batch)

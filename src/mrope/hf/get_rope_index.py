@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import inspect
 import types
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy.typing as npt
 import torch
 import transformers
 
+from mrope.columns import Columns
 from mrope.spec.references import resolve_reference
 from mrope.spec.spec import MRopeSpec
 
@@ -82,7 +82,7 @@ def _find_module(name: str) -> Any:
 
 
 def reference_rope_index(
-    spec: MRopeSpec, arguments: Mapping[str, Any]
+    spec: MRopeSpec, arguments: Columns
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Compute position ids and rope deltas by the installed transformers.
 
@@ -123,14 +123,14 @@ def reference_rope_index(
     return position_ids.numpy(), rope_deltas.numpy()
 
 
-def _sums_mask(model: Any, arguments: Mapping[str, Any]) -> bool:
+def _sums_mask(model: object, arguments: Columns) -> bool:
     """Whether a talker's forward, without image, clip and audio, calls no `get_rope_index`."""
     media = ("image_grid_thw", "video_grid_thw", "audio_seqlens")
     return "compute_3d_position_ids" in vars(model) and all(arguments.get(m) is None for m in media)
 
 
 def _by_forward(
-    model: Any, arguments: Mapping[str, Any]
+    model: Any, arguments: Columns
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Compute positions of text as a talker's forward does; deltas less the padding are undone."""
     holder = types.SimpleNamespace(rope_deltas=None)
@@ -165,5 +165,5 @@ def _holder(spec: MRopeSpec) -> types.SimpleNamespace:
     return types.SimpleNamespace(config=config, spatial_merge_size=spec.spatial_merge_size)
 
 
-def _tensor(value: Any) -> Any:
+def _tensor(value: object) -> Any:
     return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mrope.columns import COLUMNS, LINEAR_KEYS, columns, tower_key
+from mrope.columns import COLUMNS, LINEAR_KEYS, NewColumns, columns, tower_key
 from mrope.errors import MRopeError
 
 Tensors = MutableMapping[str, Any]
@@ -130,7 +130,7 @@ def token_embeddings(self: Any, inputs: Tensors) -> torch.Tensor:
     return result
 
 
-def take_added(inputs: Tensors, modality: str) -> dict[str, Any]:
+def take_added(inputs: Tensors, modality: str) -> NewColumns:
     """Remove what the stage added for a tower, and return it by the tower's own names."""
     taken = {name: inputs.pop(key, None) for key, name in _ADDED[modality].items()}
     return {name: value for name, value in taken.items() if value is not None}
@@ -142,7 +142,7 @@ def take_sizes(inputs: Tensors, modality: str) -> Any:
     return found[0] if found else None
 
 
-def asked_of_towers(inputs: Tensors) -> dict[str, Any]:
+def asked_of_towers(inputs: Tensors) -> NewColumns:
     """Return which outputs of each layer the caller asks for, of towers and text model alike."""
     names = ("output_hidden_states", "output_attentions")
     return {name: inputs[name] for name in names if inputs.get(name) is not None}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from mrope.columns import LINEAR_KEYS
+from mrope.columns import LINEAR_KEYS, NewColumns
 from mrope.errors import MRopeError
 from mrope.hf import fused
 from mrope.hf.attention import modelling_of
@@ -56,7 +56,7 @@ def _own(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
 
 
 def _mix_one_by_one(
-    self: Any, hidden_states: torch.Tensor, sizes: list[int] | None, kwargs: dict[str, Any]
+    self: object, hidden_states: torch.Tensor, sizes: list[int] | None, kwargs: NewColumns
 ) -> torch.Tensor:
     if sizes is None:
         raise MRopeError(
@@ -73,7 +73,7 @@ def _foreign_forward(cls: type) -> str | None:
     return foreign_on_class(cls, "forward")
 
 
-def _compiles_apart(self: Any, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+def _compiles_apart(self: object, hidden_states: torch.Tensor, kwargs: NewColumns) -> bool:
     """Whether to compile whole rows by our operators: a graph cannot hold the layer's own kernels.
 
     flash-linear-attention's functions are marked as not to be compiled.
@@ -90,7 +90,7 @@ def _mask_padding(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> tor
     return hidden_states if mask is None else (hidden_states * mask[:, :, None]).to(hidden_states)
 
 
-def _mix(self: Any, hidden_states: torch.Tensor, segments: dict[str, Any]) -> torch.Tensor:
+def _mix(self: Any, hidden_states: torch.Tensor, segments: NewColumns) -> torch.Tensor:
     """Compute what the layer's own forward does, with segments kept apart.
 
     Args:
@@ -116,7 +116,7 @@ def _mix(self: Any, hidden_states: torch.Tensor, segments: dict[str, Any]) -> to
     return result
 
 
-def _convolve(self: Any, states: torch.Tensor, segments: dict[str, Any]) -> torch.Tensor:
+def _convolve(self: Any, states: torch.Tensor, segments: NewColumns) -> torch.Tensor:
     """Return the layer's short convolution of states (B, S, channels), with its activation."""
     convolution = self.conv1d
     weight, bias = convolution.weight.squeeze(1), convolution.bias
@@ -149,7 +149,7 @@ def _taps(
 
 
 def _reference_rule(
-    self: Any, parts: tuple[torch.Tensor, ...], segments: dict[str, Any]
+    self: object, parts: tuple[torch.Tensor, ...], segments: NewColumns
 ) -> torch.Tensor:
     """Return the gated delta rule by transformers' reference, in one padded call.
 

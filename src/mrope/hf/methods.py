@@ -42,7 +42,7 @@ def as_method_of(cls: type, name: str, function: Method) -> Method:
         names = _positional(own)[1:]  # without `self`
 
         @wraps(own)
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def method(self: object, *args: object, **kwargs: object) -> Any:
             if len(args) > len(names):
                 raise TypeError(f"{name} takes {len(names)} arguments, not {len(args)}")
             return function(self, **dict(zip(names, args, strict=False)), **kwargs)
@@ -76,12 +76,12 @@ def unbind(module: torch.nn.Module, name: str) -> None:
         setattr(module, slot, MethodType(getattr(type(module), name), module))
 
 
-def is_bound(found: Any) -> bool:
+def is_bound(found: object) -> bool:
     """Whether a method of an instance is one that `bind` put there."""
     return _is_ours(getattr(found, "__func__", None))
 
 
-def _is_ours(function: Any) -> bool:
+def _is_ours(function: object) -> bool:
     # Not `_module_of`: some are decorated by transformers.
     return str(getattr(function, "__module__", "")).startswith("mrope.hf.")
 
@@ -174,14 +174,14 @@ def _slot(module: torch.nn.Module, name: str) -> str:
     return "_old_forward" if is_hook else name
 
 
-def _unwrap(function: Any) -> Iterator[Any]:
+def _unwrap(function: object) -> Iterator[Any]:
     """Yield a function and those that it decorates, the innermost last."""
     while function is not None:
         yield function
         function = getattr(function, "__wrapped__", None)
 
 
-def _module_of(function: Any) -> str:
+def _module_of(function: object) -> str:
     """Return the module whose code a function is; `functools.wraps` hides it in `__module__`."""
     if isinstance(function, FunctionType):
         name: str = function.__globals__.get("__name__", "")
@@ -189,7 +189,7 @@ def _module_of(function: Any) -> str:
     return getattr(function, "__module__", None) or type(function).__module__
 
 
-def _describe(function: Any) -> str:
+def _describe(function: object) -> str:
     """Return the name of a function's code and its module, as an error gives it."""
     if isinstance(function, partial):
         function = function.func

@@ -35,7 +35,7 @@ class Encoded(NamedTuple):
         return self.output
 
 
-def _deeper(output: Any) -> Any:
+def _deeper(output: object) -> Any:
     return getattr(output, "deepstack_features", None)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
+from mrope.columns import NewColumns
 from mrope.hf.generation import for_generate, of_the_stage
 
 
@@ -68,14 +69,14 @@ def _generate_from_batches() -> None:
         return
 
     @wraps(own)
-    def generate(self: Any, *args: Any, **inputs: Any) -> Any:
+    def generate(self: object, *args: object, **inputs: object) -> Any:
         return own(self, *args, **(for_generate(inputs) if of_the_stage(inputs) else inputs))
 
     generate.mrope_own = own  # type: ignore[attr-defined]
     GenerationMixin.generate = generate
 
 
-def _lacks_positions(self: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> bool:
+def _lacks_positions(self: object, args: tuple[Any, ...], inputs: NewColumns) -> bool:
     """Whether position ids were dropped; an attached model raises, and says more."""
     given = args or inputs.get("position_ids") is not None  # by position they may be among others
     return not given and getattr(self, "mrope_strict", None) is None

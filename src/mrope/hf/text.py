@@ -21,7 +21,7 @@ from transformers.masking_utils import (
     packed_sequence_mask_function,
 )
 
-from mrope.columns import LINEAR_KEYS
+from mrope.columns import LINEAR_KEYS, NewColumns
 from mrope.errors import MRopeError
 from mrope.hf.attention import ONLY_CAUSAL, TEXT_ATTENTION, has_layers, is_flash
 from mrope.hf.inputs import Tensors, cache_of, drop_unread, take_mask
@@ -31,7 +31,7 @@ Masks = Callable[[Any, torch.Tensor, torch.Tensor | None, Any], Any]
 
 # What lets transformers make a mask without asking first whether it is needed, a sync: since 5.15
 # an argument, before it a function of ours, which hides nothing.
-_ASKS_NOTHING: dict[str, Any] = (
+_ASKS_NOTHING: NewColumns = (
     {"allow_is_causal_skip": False}
     if "allow_is_causal_skip" in inspect.signature(create_causal_mask).parameters
     else {"and_mask_function": bidirectional_mask_function}
@@ -93,7 +93,7 @@ def tells_text_row(text: type) -> bool:
     return _TELLS_TEXT_ROW[text]
 
 
-def _as_taken(text: Any, mask: Any) -> Any:
+def _as_taken(text: object, mask: object) -> Any:
     """Return masks by kind of layer as one tensor, where up to 5.12 no dict is taken."""
     if not isinstance(mask, dict) or not hasattr(text, "_update_linear_attn_mask"):
         return mask
@@ -119,12 +119,12 @@ def linear_mask(self: Any, attention_mask: torch.Tensor | None, cache: Any) -> t
     return result
 
 
-def run_plain(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
+def run_plain(text: object, embeds: torch.Tensor, inputs: Tensors) -> Any:
     """Run a text model with 1-D positions on embeddings (B, S, hidden)."""
     return _run_under(text_masks, text, embeds, inputs)
 
 
-def run_pooled(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
+def run_pooled(text: object, embeds: torch.Tensor, inputs: Tensors) -> Any:
     """Run GLM-5-Next's, whose layers, the indexed ones too, take the padding mask itself."""
     return _run_under(_padding_masks, text, embeds, inputs)
 
@@ -139,7 +139,7 @@ def _run_under(make_masks: Masks, text: Any, embeds: torch.Tensor, inputs: Tenso
 
 
 def causal_mask(
-    config: Any, embeds: torch.Tensor, padding_mask: torch.Tensor | None, cache: Any
+    config: object, embeds: torch.Tensor, padding_mask: torch.Tensor | None, cache: object
 ) -> Any:
     """Return what an attached forward gives the text model as its mask, made without a sync.
 
@@ -214,7 +214,7 @@ def _by_layer(config: Any, full: Any, linear: torch.Tensor | None) -> Any:
 
 
 def text_masks(
-    config: Any, embeds: torch.Tensor, padding_mask: torch.Tensor | None, cache: Any
+    config: object, embeds: torch.Tensor, padding_mask: torch.Tensor | None, cache: object
 ) -> Any:
     """Return the masks that the text model would build, without a sync.
 
@@ -235,7 +235,11 @@ def text_masks(
 
 
 def _mask(
-    config: Any, kind: str, embeds: torch.Tensor, padding_mask: torch.Tensor | None, cache: Any
+    config: object,
+    kind: str,
+    embeds: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    cache: object,
 ) -> torch.Tensor | None:
     """Return the mask of one kind of layer; without position ids, which would be searched."""
     if kind in _MULTIPLIED:

@@ -60,7 +60,7 @@ class _ThroughHead:
         # What a text model is not given. The loss of experts is over the tokens of the 2-D mask.
         self.own = {name: inputs.get(name) for name in ("attention_mask", "labels")}
 
-    def __call__(self, attention_mask: torch.Tensor | None, **inputs: Any) -> ModelOutput:
+    def __call__(self, attention_mask: torch.Tensor | None, **inputs: object) -> ModelOutput:
         """Run the thinker's own forward on embeddings."""
         for_text = {name: inputs.pop(name) for name in _OWNED if name in inputs}
         inputs[_FOR_TEXT] = {**for_text, "attention_mask": attention_mask}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from mrope.columns import NewColumns
 from mrope.hf.attention import modelling_of, tower_borders
 from mrope.hf.inputs import (
     PIXELS,
@@ -54,18 +55,18 @@ class Call(NamedTuple):
     """
 
     pixels: torch.Tensor
-    keywords: dict[str, Any]
+    keywords: NewColumns
     places: Places
-    taken: dict[str, Any]
+    taken: NewColumns
     items: int
 
 
-def vision_tower(self: Any) -> Any:
+def vision_tower(self: object) -> Any:
     """Return the vision tower of a base model."""
     return getattr(self, next(name for name in VISION_TOWERS if hasattr(self, name)))
 
 
-def encode(self: Any, row: Row, modality: str, inputs: Tensors) -> tuple[Places, Encoded]:
+def encode(self: object, row: Row, modality: str, inputs: Tensors) -> tuple[Places, Encoded]:
     """Run the vision tower on a modality's pixels.
 
     Removes from `inputs` what it uses.
@@ -79,9 +80,7 @@ def encode(self: Any, row: Row, modality: str, inputs: Tensors) -> tuple[Places,
     return call.places, Encoded(output, _counts(self, row, output, call.taken, call.items))
 
 
-def _counts(
-    self: Any, row: Row, output: Any, taken: dict[str, Any], items: int
-) -> list[int] | None:
+def _counts(self: Any, row: Row, output: Any, taken: NewColumns, items: int) -> list[int] | None:
     """Return how many features each image or clip has; None where the host cannot tell."""
     segments = taken.get("split_sizes", ())
     sizes = taken.get("grid_sizes")
@@ -94,7 +93,7 @@ def _counts(
     return counts if sum(counts) == total else None
 
 
-def _take_call(self: Any, row: Row, modality: str, inputs: Tensors) -> Call:
+def _take_call(self: object, row: Row, modality: str, inputs: Tensors) -> Call:
     """Remove a modality from `inputs`, and return the tower's call."""
     tower = vision_tower(self)
     pixels = inputs.pop(PIXELS[modality]).type(tower.dtype)
@@ -121,7 +120,7 @@ def _take_call(self: Any, row: Row, modality: str, inputs: Tensors) -> Call:
     return Call(pixels, keywords, places, taken, len(grid_thw))
 
 
-def _name_as_read(tower: Any, keywords: dict[str, Any]) -> None:
+def _name_as_read(tower: object, keywords: NewColumns) -> None:
     """Rename the interpolation for towers up to 5.14, which take a row for each corner."""
     if "interp_indices" in keywords and _reads_corners(tower):
         for name in ("indices", "weights"):
@@ -134,7 +133,7 @@ def _reads_corners(tower: torch.nn.Module) -> bool:
     return hasattr(modelling_of(tower), "get_vision_bilinear_indices_and_weights")
 
 
-def given_borders(cu_seqlens: torch.Tensor, borders: Any, reads: bool) -> Any:
+def given_borders(cu_seqlens: torch.Tensor, borders: object, reads: bool) -> Any:
     """Return what a tower takes as `cu_seqlens`, through which its layers get the borders.
 
     Most towers pass it to their attention unread, so that `Borders` can take the tensor's place.
@@ -153,7 +152,7 @@ def given_borders(cu_seqlens: torch.Tensor, borders: Any, reads: bool) -> Any:
 
 
 def _grids(
-    row: Row, grid_thw: torch.Tensor, cu_seqlens: torch.Tensor, taken: dict[str, Any]
+    row: Row, grid_thw: torch.Tensor, cu_seqlens: torch.Tensor, taken: NewColumns
 ) -> torch.Tensor:
     """Return the grids as the tower takes them, int64 (images, 3), or (frames, 3)."""
     if row.grids == "host":
@@ -190,7 +189,7 @@ def encode_crops(self: Any, row: Row, modality: str, inputs: Tensors) -> tuple[P
     return taken["scatter_index"], Encoded(output, counts, parts=list)
 
 
-def _crop_borders(tower: Any, pixels: torch.Tensor, taken: dict[str, Any]) -> dict[str, Any]:
+def _crop_borders(tower: object, pixels: torch.Tensor, taken: NewColumns) -> NewColumns:
     """Return the borders of crops and windows, as the layers of an attached tower take them.
 
     The tower computes the crops' own before and after it merges windows, and passes a keyword on
@@ -258,7 +257,7 @@ def encode_audio(self: Any, inputs: Tensors) -> dict[str, Encoded]:
     if inputs.get(SOUND) is None:
         return {}
     taken = take_added(inputs, "audio")
-    known: dict[str, Any] = {name: taken[name] for name in _AUDIO if name in taken}
+    known: NewColumns = {name: taken[name] for name in _AUDIO if name in taken}
     cu_seqlens, lengths = taken["cu_seqlens"], taken["split_sizes"]
     patches, longest = known["padded_feature"], known["max_seqlen"]
     borders = tower_borders(self.audio_tower, patches, cu_seqlens, longest, lengths)

@@ -41,7 +41,7 @@ _OF_LOADER = {
 _OF_WORKERS = ("start_method", "persistent_workers", "prefetch_factor")
 
 
-def training_arguments(cfg: Config, **changes: Any) -> Any:
+def training_arguments(cfg: Config, **changes: object) -> Any:
     """Return the `TrainingArguments` of a config.
 
     Args:

@@ -80,7 +80,7 @@ def _metadata(given: Mapping[str, Any], frames: int, fps: float, where: str) -> 
     return {"fps": fps, "frames_indices": [*range(frames)], "total_num_frames": frames}
 
 
-def _ascending(name: str, values: Any, frames: int, where: str) -> list[float]:
+def _ascending(name: str, values: object, frames: int, where: str) -> list[float]:
     try:
         array = np.asarray(values, np.float64)
     except (TypeError, ValueError) as error:

@@ -159,7 +159,7 @@ class Conversations:
         shown = [(size["height"], size["width"]) for size in map(self._size, images)]
         return count_text(self.processor, self._text(talk, len(images), len(clips)), shown, sizes)
 
-    def _size(self, picture: Any) -> dict[str, int]:
+    def _size(self, picture: object) -> dict[str, int]:
         height, width = picture_size(picture, self.pictures, self.data.download)
         return {"height": height, "width": width}
 

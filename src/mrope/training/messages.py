@@ -97,7 +97,7 @@ def in_order(held: Sequence[Any], column: Sequence[Any]) -> list[Any]:
     return [next(rest) if value is None else value for value in held]
 
 
-def _checked(message: Any, where: str) -> Mapping[str, Any]:
+def _checked(message: object, where: str) -> Mapping[str, Any]:
     if not isinstance(message, Mapping):
         raise MRopeError(f"{where} must have role and content, not be {_name(message)}")
     role, content = message.get("role"), message.get("content")
@@ -110,7 +110,7 @@ def _checked(message: Any, where: str) -> Mapping[str, Any]:
     return message
 
 
-def _read_item(read: Conversation, item: Any, where: str) -> dict[str, Any]:
+def _read_item(read: Conversation, item: object, where: str) -> dict[str, Any]:
     """Return an item as a chat template takes it, and add what it shows to `read`."""
     if not isinstance(item, Mapping):
         raise MRopeError(f"{where} must be a mapping with a type, not {_name(item)}")
@@ -133,7 +133,7 @@ def _read_item(read: Conversation, item: Any, where: str) -> dict[str, Any]:
     return {"type": "image"}
 
 
-def _url(value: Any, where: str) -> str:
+def _url(value: object, where: str) -> str:
     """Return the URL of an item in either form, plain or nested as OpenAI's API has it."""
     url = value.get("url") if isinstance(value, Mapping) else value
     if not isinstance(url, str) or not url:
@@ -141,7 +141,7 @@ def _url(value: Any, where: str) -> str:
     return url
 
 
-def _describe_unknown_type(kind: Any, where: str) -> str:
+def _describe_unknown_type(kind: object, where: str) -> str:
     known = f"known: text, {', '.join(_HELD_BY)}"
     if kind is None:
         return f"{where} has no type; {known}"
@@ -149,9 +149,9 @@ def _describe_unknown_type(kind: Any, where: str) -> str:
     return f"{where}: unknown type {kind!r}{hint}; {known}"
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def _name(value: Any) -> str:
+def _name(value: object) -> str:
     return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"

@@ -106,7 +106,7 @@ def _describe_missing_class(table: Mapping[str, Any]) -> str:
     )
 
 
-def _has_weights(config: Any) -> bool:
+def _has_weights(config: object) -> bool:
     if not isinstance(config, str) or not Path(config).is_dir():
         return False
     return any(next(Path(config).glob(pattern), None) for pattern in _WEIGHTS)

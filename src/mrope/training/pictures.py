@@ -20,7 +20,7 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):", re.IGNORECASE)
 _ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 
 
-def read_picture(value: Any, folder: Path, download: bool = False) -> Image.Image:
+def read_picture(value: object, folder: Path, download: bool = False) -> Image.Image:
     """Return a picture, decoded, as RGB, and turned as its EXIF says: `load_image` of transformers.
 
     Args:
@@ -39,7 +39,7 @@ def read_picture(value: Any, folder: Path, download: bool = False) -> Image.Imag
     return read
 
 
-def picture_size(value: Any, folder: Path, download: bool = False) -> tuple[int, int]:
+def picture_size(value: object, folder: Path, download: bool = False) -> tuple[int, int]:
     """Return height and width of a picture as `read_picture` returns it, from its header alone.
 
     Raises:
@@ -53,7 +53,7 @@ def picture_size(value: Any, folder: Path, download: bool = False) -> tuple[int,
     return (width, height) if turned else (height, width)
 
 
-def frames_of(value: Any) -> list[Any]:
+def frames_of(value: object) -> list[Any]:
     """Return the frames of a clip, which must be a list."""
     if not isinstance(value, list):
         raise MRopeError(
@@ -66,7 +66,7 @@ def frames_of(value: Any) -> list[Any]:
 
 
 @contextmanager
-def _opened(value: Any, folder: Path, download: bool) -> Iterator[Image.Image]:
+def _opened(value: object, folder: Path, download: bool) -> Iterator[Image.Image]:
     """Open a picture, close it if it is not the row's own, and raise its errors as ours."""
     try:
         picture = _open(value, folder, download)
@@ -82,7 +82,7 @@ def _opened(value: Any, folder: Path, download: bool) -> Iterator[Image.Image]:
 _UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
-def _named(error: Exception, value: Any) -> MRopeError:
+def _named(error: Exception, value: object) -> MRopeError:
     if isinstance(error, MRopeError):
         return error
     if isinstance(error, FileNotFoundError):
@@ -93,7 +93,7 @@ def _named(error: Exception, value: Any) -> MRopeError:
     return MRopeError(f"cannot read a picture: {error}")
 
 
-def _open(value: Any, folder: Path, download: bool) -> Image.Image:
+def _open(value: object, folder: Path, download: bool) -> Image.Image:
     """Return a picture whose header is read, and whose pixels are not."""
     if isinstance(value, Mapping) and {"bytes", "path"} >= set(value):
         # As `datasets` does: bytes win, and a path beside them is a name alone.

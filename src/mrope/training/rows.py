@@ -152,7 +152,7 @@ def _without_pictures(features: datasets.Features) -> datasets.Features:
     """Return the features of a table, of which pictures stay bytes and paths."""
     import datasets
 
-    def undecoded(feature: Any) -> Any:
+    def undecoded(feature: object) -> Any:
         if isinstance(feature, datasets.Image):
             return datasets.Image(decode=False)
         if isinstance(feature, datasets.List):
@@ -210,5 +210,5 @@ def _warn_of_missing_seconds(row: Mapping[str, Any]) -> None:
         )
 
 
-def _is_null(value: Any) -> bool:
+def _is_null(value: object) -> bool:
     return value is None or bool(torch.as_tensor(value).double().isnan().all())

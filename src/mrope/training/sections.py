@@ -96,7 +96,7 @@ def _data_source(value: str, info: ValidationInfo) -> str:
 def _with_paths(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     """Return `trainer` with its paths as ones that can be opened."""
 
-    def is_path(key: str, entry: Any) -> bool:
+    def is_path(key: str, entry: object) -> bool:
         # `resume_from_checkpoint: true` is the last checkpoint, in transformers as a text too.
         return key in _PATHS and isinstance(entry, str) and entry.lower() not in ("true", "false")
 

@@ -138,7 +138,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         self,
         cfg: Config,
         model: torch.nn.Module,
-        arguments: Any,
+        arguments: object,
         rows: tuple[RowDataset, RowDataset | None],
     ) -> None:
         training, evaluation = (one and indexed(cfg, one) for one in rows)
@@ -175,7 +175,9 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         )
         return prepared
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def training_step(
+        self, model: object, inputs: dict[str, Any], *args: object, **kwargs: object
+    ) -> Any:
         """Run one batch, and keep its loss on the device."""
         self.positions_given += "position_ids" in inputs
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -220,7 +222,7 @@ def _stopping(trainer: StageTrainer) -> Iterator[_Stop]:
     stop = _Stop()
     trainer.add_callback(stop)
 
-    def ask(number: int, _: Any) -> None:
+    def ask(number: int, _: object) -> None:
         # torchrun passes the signal on that the terminal has sent already.
         if stop.asked and not stop.has_ranks:
             signal.signal(number, previous)
@@ -305,7 +307,7 @@ def _count_rope_index(model: torch.nn.Module) -> list[int]:
     # `...ForConditionalGeneration` passes the call on to its base model, which comes last here.
     own = owners[-1].get_rope_index
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
+    def counted(*args: object, **kwargs: object) -> Any:
         calls[0] += 1
         return own(*args, **kwargs)
 

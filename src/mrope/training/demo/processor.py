@@ -49,7 +49,7 @@ class FramesAsPictures:
             "video_metadata": [VideoMetadata(**one) for one in video_metadata],
         }
 
-    def get_num_of_video_patches(self, frames: int, height: int, width: int, _: Any) -> int:
+    def get_num_of_video_patches(self, frames: int, height: int, width: int, _: object) -> int:
         """Return the number of patches of a clip of this size."""
         limits = {"min_pixels": self.size["shortest_edge"], "max_pixels": self.size["longest_edge"]}
         each = self.image_processor.get_number_of_image_patches(height, width, limits)
