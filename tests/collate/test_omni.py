@@ -93,7 +93,7 @@ GOOD: dict[str, Any] = {
         ({"audio_seqlens": [12, 12]}, r"the batch has 2 audios, but tokens for 1"),
         ({"audio_seqlens": None}, r"row 1, audio 0: .* no length in the batch"),
         ({"image_grid_thw": None}, r"row 0, image 0: .* no grid in the batch"),
-        ({"images_per_sample": [0, 1]}, r"row 0: tokens for 1 images, but the row carries 0"),
+        ({"images_per_sample": [0, 1]}, r"row 0: tokens for 1 image, but the row carries 0"),
         ({"audio_seqlens": [1]}, r"audio_seqlens\[0\] = 1: too short"),
         ({"audio_seqlens": [10**9]}, r"audio_seqlens\[0\] needs \d+ tokens, more than the 12"),
         ({"image_grid_thw": [[1, 10**7, 2]]}, r"image_grid_thw\[0\] = .*: sizes must be"),

@@ -212,7 +212,7 @@ def test_other_bad_input(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("seconds", "message"),
     [
-        ([0.5, 0.5], r"second_per_grid_ts has shape \(2,\), but the batch has 1 videos"),
+        ([0.5, 0.5], r"second_per_grid_ts has shape \(2,\), but the batch has 1 video"),
         ([-1.0], r"second_per_grid_ts\[0\] = -1.0: must be finite, not negative"),
         ([float("nan")], r"second_per_grid_ts\[0\] = nan: must be finite"),
         ([float("inf")], r"second_per_grid_ts\[0\] = inf: must be finite"),

@@ -322,7 +322,7 @@ class TestBadRows:
         ("seconds", "message"),
         [
             ({"second_per_grid_ts": [float("nan")]}, "must be finite"),
-            ({"second_per_grid_ts": [1.0, 1.0]}, "but the batch has 1 videos"),
+            ({"second_per_grid_ts": [1.0, 1.0]}, "but the batch has 1 video"),
             (
                 {"second_per_grid_ts": [1.0], "video_second_per_grid": [2.0]},
                 "both present and differ",

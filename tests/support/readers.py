@@ -134,6 +134,9 @@ def sizes_said(family: str, row: Row, neighbour: Row | None = None) -> dict[str,
 def agree(family: str) -> None:
     """Raise AssertionError unless all readers say the same of the family's row, alone and beside a row of nulls."""
     row = good_row(family)
+    batch = PaddingCollator()([row, text_row(row)])
+    for name, value in batch.items():  # what is not known stays a list
+        assert isinstance(value, torch.Tensor) or name == "use_audio_in_video", name
     for neighbour in (None, text_row(row)):
         first, *others = positions_said(family, row, neighbour).values()
         assert len(first[0] if first.ndim > 1 else first) == len(row["input_ids"])

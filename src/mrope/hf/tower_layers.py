@@ -105,8 +105,12 @@ def tower_forward(
     within: Any = getattr(cu_seqlens, "mrope_borders", cu_seqlens)
     if isinstance(within, dict):
         within = within[hidden_states.shape[-2]]
-    parts: TowerLayer = self.mrope_parts
-    if isinstance(within, torch.Tensor) and (parts.takes_longest or "max_seqlen" not in kwargs):
+    # None once the model is detached, while a wrapper still holds this forward.
+    parts: TowerLayer | None = getattr(self, "mrope_parts", None)
+    own = isinstance(within, torch.Tensor) and (
+        parts is None or parts.takes_longest or "max_seqlen" not in kwargs
+    )
+    if own or parts is None:
         return type(self).forward(self, hidden_states, cu_seqlens, **kwargs)
     # Flash attention's arguments; the other implementations would not know them.
     longest, _ = (kwargs.pop(name, None) for name in ("max_seqlen", "max_window_seqlen"))
