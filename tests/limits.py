@@ -32,12 +32,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-# Today's values, and what they should become.
+# None may rise.
 MOST = {
-    "functions entered": 55,  # wanted: 55
-    "files entered": 15,  # wanted: 15
-    "Any per 1,000 lines of code": 64.0,  # wanted: 35
-    "lines that spell a column": 90,  # wanted: 90
+    "functions entered": 55,
+    "files entered": 15,
+    "Any per 1,000 lines of code": 35.0,
+    "lines that spell a column": 90,
 }
 TABLE = "columns.py"
 _COLUMN = re.compile(r"""["'](image|video|audio)s?_|f["']\{[^}]+\}_""")

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from mrope.columns import NewColumns
+
 Features = Callable[[Any, Any, dict[str, Any]], torch.Tensor]
 """(base model, the tower's output, what else the stage added) -> features, (N, hidden)."""
 
@@ -21,13 +23,13 @@ Counts = Callable[[Any, list[list[int]], int], list[int]]
 _MERGED = 4
 
 
-def pooled(_: Any, output: Any, _taken: dict[str, Any]) -> torch.Tensor:
+def pooled(_: Any, output: Any, _taken: NewColumns) -> torch.Tensor:
     """Return the features of a tower that merges patches itself."""
     features: torch.Tensor = output.pooler_output
     return features
 
 
-def first(_: Any, output: Any, _taken: dict[str, Any]) -> torch.Tensor:
+def first(_: Any, output: Any, _taken: NewColumns) -> torch.Tensor:
     """Return the features of a tower whose output is a batch of one."""
     features: torch.Tensor = output.pooler_output[0]
     return features
@@ -42,7 +44,7 @@ def behind(module: str, *, of: str = "last_hidden_state", **by: str) -> Features
         by: what else it takes: keywords, and the stage's tensors for them.
     """
 
-    def pass_on(self: object, output: object, taken: dict[str, Any]) -> torch.Tensor:
+    def pass_on(self: object, output: object, taken: NewColumns) -> torch.Tensor:
         more = {keyword: taken[name] for keyword, name in by.items()}
         features: torch.Tensor = getattr(self, module)(getattr(output, of), **more)
         return features
@@ -50,7 +52,7 @@ def behind(module: str, *, of: str = "last_hidden_state", **by: str) -> Features
     return pass_on
 
 
-def kept(self: Any, output: Any, taken: dict[str, Any]) -> torch.Tensor:
+def kept(self: Any, output: Any, taken: NewColumns) -> torch.Tensor:
     """Project, and keep of a clip what changes, where the worker has said what that is."""
     features: torch.Tensor = self.projector(output.last_hidden_state)
     places = taken.get("feature_index")

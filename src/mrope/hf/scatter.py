@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mrope.columns import NewColumns
+
 
 class Gather(NamedTuple):
     """Where features go, by token: a batch of fixed shapes has rows of features to leave out.
@@ -42,7 +44,7 @@ def scatter_features(embeds: torch.Tensor, index: Places, features: torch.Tensor
     return embeds.flatten(0, 1).index_copy(0, index, features).view_as(embeds)
 
 
-def deepstack_inputs(levels: list[tuple[Places, list[torch.Tensor]]]) -> dict[str, Any]:
+def deepstack_inputs(levels: list[tuple[Places, list[torch.Tensor]]]) -> NewColumns:
     """Return what a text model adds to its first layers: deeper features of each tower call.
 
     The text model passes both on to `_deepstack_process` unread, so that an index can take the

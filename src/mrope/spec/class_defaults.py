@@ -16,9 +16,11 @@ from typing import Any
 
 Defaults = Mapping[str, Any]
 """Values by key. A key may list alternative names, separated by bars; a mapping is a section."""
+Section = dict[str, Any]
+"""Values that a function below makes: of a config, or of one of its sections."""
 
 
-def fill_defaults(table: Mapping[str, Any], defaults: Defaults) -> Mapping[str, Any]:
+def fill_defaults(table: Defaults, defaults: Defaults) -> Defaults:
     """Return a config with the defaults of the keys that it lacks, section by section.
 
     A null is a value of its own, except for a section, which transformers then builds from its
@@ -40,36 +42,36 @@ def fill_defaults(table: Mapping[str, Any], defaults: Defaults) -> Mapping[str, 
     return filled
 
 
-def _tokens(**ids: int) -> dict[str, Any]:
+def _tokens(**ids: int) -> Section:
     """Return token ids under their usual names: `image=5` is `image_token_id`."""
     return {f"{name}_token_id": token for name, token in ids.items()}
 
 
-def _ids(image: int, video: int, start: int) -> dict[str, Any]:
+def _ids(image: int, video: int, start: int) -> Section:
     """Return the token ids that most families have."""
     return _tokens(image=image, video=video, vision_start=start)
 
 
-def _indices(image: int, video: int, audio: int) -> dict[str, Any]:
+def _indices(image: int, video: int, audio: int) -> Section:
     """Return the token ids that the classes of Qwen2.5-Omni know under two names."""
     ids = {"image": image, "video": video, "audio": audio}
     return {f"{name}_token_index|{name}_token_id": token for name, token in ids.items()}
 
 
-def _tower(patch: int, **others: object) -> dict[str, Any]:
+def _tower(patch: int, **others: object) -> Section:
     """Return the section of a vision tower, with what most towers have in common."""
     common = {"in_channels": 3, "temporal_patch_size": 2, "spatial_merge_size": 2}
     return {"vision_config": common | {"patch_size": patch} | others}
 
 
-def _plain_tower(patch: int, **others: int) -> dict[str, Any]:
+def _plain_tower(patch: int, **others: int) -> Section:
     """Return the section of a tower whose class says `num_channels` and has no temporal patches."""
     return {"vision_config": {"num_channels": 3, "patch_size": patch, **others}}
 
 
 def _text(
     hidden: int, layers: int, heads: int, groups: int, vocabulary: int, **others: object
-) -> dict[str, Any]:
+) -> Section:
     """Return the section of a text model; `groups` are its key and value heads."""
     sizes = {
         "hidden_size": hidden,
@@ -86,7 +88,7 @@ def _experts(key: str, experts: int, width: int, chosen: int, **others: int) -> 
     return {key: experts, "moe_intermediate_size": width, "num_experts_per_tok": chosen, **others}
 
 
-def _glm(image: int, image_start: int, video_start: int, **sizes: int) -> dict[str, Any]:
+def _glm(image: int, image_start: int, video_start: int, **sizes: int) -> Section:
     """Return the defaults of a GLM-V class, whose ids are numbered in pairs."""
     clips = {"video": image + 1, "video_start": video_start, "video_end": video_start + 1}
     return _tokens(image=image, image_start=image_start, **clips) | _tower(14, **sizes)
@@ -95,7 +97,7 @@ def _glm(image: int, image_start: int, video_start: int, **sizes: int) -> dict[s
 _QWEN = _ids(151655, 151656, 151652)
 _QWEN2_TEXT = _text(8192, 80, 64, 8, 152064, intermediate_size=29568)
 
-_QWEN3_SIZES: dict[str, Any] = {
+_QWEN3_SIZES: Section = {
     "num_position_embeddings": 2304,
     "depth": 27,
     "hidden_size": 1152,

@@ -14,10 +14,13 @@ from typing import Any
 from mrope.errors import MRopeError
 from mrope.spec.class_defaults import CLASS_DEFAULTS, WRAPPERS, fill_defaults
 
+Table = Mapping[str, Any]
+"""A config, or one of its sections, as JSON holds it."""
+
 _WRAPPED_SECTIONS = tuple(dict.fromkeys(section for section, _ in WRAPPERS.values()))
 
 
-def read_model(config: object) -> tuple[Any, Mapping[str, Any]]:
+def read_model(config: object) -> tuple[Any, Table]:
     """Return `model_type` and config of the model that takes position ids.
 
     For a whole Omni that is its thinker, read from `thinker_config`; for ColQwen2 the model in
@@ -42,7 +45,7 @@ def read_model(config: object) -> tuple[Any, Mapping[str, Any]]:
     return table.get("model_type"), table
 
 
-def with_class_defaults(table: Mapping[str, Any], model_type: str) -> Mapping[str, Any]:
+def with_class_defaults(table: Table, model_type: str) -> Table:
     """Return a model's config with the defaults of transformers' class where it has no value.
 
     See `mrope.spec.class_defaults`.
@@ -50,9 +53,7 @@ def with_class_defaults(table: Mapping[str, Any], model_type: str) -> Mapping[st
     return fill_defaults(table, CLASS_DEFAULTS.get(model_type, {}))
 
 
-def read_tower(
-    table: Mapping[str, Any], section: str, model_type: object, family: str
-) -> tuple[Mapping[str, Any], str]:
+def read_tower(table: Table, section: str, model_type: object, family: str) -> tuple[Table, str]:
     """Return a tower's config with its class's defaults, and what errors call it.
 
     Args:
@@ -71,7 +72,7 @@ def read_tower(
     return fill_defaults(tower, defaults), f"{model_type} {section}"
 
 
-def read_int(table: Mapping[str, Any], keys: tuple[str, ...], where: str, minimum: int = 0) -> int:
+def read_int(table: Table, keys: tuple[str, ...], where: str, minimum: int = 0) -> int:
     """Read the one integer that `table` holds under any of `keys`.
 
     Args:
@@ -96,7 +97,7 @@ def read_int(table: Mapping[str, Any], keys: tuple[str, ...], where: str, minimu
     return int(next(iter(found.values())))
 
 
-def read_dotted(table: Mapping[str, Any], dotted: str, where: str) -> int:
+def read_dotted(table: Table, dotted: str, where: str) -> int:
     """Read an integer at a dotted key, or the length of a list there.
 
     Args:
@@ -126,7 +127,7 @@ def read_dotted(table: Mapping[str, Any], dotted: str, where: str) -> int:
     return read_int({**table, **lengths}, keys, " ".join((where, *sections)))
 
 
-def as_mapping(config: object) -> Mapping[str, Any]:
+def as_mapping(config: object) -> Table:
     """Return a model's config as a mapping, with a whole Omni's sections as they are.
 
     Args:
@@ -159,7 +160,7 @@ def _as_plain(config: Any) -> Any:
     return {key: _as_plain(value) for key, value in config.items()}
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def _read_json(path: Path) -> Table:
     file = path / "config.json" if path.is_dir() else path
     try:
         text = file.read_text(encoding="utf-8")
@@ -170,7 +171,7 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     return _parse_json(text, str(file))
 
 
-def _parse_json(text: str, where: str) -> Mapping[str, Any]:
+def _parse_json(text: str, where: str) -> Table:
     try:
         table = json.loads(text)
     except json.JSONDecodeError as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mrope.columns import Columns
 from mrope.errors import MRopeError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -82,7 +83,7 @@ def _spans_by_prefixes(
     return found
 
 
-def _moved(place: int, replaced: Sequence[Mapping[str, Any]]) -> int:
+def _moved(place: int, replaced: Sequence[Columns]) -> int:
     """Return where a place of a text stands after its placeholders were replaced."""
     gained = [one["new_span"][1] - one["span"][1] for one in replaced if one["span"][1] <= place]
     return place + (gained[-1] if gained else 0)

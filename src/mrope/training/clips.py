@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from mrope.columns import Columns, NewColumns
 from mrope.errors import MRopeError
 
 
 def video_metadata(
-    row: Mapping[str, Any],
-    items: Sequence[Mapping[str, Any]],
+    row: Columns,
+    items: Sequence[Columns],
     frames: Sequence[int],
     fps: float,
-) -> list[dict[str, Any]]:
+) -> list[NewColumns]:
     """Return the metadata of each clip of a row.
 
     Args:
@@ -69,7 +70,7 @@ def _rate(value: Any, where: str) -> float:
     return float(value)
 
 
-def _metadata(given: Mapping[str, Any], frames: int, fps: float, where: str) -> dict[str, Any]:
+def _metadata(given: Columns, frames: int, fps: float, where: str) -> NewColumns:
     if given["frame_times"] is not None:
         times = _ascending("frame_times", given["frame_times"], frames, where)
         # Seconds are indices of a video of one frame a second.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mrope.collate.read import RowSize
-from mrope.columns import IGNORED_LABEL
+from mrope.columns import IGNORED_LABEL, Columns, NewColumns
 from mrope.errors import MRopeError
 from mrope.positions.spans import token_types
 from mrope.spec.spec import MRopeSpec
@@ -56,7 +56,7 @@ class Conversations:
     trust_remote_code: bool = False
     _loaded: Any = field(default=None, repr=False)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> NewColumns:
         return {**self.__dict__, "_loaded": None}
 
     @property
@@ -77,7 +77,7 @@ class Conversations:
             limit_pixels(self._loaded, limits, clips=by_frame)
         return self._loaded
 
-    def prepare(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+    def prepare(self, row: Columns, index: int) -> NewColumns:
         """Return a row's columns, as the processor returns them, and `labels`.
 
         Raises:
@@ -86,7 +86,7 @@ class Conversations:
         with naming_row(index):
             return self._prepare(row)
 
-    def count(self, row: Mapping[str, Any], index: int) -> RowSize:
+    def count(self, row: Columns, index: int) -> RowSize:
         """Return the size of a row as `prepare` would return it, without decoding a pixel.
 
         Raises:
@@ -98,13 +98,13 @@ class Conversations:
             # Before that function, processors wrote placeholders for processed pictures alone.
             return count_columns(self.spec, self._prepare(row))
 
-    def _prepare(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _prepare(self, row: Columns) -> NewColumns:
         talk = read_messages(row.get("messages"))
         images, clips = _shown(talk, row)
         videos = [self._read(frames_of(clip)) for clip in clips]
         if any(len({frame.size for frame in frames}) != 1 for frames in videos):
             raise MRopeError("a video must have frames, all of one size")
-        options: dict[str, Any] = {"images": self._read(images)} if images else {}
+        options: NewColumns = {"images": self._read(images)} if images else {}
         if videos:
             metadata = video_metadata(row, talk.clips, [*map(len, videos)], self.data.fps)
             options |= {"videos": videos, "video_metadata": metadata, "do_sample_frames": False}
@@ -132,7 +132,7 @@ class Conversations:
                 )
         return text
 
-    def _columns(self, made: dict[str, Any], messages: Sequence[Any], text: str) -> dict[str, Any]:
+    def _columns(self, made: NewColumns, messages: Sequence[Any], text: str) -> NewColumns:
         """Return what the processor made of a row without a batch's axis, and labels."""
         offsets, replaced = made.pop("offset_mapping", None), made.pop(_REPLACED, None)
         columns = {name: one[0] if name in _TOKENS else one for name, one in made.items()}
@@ -147,7 +147,7 @@ class Conversations:
             ignored |= ~answer_tokens(spans, offsets[0], replaced[0] if replaced else [])
         return columns | {"labels": ids.masked_fill(ignored, IGNORED_LABEL)}
 
-    def _count(self, row: Mapping[str, Any]) -> RowSize:
+    def _count(self, row: Columns) -> RowSize:
         talk = read_messages(row.get("messages"))
         images, clips = _shown(talk, row)
         frames = [frames_of(clip) for clip in clips]
@@ -164,7 +164,7 @@ class Conversations:
         return {"height": height, "width": width}
 
 
-def _shown(talk: Conversation, row: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+def _shown(talk: Conversation, row: Columns) -> tuple[list[Any], list[Any]]:
     """Return the images and clips that a row shows, in order."""
     images = row.get("images")
     if images is not None and not isinstance(images, (list, tuple)):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from mrope.collate.collator import Collate
 from mrope.collate.read import PIXELS
 from mrope.collate.skip_bad import Indexed
-from mrope.columns import COLUMNS, columns
+from mrope.columns import COLUMNS, NewColumns, columns
 from mrope.errors import MRopeError
 from mrope.prepare.ranks import find_rank
 from mrope.prepare.sampler import TokenBudgetSampler
@@ -169,7 +169,7 @@ def make_sampler(cfg: Config, rows: RowDataset, max_tokens: int) -> TokenBudgetS
     sizes = rows.sizes(cfg.dataloader.num_workers, skip=cfg.rope.on_error == "skip")
     by_work = cfg.dataloader.balance == "work"
     asked = {"patches": needs_patches(cfg) or has_rungs, "segments": has_rungs}
-    counts: dict[str, Any] = {
+    counts: NewColumns = {
         name: sizes[name]
         for name, is_asked in {**asked, "patch_pairs": by_work}.items()
         if is_asked
@@ -184,7 +184,7 @@ def needs_patches(cfg: Config) -> bool:
     return cfg.dataloader.max_patches is not None or cfg.dataloader.balance == "work"
 
 
-def sampler_options(cfg: Config) -> dict[str, Any]:
+def sampler_options(cfg: Config) -> NewColumns:
     """Return the arguments of a config's sampler that neither rows nor ladder decide."""
     by_work = cfg.dataloader.balance == "work"
     return {
@@ -277,7 +277,7 @@ def _make_stream(cfg: Config, rows: Any, max_tokens: int, buffer_size: int) -> _
     )
 
 
-def _loader_options(cfg: Config, collate: Collate) -> dict[str, Any]:
+def _loader_options(cfg: Config, collate: Collate) -> NewColumns:
     options = cfg.dataloader
     given = {
         "num_workers": options.num_workers,

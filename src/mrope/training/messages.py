@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mrope.columns import Columns, NewColumns
 from mrope.errors import MRopeError
 
 CLIP_COLUMNS = ("fps", "frame_indices", "frame_times")
@@ -34,10 +35,10 @@ class Conversation:
         clips: what each item of video says of its frames: `fps`, `frame_indices`, `frame_times`.
     """
 
-    messages: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[NewColumns] = field(default_factory=list)
     images: list[Any] = field(default_factory=list)
     videos: list[Any] = field(default_factory=list)
-    clips: list[dict[str, Any]] = field(default_factory=list)
+    clips: list[NewColumns] = field(default_factory=list)
 
 
 def read_messages(messages: Any) -> Conversation:
@@ -97,7 +98,7 @@ def in_order(held: Sequence[Any], column: Sequence[Any]) -> list[Any]:
     return [next(rest) if value is None else value for value in held]
 
 
-def _checked(message: object, where: str) -> Mapping[str, Any]:
+def _checked(message: object, where: str) -> Columns:
     if not isinstance(message, Mapping):
         raise MRopeError(f"{where} must have role and content, not be {_name(message)}")
     role, content = message.get("role"), message.get("content")
@@ -110,7 +111,7 @@ def _checked(message: object, where: str) -> Mapping[str, Any]:
     return message
 
 
-def _read_item(read: Conversation, item: object, where: str) -> dict[str, Any]:
+def _read_item(read: Conversation, item: object, where: str) -> NewColumns:
     """Return an item as a chat template takes it, and add what it shows to `read`."""
     if not isinstance(item, Mapping):
         raise MRopeError(f"{where} must be a mapping with a type, not {_name(item)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from mrope.arrays import IntArray
 from mrope.collate.padding import PaddingCollator
 from mrope.collate.read import PIXELS, RowSize
 from mrope.collate.skip_bad import INDEX
-from mrope.columns import columns
+from mrope.columns import Columns, NewColumns, columns
 from mrope.errors import MRopeError
 from mrope.positions.spans import token_types
 from mrope.training.naming import naming_row
@@ -71,20 +71,20 @@ class Rows(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> NewColumns:
         try:
             return self.prepare(index)
         except MRopeError as error:
             return {FAILED: error, INDEX: index}
 
-    def prepare(self, index: int) -> dict[str, Any]:
+    def prepare(self, index: int) -> NewColumns:
         """Return a row as the collate function takes it, or raise an `MRopeError` that names it."""
         if self.conversations is not None:
             return self.conversations.prepare(self._conversation(index), index)
         with naming_row(index):
             return self._columns(self.table[index])
 
-    def _columns(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _columns(self, row: NewColumns) -> NewColumns:
         if self.spec.family_row.timed:
             _warn_of_missing_seconds(row)
         if row.get("mm_token_type_ids") is None and row.get("input_ids") is not None:
@@ -100,11 +100,11 @@ class Rows(Dataset[dict[str, Any]]):
         with naming_row(index):
             return count_columns(self.spec, self.counted[index])
 
-    def _conversation(self, index: int) -> dict[str, Any]:
+    def _conversation(self, index: int) -> NewColumns:
         with naming_row(index):
-            row: dict[str, Any] = self.table[index].to_pylist()[0]
+            row: NewColumns = self.table[index].to_pylist()[0]
             assert self.features is not None
-            decoded: dict[str, Any] = self.features.decode_example(row)
+            decoded: NewColumns = self.features.decode_example(row)
         return decoded
 
     def sizes(self, workers: int = 0, skip: bool = False) -> Sizes:
@@ -177,7 +177,7 @@ def start_worker(own: Callable[[int], Any] | None, number: int) -> None:
 class PadRows(PaddingCollator):
     """A `PaddingCollator` that raises the error of a row that could not be prepared."""
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[Columns]) -> NewColumns:
         """Return the padded batch of `examples`, or raise the first such row's `MRopeError`."""
         for example in examples:
             if FAILED in example:
@@ -185,7 +185,7 @@ class PadRows(PaddingCollator):
         return super().__call__(examples)
 
 
-def count_example(spec: MRopeSpec, example: Mapping[str, Any]) -> tuple[int, int]:
+def count_example(spec: MRopeSpec, example: Columns) -> tuple[int, int]:
     """Return tokens and patches of a prepared row; one that failed counts as a token."""
     size = _ONE_TOKEN if FAILED in example else count_columns(spec, example)
     return size.tokens, size.patches
@@ -195,7 +195,7 @@ _SECONDS = tuple(columns("item", means="seconds"))
 _warned = False
 
 
-def _warn_of_missing_seconds(row: Mapping[str, Any]) -> None:
+def _warn_of_missing_seconds(row: Columns) -> None:
     """Warn, once in a process, of a clip whose seconds nobody knows."""
     global _warned
     clips = row.get("video_grid_thw")

@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from mrope.arrays import IntArray
 from mrope.collate.read import PIXELS, RowSize, measure, read_row
+from mrope.columns import Columns
 from mrope.spec.spec import MRopeSpec
 from mrope.training.open_source import DATA_FILES
 
@@ -27,7 +28,7 @@ Sizes = dict[str, IntArray]
 """The fields of `RowSize` of all rows of a dataset, int64 (N,) each."""
 
 
-def count_columns(spec: MRopeSpec, row: Mapping[str, Any]) -> RowSize:
+def count_columns(spec: MRopeSpec, row: Columns) -> RowSize:
     """Return the size of a row of columns, as the collator reads it.
 
     Raises:
@@ -43,7 +44,7 @@ def as_sizes(table_NF: IntArray) -> Sizes:
 
 
 def count_text(
-    processor: Any, text: str, images: Sequence[tuple[int, int]], clips: Sequence[Mapping[str, Any]]
+    processor: Any, text: str, images: Sequence[tuple[int, int]], clips: Sequence[Columns]
 ) -> RowSize:
     """Return the size of a conversation as a processor would write it, from sizes alone.
 
@@ -71,7 +72,7 @@ def count_text(
 
 
 def _play(
-    processor: Any, frames: int, height: int, width: int, metadata: Mapping[str, Any]
+    processor: Any, frames: int, height: int, width: int, metadata: Columns
 ) -> tuple[str, list[int]]:
     """Return a clip's placeholders as text, and the patches of each group of frames."""
     from transformers.video_utils import VideoMetadata

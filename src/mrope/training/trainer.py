@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
 
 from mrope.collate.layouts import to_model_layout
+from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 from mrope.hf import SyncReport
 from mrope.training.arguments import training_arguments
@@ -176,7 +177,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         return prepared
 
     def training_step(
-        self, model: object, inputs: dict[str, Any], *args: object, **kwargs: object
+        self, model: object, inputs: NewColumns, *args: object, **kwargs: object
     ) -> Any:
         """Run one batch, and keep its loss on the device."""
         self.positions_given += "position_ids" in inputs

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import random
 from functools import cache
-from typing import Any
 
 import datasets
 from PIL import Image
 
+from mrope.columns import NewColumns
 from mrope.training.demo.tokenizer import corpus
 
 CAPTIONS = {
@@ -56,7 +56,7 @@ def _features() -> datasets.Features:
     )
 
 
-def _row(index: int, rng: random.Random) -> dict[str, Any]:
+def _row(index: int, rng: random.Random) -> NewColumns:
     """Return the row of an index, which decides its kind."""
     question, shown, panned, answer = _KINDS[index % len(_KINDS)](rng)
     # In this order: every call takes random numbers.

@@ -18,6 +18,7 @@ import transformers
 from PIL import Image
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
+from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 from mrope.training.demo.tokenizer import CHAT_TEMPLATE, build_tokenizer
 
@@ -38,7 +39,7 @@ class FramesAsPictures:
 
     def __call__(
         self, videos: Sequence[Sequence[Image.Image]], video_metadata: Any = None, **_: Any
-    ) -> dict[str, Any]:
+    ) -> NewColumns:
         """Return patches (patches, C * 2 * X) and grids (clips, 3) of clips, and their metadata."""
         from transformers.video_utils import VideoMetadata
 
