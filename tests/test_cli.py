@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,11 +187,13 @@ def test_errors_are_one_message_without_a_traceback(command: Command) -> None:
     assert command.err == "mrope: no/such.yaml: cannot be read: No such file or directory\n"
 
 
-def test_an_error_is_red_on_a_terminal(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    assert command("explain", "--family", "qwen3_vl", "[bold]:3") == 2
-    assert command.err.startswith("\x1b[31mmrope: cannot read '[bold]:3'")
+def test_an_error_is_red_on_a_terminal() -> None:
+    # In a process of its own, which no other test has printed in.
+    words = [sys.executable, "-m", "mrope", "explain", "--family", "qwen3_vl", "[bold]:3"]
+    env = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm"}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("\x1b[31mmrope: cannot read '[bold]:3'")
 
 
 @pytest.mark.parametrize(
