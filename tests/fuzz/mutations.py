@@ -98,8 +98,7 @@ def wrong_types(rng: random.Random, spec: MRopeSpec, example: Example) -> Any:
 
 def _sizes(rng: random.Random, example: Example, least: int = 1, axes: int = 1) -> str | None:
     names = [name for name in SIZES if name in example and len(example[name]) >= least]
-    # Seconds that are made up are a list of numbers.
-    names = [name for name in names if np.ndim(example[name]) >= axes]
+    names = [name for name in names if example[name].ndim >= axes]
     return rng.choice(names) if names else None
 
 

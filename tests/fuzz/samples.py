@@ -82,6 +82,9 @@ def _draw(rng: random.Random, spec: MRopeSpec) -> Example:
         seconds = example.pop("second_per_grid_ts", [1.0] * clips)
         if clips:
             example["second_per_grid_ts"] = np.asarray(seconds, np.float32)
+    elif isinstance(example.get("second_per_grid_ts"), list):
+        # Of families that ignore them: an array, as all other sizes.
+        example["second_per_grid_ts"] = np.asarray(example["second_per_grid_ts"], np.float32)
     return {name: value for name, value in example.items() if name not in COUNTS}
 
 
