@@ -103,18 +103,19 @@ class CheckedRows(Dataset[RowCheck]):
         """Check a row; return the result and the row as a batch, collated if the row is good."""
         batch: NewColumns = {}
         try:
-            batch = _as_batch([self.examples[index]])
-            batch = self.collate([self.examples[index]])
-            check = _counted(index, read_row(self.spec, self.examples[index]))
-            return (self._compared(check, batch) if self.compare else check), batch
+            row = self.examples[index]  # once: a conversation is prepared each time it is read
+            batch = _as_batch([row])
+            batch = self.collate([row])
+            check = _counted(index, read_row(self.spec, row))
+            return (self._compared(check, row, batch) if self.compare else check), batch
         # Rows and images come from users: no list of exception types would be complete.
         except Exception as error:  # noqa: BLE001
             return self._bad(index, batch, error), batch
 
-    def _compared(self, check: RowCheck, batch: Columns) -> RowCheck:
+    def _compared(self, check: RowCheck, example: Columns, batch: Columns) -> RowCheck:
         from mrope.hf.get_rope_index import reference_rope_index
 
-        row = _as_batch([self.examples[check.row]])
+        row = _as_batch([example])
         rows = Rows([row], row["input_ids"])
         arguments, _ = read_arguments(self.spec, row, rows, apart=False)
         arguments.setdefault("mm_token_type_ids", token_types(self.spec, arguments["input_ids"]))
