@@ -24,6 +24,7 @@ from mrope.collate.layouts import to_model_layout
 from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 from mrope.hf import SyncReport
+from mrope.prepare.stop_together import host_group, on_every_rank
 from mrope.training.arguments import training_arguments
 from mrope.training.config import build_collator
 from mrope.training.dataloader import (
@@ -201,14 +202,12 @@ class _Stop(TrainerCallback):  # type: ignore[misc]
         self.asked = False
         self.saved: str | None = None
         self.has_ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo") if self.has_ranks else None
+        self._group = host_group() if self.has_ranks else None
 
     def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
         """Set what `Trainer` does next; called by it."""
         if self._group is not None:
-            asked = torch.tensor(self.asked, dtype=torch.int32)
-            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
-            self.asked = bool(asked)
+            self.asked = not on_every_rank(not self.asked, self._group)
         if self.asked:
             control.should_save = control.should_training_stop = True
 

@@ -140,7 +140,7 @@ def _read(
     grids = to_grids(spec, inputs)
     kinds = token_kinds(spec, to_stream(inputs.input_ids, None))
     needed_G = grids.size_3G.prod(axis=0)
-    needed = {IMAGE: needed_G[: grids.images], VIDEO: needed_G[grids.images :]}
+    needed: dict[int, IntArray] = {IMAGE: needed_G[: grids.images], VIDEO: needed_G[grids.images :]}
     if by_audio:
         kinds[ids == spec.extra["audio_token_id"]] = _AUDIO
         window = spec.extra.get("n_window")

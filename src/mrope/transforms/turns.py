@@ -125,7 +125,7 @@ def with_turns(inputs: Columns, turns: Turns, rows: int) -> NewColumns:
             raise MRopeError(f"{name} of {rows} prompts need {count}: turns stand between them")
         counts_B = np.zeros(rows, np.int64)
         counts_B[:] = (len(values) if values.ndim and rows == 1 else 0) if given is None else given
-        values = np.broadcast_to(values, counts_B.sum()) if column.kind == "batch" else values
+        values = np.broadcast_to(values, int(counts_B.sum())) if column.kind == "batch" else values
         added_B = turns.counts.get(count, np.zeros(rows, np.int64))
         at = counts_B.cumsum().repeat(added_B)
         if name in turns.media:
