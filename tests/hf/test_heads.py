@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -15,15 +16,19 @@ from transformers import (
     AutoConfig,
     ColQwen2Config,
     ColQwen2ForRetrieval,
-    Qwen3_5ForSequenceClassification,
-    Qwen3_5ForTokenClassification,
+)
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
 )
 
+from mrope import MRopeError
 from mrope.guard import SyncGuard
 from mrope.hf import attach, detach
 from mrope.hf.attaching import base_model
 from support.attachable import FAMILIES, make_model, without_labels
 from support.models import model_config, tiny_model
+from support.steps import MEDIA, make_batches, tensor_collator
 
 
 def live_config(family: str) -> Any:
@@ -31,22 +36,51 @@ def live_config(family: str) -> Any:
     return AutoConfig.for_model(config.pop("model_type"), **config)
 
 
-@pytest.mark.parametrize("head", [Qwen3_5ForSequenceClassification, Qwen3_5ForTokenClassification])
-def test_classifiers_of_transformers(head: Any) -> None:
-    """They call their base model with the token ids by position."""
-    plain, batch = without_labels("qwen3_5")
-    config = live_config("qwen3_5")
-    config.num_labels = config.text_config.num_labels = 2
+def classifier(generic: type, whole: Any) -> Any:
+    """Return transformers' classifier around a new base model, as it stands around Qwen3.5's."""
+    base = base_model(whole)
+    own = next(one for one in type(whole).__mro__ if one.__name__.endswith("PreTrainedModel"))
+    # The loss is chosen by the class's name.
+    name = generic.__name__.replace("Generic", "Any")
+    head: Any = type(name, (generic, own), {"__module__": own.__module__})
+    config = copy.deepcopy(base.config)
+    for one in (config, config.get_text_config()):
+        one.num_labels, one.pad_token_id = 3, 0
     torch.manual_seed(0)
-    model = head._from_config(config).eval()
-    expected = model(**plain).logits
+    model = head._from_config(config, attn_implementation=whole.config._attn_implementation)
+    return model.eval()
+
+
+def classify(model: Any, batch: Any) -> list[torch.Tensor]:
+    """Return the logits of a step and the gradient of every parameter."""
+    model.zero_grad()
+    output = model(**batch)
+    output.loss.backward()
+    gradients = [one.grad.clone() for one in model.parameters() if one.grad is not None]
+    assert len(gradients) > 20
+    return [output.logits.detach(), output.loss.detach(), *gradients]
+
+
+@pytest.mark.parametrize(
+    "generic", [GenericForSequenceClassification, GenericForTokenClassification]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_classifiers_of_transformers(family: str, generic: type) -> None:
+    """They call their base model with the token ids by position."""
+    plain, batch = without_labels(family)
+    ids = plain["input_ids"]
+    of_tokens = generic is GenericForTokenClassification
+    plain["labels"] = batch["labels"] = ids % 3 if of_tokens else torch.arange(len(ids)) % 3
+    model = classifier(generic, make_model(family))
+    expected = classify(model, plain)
     attach(model)
     with SyncGuard() as guard:
-        logits = model(**batch).logits
-    assert torch.equal(logits, expected)
+        found = classify(model, batch)
     # Which token is the last one of a row, the head itself looks for on the device.
     assert guard.count == 0, guard.report()
-    assert torch.equal(detach(model)(**plain).logits, expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    if family == "qwen3_5":
+        torch.testing.assert_close(classify(detach(model), plain), expected, rtol=0, atol=0)
 
 
 class ValueHead(torch.nn.Module):
@@ -107,26 +141,90 @@ def names_by_position(ours: inspect.Signature, own: inspect.Signature) -> bool:
     )
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_an_embedding_model(family: str) -> None:
-    """ColQwen2 runs the tower itself, and gives its base model embeddings: nothing changes."""
+# Those whose tower returns one tensor of features under `pooler_output`, as ColQwen2 takes it.
+EMBEDDED = [
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "glm4v",
+    "glm_ocr",
+    "exaone4_5",
+]
+
+
+def retrieval_model(family: str) -> Any:
     config = ColQwen2Config(vlm_config=live_config(family).to_dict(), embedding_dim=16)
     torch.manual_seed(0)
     model = ColQwen2ForRetrieval._from_config(config).eval()
-    ids = torch.randint(20, 300, (2, 9))
-    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    vlm = config.vlm_config
-    picture = torch.cat([ids, torch.full((2, 4), vlm.image_token_id), ids], dim=1)
-    size = 3 * vlm.vision_config.temporal_patch_size * vlm.vision_config.patch_size**2
-    images = {
-        "input_ids": picture,
-        "attention_mask": torch.ones_like(picture),
-        # Rows of patches are padded to one length, as its processor does.
-        "pixel_values": torch.randn(2, 16, size),
-        "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
-    }
-    expected = [model(**one).embeddings for one in (text, images)]
-    assert base_model(attach(model)) is model.vlm
-    for one, right in zip((text, images), expected, strict=True):
-        assert torch.equal(model(**one).embeddings, right)
-        assert torch.equal(detach(copy.deepcopy(model))(**one).embeddings, right)
+    # Without a bias the embeddings of padding, whose token embeddings are 0, are divided by 0.
+    torch.nn.init.normal_(model.embedding_proj_layer.bias)
+    return model
+
+
+def retrieval_batches(family: str, media: str) -> tuple[Any, Any]:
+    """Return a batch as ColQwen2's processor makes it, pixels in padded rows; and of the stage."""
+    plain, _ = make_batches(family, MEDIA[media])
+    plain = {key: one for key, one in plain.items() if key not in ("labels", "position_ids")}
+    if "pixel_values" in plain:
+        parts = plain["pixel_values"].split(plain["image_grid_thw"].prod(dim=1).tolist())
+        plain["pixel_values"] = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        assert len({len(part) for part in parts}) > 1
+    batch = dict(tensor_collator(family, lambda _: dict(plain))(None))
+    # Left to itself, the head gives its base model embeddings alone, which get 1-D positions.
+    return plain | {"position_ids": batch.get("position_ids")}, batch
+
+
+def embedding_step(model: Any, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    embeddings = model(**batch).embeddings
+    embeddings.square().sum(dim=-1).sin().mean().backward()
+    named = model.named_parameters()
+    gradients = {name: one.grad.clone() for name, one in named if one.grad is not None}
+    return embeddings.detach(), gradients
+
+
+@pytest.mark.parametrize("media", ["images", "text"])
+@pytest.mark.parametrize("family", EMBEDDED)
+def test_an_embedding_model_that_runs_the_tower_itself(family: str, media: str) -> None:
+    """ColQwen2 takes pixels out of padded rows by a mask, and drops what its tower could read."""
+    plain, batch = retrieval_batches(family, media)
+    model = retrieval_model(family)
+    right, gradients = embedding_step(model, plain)
+    assert torch.equal(embedding_step(model, batch)[0], right)  # the unmodified model's too
+    copied = copy.deepcopy(attach(model))
+    assert base_model(model) is model.vlm
+    for one in (model, copied, pickle.loads(pickle.dumps(model))):
+        with SyncGuard() as guard:
+            found, ours = embedding_step(one, batch)
+        assert guard.count == 0, guard.report()
+        assert torch.equal(found, right)
+        assert ours.keys() == gradients.keys()
+        assert all(torch.equal(ours[name], gradients[name]) for name in ours)
+    assert list(model(**batch)) == list(detach(copied)(**plain))
+    assert torch.equal(embedding_step(copied, plain)[0], right)
+    assert not [module for module in copied.modules() if "forward" in vars(module)]
+
+
+def test_an_embedding_model_takes_flat_pixels_too() -> None:
+    plain, batch = retrieval_batches("qwen2_5_vl", "images")
+    model = retrieval_model("qwen2_5_vl")
+    right = model(**plain).embeddings
+    flat = make_batches("qwen2_5_vl", MEDIA["images"])[1]["pixel_values"]
+    assert torch.equal(attach(model)(**{**batch, "pixel_values": flat}).embeddings, right)
+
+
+def test_an_embedding_model_without_the_stage() -> None:
+    plain, batch = retrieval_batches("qwen2_vl", "images")
+    model = retrieval_model("qwen2_vl")
+    right = model(**plain).embeddings
+    with pytest.raises(MRopeError, match="got image pixels without image_scatter_index"):
+        attach(model)(**plain)
+    assert torch.equal(attach(detach(model), strict=False)(**plain).embeddings, right)
+    attach(detach(model).vlm)  # the base model alone: the head is the unmodified one
+    assert torch.equal(model(**batch).embeddings, right)
+    attach(detach(model))
+    detach(model.vlm)  # the head is left
+    assert torch.equal(model(**plain).embeddings, right)

@@ -74,7 +74,7 @@ def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> 
             f"{type(base).__name__} already has a forward of its own on the instance: it is "
             "attached; detach it first"
         )
-    found = find_patches(base)
+    found = find_patches(model, base)
     refuse_foreign(found)
     _refuse_sliding(base)
     if strict:
@@ -105,7 +105,7 @@ def detach(model: Model) -> Model:
     forget_compiled(model)
     del base.mrope_strict, base.mrope_owner
     held = {module for owner in _OWNERS if owner.holds() for module in owner.base.modules()}
-    for module in base.modules():
+    for module in model.modules():
         if module not in held:
             forget_attention(module)
             for name in METHODS:

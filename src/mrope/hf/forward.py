@@ -17,13 +17,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers.utils import can_return_tuple
 
 from mrope.collate.layouts import to_model_layout
-from mrope.hf.inputs import is_precomputed, modalities_of, token_embeddings
-from mrope.hf.outputs import own_output
-from mrope.hf.rows import row_of
-from mrope.hf.scatter import deepstack_inputs, scatter_features
+from mrope.columns import Columns, NewColumns
+from mrope.hf.inputs import Tensors, is_precomputed, modalities_of, token_embeddings
+from mrope.hf.outputs import Encoded, own_output
+from mrope.hf.rows import Row, row_of
+from mrope.hf.scatter import Level, deepstack_inputs, scatter_features
 from mrope.hf.thinkers import holds_head, text_to_run
 
 
@@ -40,9 +42,31 @@ def attached_forward(self: Any, **inputs: Any) -> Any:
         # Detached beneath a wrapper that goes on to call this forward.
         return type(self).forward(self, **inputs)
     inputs = dict(to_model_layout(inputs))
+    inputs |= given_by_head(inputs)
     row = row_of(self.config.model_type)
     if not is_precomputed(self, inputs, row.audio):
         return type(self).forward(self, **inputs)
+    embeds, encoded, levels = embed_media(self, row, inputs)
+    if levels:
+        inputs |= deepstack_inputs(levels)
+    deltas = inputs.pop("rope_deltas", None)
+    if deltas is not None:
+        self.rope_deltas = deltas  # where transformers' generate looks for it
+    outputs = row.text(text_to_run(self, inputs), embeds, inputs)
+    return outputs if holds_head(self) else own_output(self, outputs, encoded)
+
+
+def embed_media(
+    self: object, row: Row, inputs: Tensors
+) -> tuple[torch.Tensor, dict[str, Encoded], list[Level]]:
+    """Embed tokens, and put the features of images, clips and audios in the places of theirs.
+
+    Removes from `inputs` what it uses.
+
+    Returns:
+        Embeddings (B, S, hidden); what the towers returned, by modality; and the features of their
+        deeper layers with their places.
+    """
     encoded = {} if row.before is None else row.before(self, inputs)
     embeds = token_embeddings(self, inputs)
     levels = []
@@ -53,10 +77,10 @@ def attached_forward(self: Any, **inputs: Any) -> Any:
         deeper = getattr(output, "deepstack_features", None)
         if deeper is not None:
             levels.append((places, deeper))
-    if levels:
-        inputs |= deepstack_inputs(levels)
-    deltas = inputs.pop("rope_deltas", None)
-    if deltas is not None:
-        self.rope_deltas = deltas  # where transformers' generate looks for it
-    outputs = row.text(text_to_run(self, inputs), embeds, inputs)
-    return outputs if holds_head(self) else own_output(self, outputs, encoded)
+    return embeds, encoded, levels
+
+
+def given_by_head(inputs: Columns) -> NewColumns:
+    """Return what a head that embeds by itself has put beside the positions of a batch."""
+    given: NewColumns = getattr(inputs.get("position_ids"), "mrope_given", {})
+    return given

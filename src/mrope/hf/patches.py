@@ -16,6 +16,7 @@ from mrope.errors import MRopeError
 from mrope.hf.experts import route
 from mrope.hf.features import merge_crops, merge_patches, merge_windows, pair_frames
 from mrope.hf.forward import attached_forward
+from mrope.hf.heads import embed_for_retrieval
 from mrope.hf.indexer import pool_states, select_tokens
 from mrope.hf.linear import mix_segments
 from mrope.hf.methods import as_method_of, bind, find_foreign, foreign_on_instance
@@ -39,6 +40,7 @@ class Patch(NamedTuple):
         calls_own: the replacement calls the method of the class, which may be another library's.
         by_name: the replacement's arguments stand in another order than the method's, or are
             keywords alone: it gets the signature of the method.
+        around: the module stands around the base model, not in it.
     """
 
     where: Callable[[torch.nn.Module], bool]
@@ -46,6 +48,7 @@ class Patch(NamedTuple):
     method: str = "forward"
     calls_own: bool = False
     by_name: bool = False
+    around: bool = False
 
     def find_foreign(self, module: torch.nn.Module) -> str | None:
         """Describe a method that the replacement would bypass and that is not transformers' own."""
@@ -87,6 +90,14 @@ def _defining(method: str) -> Callable[[torch.nn.Module], bool]:
 
 PATCHES = (
     Patch(is_base, attached_forward, by_name=True),
+    # ColQwen2's, whatever its base model is.
+    Patch(
+        _holding("vlm", "embedding_proj_layer"),
+        embed_for_retrieval,
+        calls_own=True,
+        by_name=True,
+        around=True,
+    ),
     Patch(_defining("_deepstack_process"), add_deepstack, "_deepstack_process"),
     # Up to 5.21 a thinker holds its head itself.
     Patch(is_text_of_thinker, take_text_inputs, calls_own=True, by_name=True),
@@ -110,15 +121,23 @@ PATCHES = (
     Patch(_holding("index_qk_proj"), select_tokens),
     Patch(_defining("get_pooled_states"), pool_states, "get_pooled_states"),
 )
-"""What `attach` replaces in a base model."""
+"""What `attach` replaces in a base model, and around it."""
 
 METHODS = frozenset(patch.method for patch in PATCHES)
 
 
-def find_patches(base: torch.nn.Module) -> list[tuple[torch.nn.Module, Patch]]:
-    """Return the modules of a base model whose methods are replaced, in the order of `PATCHES`."""
-    modules = list(base.modules())
-    return [(module, patch) for patch in PATCHES for module in modules if patch.where(module)]
+def find_patches(
+    model: torch.nn.Module, base: torch.nn.Module
+) -> list[tuple[torch.nn.Module, Patch]]:
+    """Return the modules of a model whose methods are replaced, in the order of `PATCHES`."""
+    within = list(base.modules())
+    around = [module for module in model.modules() if module not in within]
+    return [
+        (module, patch)
+        for patch in PATCHES
+        for module in (around if patch.around else within)
+        if patch.where(module)
+    ]
 
 
 def bind_patches(found: list[tuple[torch.nn.Module, Patch]]) -> None:

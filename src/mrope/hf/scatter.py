@@ -26,6 +26,8 @@ class Gather(NamedTuple):
 
 
 Places = torch.Tensor | Gather
+Level = tuple[Places, list[torch.Tensor]]
+"""Where the features of a tower's deeper layers go, and these features."""
 
 
 def scatter_features(embeds: torch.Tensor, index: Places, features: torch.Tensor) -> torch.Tensor:
@@ -44,7 +46,7 @@ def scatter_features(embeds: torch.Tensor, index: Places, features: torch.Tensor
     return embeds.flatten(0, 1).index_copy(0, index, features).view_as(embeds)
 
 
-def deepstack_inputs(levels: list[tuple[Places, list[torch.Tensor]]]) -> NewColumns:
+def deepstack_inputs(levels: list[Level]) -> NewColumns:
     """Return what a text model adds to its first layers: deeper features of each tower call.
 
     The text model passes both on to `_deepstack_process` unread, so that an index can take the
