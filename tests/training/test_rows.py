@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 from mrope import MRopeCollator, MRopeError, build_collator, load_config
 from mrope.collate.process_files import read_rejects
 from mrope.collate.skip_bad import RejectWarning
+from mrope.prepare.with_accelerate import EpochsInTurn
 from mrope.training import rows as rows_module
 from mrope.training.config import as_config
-from mrope.training.dataloader import EpochsInTurn, load_rows, make_loader, make_sampler
+from mrope.training.dataloader import load_rows, make_loader, make_sampler
 from mrope.training.rows import FAILED, Rows
 from mrope.training.sizes import FOLDER
 from support.models import model_config, tiny_examples

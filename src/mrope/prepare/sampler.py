@@ -24,6 +24,7 @@ from mrope.prepare.budgets import Cost, Lengths, read_budgets, read_work
 from mrope.prepare.planning import EpochPlan, Planner
 from mrope.prepare.ranks import find_rank
 from mrope.prepare.saved import find_states
+from mrope.prepare.with_accelerate import teach_accelerate
 
 Earlier = tuple[tuple[int, int], ...]
 """(ranks, steps): how many ranks took how many steps of an epoch, before others went on."""
@@ -37,6 +38,9 @@ _STATE = ("epoch", "yielded", "num_replicas", "digest", "examples", *_SETTINGS)
 
 class TokenBudgetSampler(Sampler[list[int]]):
     """Fill batches with examples up to budgets of tokens and patches, evenly over ranks.
+
+    accelerate's `Accelerator.prepare` takes a loader over it as it is, and transformers' `Trainer`
+    takes it from `_get_train_sampler`.
 
     The plan of an epoch depends only on the arguments and the epoch: all ranks compute the same
     one, without communication. With `max_tokens` alone an example goes into the first batch that
@@ -138,6 +142,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self.epoch = 0
         self._made: tuple[Any, EpochPlan] | None = None
         self.resumed: Columns | None = None
+        teach_accelerate(TokenBudgetSampler)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, and so the order, of later iterators, as in `DistributedSampler`."""
@@ -196,9 +201,8 @@ class TokenBudgetSampler(Sampler[list[int]]):
             raise AttributeError("batches up to a token budget have no batch_size")
         raise MRopeError(
             f"TokenBudgetSampler has already sharded its batches over {self.num_replicas} ranks, "
-            "and its caller (such as accelerate's prepare) would shard them again, which loses "
-            "most examples; use accelerate.data_loader.prepare_data_loader(loader, "
-            "num_processes=1, process_index=0), or do not prepare the loader"
+            "and its caller would shard them again, which loses most examples: do not let it. "
+            "accelerate takes them as they are if it was imported before the sampler was made"
         )
 
     def _make(self, epoch: int, earlier: Earlier, ranks: int) -> EpochPlan:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from mrope.collate.collator import Collate
 from mrope.collate.read import PIXELS
@@ -19,6 +19,7 @@ from mrope.errors import MRopeError
 from mrope.prepare.ranks import find_rank
 from mrope.prepare.sampler import TokenBudgetSampler
 from mrope.prepare.streams import TokenBudgetStream
+from mrope.prepare.with_accelerate import EpochsInTurn
 from mrope.prepare.work import WorkModel
 from mrope.training.open_source import open_source, split_source
 from mrope.training.rows import Rows, count_example, start_worker
@@ -194,45 +195,6 @@ def sampler_options(cfg: Config) -> NewColumns:
         "pad_to_multiple_of": cfg.rope.pad_to_multiple_of,
         "seed": cfg.seed,
     }
-
-
-class EpochsInTurn(Sampler[list[int]]):
-    """Take batches from a sampler's epochs in turn, as many in each epoch as in the first.
-
-    Epochs of a `TokenBudgetSampler` differ by some batches, and transformers' `Trainer` counts its
-    steps, where it resumes and where it ends, by the length of the first. Here its epoch k is
-    batches k * L to (k + 1) * L of all epochs of the sampler, one after another: none is left out
-    at a border, and a resumed run continues at the batch where it stopped.
-    """
-
-    def __init__(self, sampler: TokenBudgetSampler) -> None:
-        self.sampler = sampler
-        self.epoch = 0
-        self._length = len(sampler.plan(0).grid_SR)
-        self._steps: dict[int, int] = {}
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of later iterators."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[list[int]]:
-        skipped, left = self.epoch * self._length, self._length
-        for epoch in count():
-            # Known epochs that are passed over are not planned again.
-            if skipped >= (steps := self._steps.get(epoch, skipped + 1)):
-                skipped -= steps
-                continue
-            plan = self.sampler.plan(epoch)
-            steps = self._steps[epoch] = len(plan.grid_SR)
-            for step in range(min(skipped, steps), min(skipped + left, steps)):
-                yield plan.batch(step, self.sampler.rank)
-                left -= 1
-            if not left:
-                return
-            skipped = max(skipped - steps, 0)
 
 
 class _Endless(IterableDataset[Any]):
