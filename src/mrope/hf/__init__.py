@@ -14,9 +14,11 @@ from mrope.guard.sync_report import SyncReport
 from mrope.hf.attaching import attach, compile_layers, detach, explain_attention
 from mrope.hf.equip import equip
 from mrope.hf.generation import for_generate
+from mrope.hf.outputs import JoinedFeatures
 from mrope.hf.rope_deltas import drop_rope_deltas, keep_rope_deltas
 
 __all__ = [
+    "JoinedFeatures",
     "SyncPlace",
     "SyncReport",
     "attach",

@@ -4,9 +4,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+@dataclass
+class JoinedFeatures(BaseModelOutputWithPooling):  # type: ignore[misc]
+    """What an attached model returns as `image_outputs` of one tower call for images and clips.
+
+    With fixed shapes (`MRopeCollator(shapes=...)`) images and clips share a call, padded to a rung,
+    and the host does not know where one ends: features are not split, where the unmodified model
+    has a tuple or a list with those of each image. Rows behind the last clip's are padding.
+
+    Attributes:
+        pooler_output: (rung, hidden of the text), features of images, then of clips, in the order
+            of the batch: `vision_feature_index` has the row of each token.
+        last_hidden_state: of the tower, for the patches of the rung.
+        hidden_states: the same behind each layer, if asked for.
+        attentions: as of the unmodified model, if asked for.
+        deepstack_features: of each deeper layer (rung, hidden of the text), for towers with some.
+    """
+
+    deepstack_features: list[torch.Tensor] | None = None
 
 
 class Encoded(NamedTuple):
@@ -25,14 +47,24 @@ class Encoded(NamedTuple):
     parts: type[list[Any] | tuple[Any, ...]] = tuple
 
     def by_item(self) -> Any:
-        """Return the output with the features of each image or clip apart, as a plain model's."""
-        if self.counts is not None:
-            features, deeper = self.output.pooler_output, _deeper(self.output)
-            self.output.pooler_output = self.parts(torch.split(features, self.counts))
-            if deeper is not None:
-                split = [torch.split(level, self.counts) for level in deeper]
-                self.output.deepstack_features = split
+        """Return the output with the features of each image or clip apart, as a plain model's.
+
+        `JoinedFeatures` where the host does not know how many each has.
+        """
+        features, deeper = self.output.pooler_output, _deeper(self.output)
+        if self.counts is None:
+            joined = isinstance(features, torch.Tensor)  # or GLM-Image's, which come apart
+            return _as_joined(self.output) if joined else self.output
+        self.output.pooler_output = self.parts(torch.split(features, self.counts))
+        if deeper is not None:
+            split = [torch.split(level, self.counts) for level in deeper]
+            self.output.deepstack_features = split
         return self.output
+
+
+def _as_joined(output: object) -> JoinedFeatures:
+    names = JoinedFeatures.__dataclass_fields__
+    return JoinedFeatures(**{name: getattr(output, name, None) for name in names})
 
 
 def _deeper(output: object) -> Any:
