@@ -52,7 +52,13 @@ def in_fsdp(model: Any) -> Any:
     return fully_shard(model)
 
 
-@pytest.mark.parametrize("make", [checkpointed, with_lora, under_autocast])
+def with_a_frozen_tower() -> Any:
+    model = checkpointed()
+    model.model.visual.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("make", [checkpointed, with_a_frozen_tower, with_lora, under_autocast])
 def test_checkpointing_peft_and_autocast(make: Any) -> None:
     model = make()
     half = make is under_autocast

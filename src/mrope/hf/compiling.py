@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -17,6 +18,8 @@ from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 from mrope.hf.thinkers import text_model
 from mrope.hf.towers import VISION_TOWERS
+
+_REMATERIALIZE = "remat_using_tags_for_fwd_loss_bwd_graph"  # older releases of torch have none
 
 
 def compile_parts(model: torch.nn.Module, base: object, options: NewColumns) -> None:
@@ -37,6 +40,9 @@ def compile_parts(model: torch.nn.Module, base: object, options: NewColumns) -> 
             head.loss_function = CompiledLoss(options)  # type: ignore[assignment]
     # It cuts a graph where its bucket of gradients ends, which a layer's graph has no need of.
     torch._dynamo.config.optimize_ddp = False  # noqa: SLF001
+    # It refuses the layers of a frozen tower under checkpointing, whose graphs have no backward.
+    if hasattr(functorch_config, _REMATERIALIZE):
+        setattr(functorch_config, _REMATERIALIZE, False)
 
 
 def is_compiled(model: torch.nn.Module) -> bool:
