@@ -41,6 +41,7 @@ def import_patcher() -> Any:
         module.__spec__ = ModuleSpec(name, None, is_package=True)
         module.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
         sys.modules[name] = module
+    importlib.import_module("lmms_engine.models.qwen3_vl.monkey_patch")  # registers them
     from lmms_engine.models.monkey_patch import MONKEY_PATCHER
 
     return MONKEY_PATCHER

@@ -13,9 +13,6 @@ from typing import Any
 
 import torch
 
-from mrope.training.config import load_config, model_table
-from mrope.training.dataloader import load_rows
-
 BATCHES = 8
 
 
@@ -24,6 +21,10 @@ def config_file(case: str) -> str:
 
 
 def write_case(folder: Path, case: str) -> None:
+    # Here, as the environments of other peers have nothing that reads a training config.
+    from mrope.training.config import load_config, model_table
+    from mrope.training.dataloader import load_rows
+
     cfg = load_config(config_file(case), ["dataloader.num_workers=0"])
     torch.manual_seed(0)
     rows: Any = load_rows(cfg)
