@@ -21,16 +21,23 @@ import numpy as np
 from measure.peers.table import CASES, PEERS, read_cells
 from mrope import MRopeSpec, Shapes, rope_index
 from mrope.spec import example_config
+from mrope.training.config import load_config
+from mrope.training.dataloader import load_rows
 
 DOCS = Path(__file__).parents[2] / "docs"
 FOLDER = DOCS / "pictures"
-WIDTH = 560
-# As wide as the text of a page, for pictures with much detail along time.
-WIDE = 680
+# Of the drawing, whose text is large enough for a phone; and of the picture on a wide page, in pixels.
+WIDTH, SHOWN = 560, 680
 BATCHES = 2000
+# The ladder's benchmark: its batches, and its one rung of patches.
+CASE, MEASURED = "2b-mixed8", 8
 STYLE = """
-text { font: 14px sans-serif; fill: #333 }
-.small { font-size: 12px; fill: #666 }
+text { font: 16px sans-serif; fill: #333 }
+.small { font-size: 15px; fill: #666 }
+@media (min-width: 500px) {
+  text { font-size: 11px }
+  .small { font-size: 10px }
+}
 .axis { stroke: #999; fill: none }
 .band { fill: #8883 }
 .text { stroke: #888; fill: #888 }
@@ -61,8 +68,8 @@ text { font: 14px sans-serif; fill: #333 }
 class Picture:
     """Collects shapes of a picture; coordinates are rounded to tenths."""
 
-    def __init__(self, height: int, title: str, width: int = WIDTH) -> None:
-        self.height, self.title, self.width = height, title, width
+    def __init__(self, height: int, title: str) -> None:
+        self.height, self.title = height, title
         self.parts: list[str] = []
 
     def add(self, tag: str, css: str, content: str = "", **numbers: Any) -> None:
@@ -85,8 +92,9 @@ class Picture:
 
     def svg(self) -> str:
         head = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
-            f'width="{self.width}" height="{self.height}" role="img">\n<title>{self.title}</title>\n'
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" '
+            f'width="{SHOWN}" height="{self.height * SHOWN // WIDTH}" role="img">\n'
+            f"<title>{self.title}</title>\n"
         )
         return head + f"<style>{STYLE}</style>\n" + "\n".join(self.parts) + "\n</svg>\n"
 
@@ -167,44 +175,68 @@ def _draw_frame(
     ):
         picture.line(f"{css} line", (x, 14.0), (x + 22, 14.0), stroke=4)
         picture.text(x + 28, 19, words)
-        x += 58 + 8 * len(words)
+        x += 50 + 9 * len(words)
 
 
 def draw_ladder() -> Picture:
-    """Draw the patches of batches like those of configs/bench/2b-mixed8.yaml, and their rungs."""
+    """Draw the patches of batches like those of a benchmark, a ladder for them, and the benchmark's rung."""
     # Eight images a row, two rows; each side 16 to 28 patches, in steps of a merged token.
     sides = 2 * np.random.default_rng(0).integers(8, 15, (BATCHES, 16, 2))
     patches = sides.prod(axis=2).sum(axis=1)
     tokens, segments = np.full(BATCHES, 2560), np.full(BATCHES, 16)
     ladder = Shapes.fit(tokens=tokens, patches=patches, segments=segments, longest=784, graphs=3)
     rungs = ladder.shapes.patches
-    picture = Picture(300, "Patches of batches, and the rungs that hold them")
-    left, bottom, width, height = 20.0, 246.0, 520.0, 160.0
-    scale = width / rungs[-1]
-    counts, edges = np.histogram(patches, bins=52, range=(0, rungs[-1]))
-    for number, (below, rung) in enumerate(pairwise((0, *rungs))):
-        x, top = left + rung * scale, bottom - height
+    rung, padding = _measured_rung()
+    picture = Picture(324, "Patches of batches, and the rungs that hold them")
+    left, bottom, width, height = 20.0, 270.0, 520.0, 160.0
+    first = min(patches) // 1000 * 1000
+    scale = width / (rungs[-1] - first)
+    picture.text(2, 18, "Batches of two rows, eight images of many sizes each")
+    shares = f"{len(rungs)} rungs: {100 * ladder.patch_padding:.0f} % of the patches are padding"
+    picture.text(2, 42, f"{shares}, {ladder.graphs} graphs", "small")
+    one = f"the benchmark's one rung, {rung:,} (dashed): {100 * padding:.0f} %, one graph"
+    picture.text(2, 64, one, "small")
+    _draw_rungs(picture, (first, *rungs), (left, bottom, height), scale)
+    _draw_counts(picture, patches, (left, bottom, width, height), (first, rungs[-1]))
+    x = left + (rung - first) * scale
+    picture.line("axis", (x, bottom - height), (x, bottom), stroke=2, dash="5 4")
+    picture.line("axis", (left, bottom), (left + width, bottom))
+    for value in range(first, rungs[-1], 1000):
+        picture.text(left + (value - first) * scale, bottom + 18, f"{value:,}", "small", "middle")
+    picture.text(left + width, bottom + 40, "patches of a batch", "small", "end")
+    return picture
+
+
+def _measured_rung() -> tuple[int, float]:
+    """Return a benchmark's rung of patches, and the share of padding in the batches that are measured."""
+    cfg = load_config(f"configs/bench/{CASE}.yaml", ["dataloader.num_workers=0"])
+    rows: Any = load_rows(cfg)
+    count = MEASURED * cfg.dataloader.batch_size
+    patches = sum(int(rows[row]["image_grid_thw"].prod(dim=1).sum()) for row in range(count))
+    shapes: Any = cfg.rope.shapes
+    (rung,) = shapes.patches
+    return rung, 1 - patches / (MEASURED * rung)
+
+
+def _draw_rungs(picture: Picture, borders: Any, at: Any, scale: float) -> None:
+    left, bottom, height = at
+    top = bottom - height
+    for number, (below, rung) in enumerate(pairwise(borders)):
+        x = left + (rung - borders[0]) * scale
         if number % 2 == 0:
-            picture.rect("band", left + below * scale, top, (rung - below) * scale, height)
-        lift = 16 * ((len(rungs) - number) % 2)  # neighbours' labels would overlap
-        picture.line("height line", (x, top - 4 - lift), (x, bottom), stroke=2)
-        picture.text(x + 3, top - 8 - lift, f"{rung:,}", "small", "end")
+            picture.rect("band", x - (rung - below) * scale, top, (rung - below) * scale, height)
+        picture.line("height line", (x, top - 4), (x, bottom), stroke=2)
+        picture.text(x, top - 8, f"{rung:,}", "small", "end")
+
+
+def _draw_counts(picture: Picture, patches: Any, at: Any, ends: Any, bins: int = 48) -> None:
+    left, bottom, width, height = at
+    counts, edges = np.histogram(patches, bins=bins, range=ends)
     for count, edge in zip(counts, edges, strict=False):
         if count:
             tall = float(count / counts.max() * (height - 10))
-            picture.rect("gpu", float(left + edge * scale), bottom - tall, width / 52 - 1, tall)
-    picture.line("axis", (left, bottom), (left + width, bottom))
-    picture.text(
-        left, 18, f"Patches of {BATCHES:,} batches of two rows, eight images of many sizes each"
-    )
-    shares = (
-        f"{100 * ladder.patch_padding:.0f} % of the patches are padding, {ladder.graphs} graphs"
-    )
-    picture.text(left, 38, f"{len(rungs)} rungs, {shares}", "small")
-    for value in _ticks(rungs[-1]):
-        picture.text(left + value * scale, bottom + 18, f"{value:,}", "small", "middle")
-    picture.text(left + width, bottom + 38, "patches of a batch", "small", "end")
-    return picture
+            x = float(left + (edge - ends[0]) * width / (ends[1] - ends[0]))
+            picture.rect("gpu", x, bottom - tall, width / bins - 1, tall)
 
 
 def _ticks(last: float) -> list[int]:
@@ -229,8 +261,8 @@ def draw_timeline(table: dict[str, Any]) -> Picture:
     variants = table["variants"]
     last = max(one["gpu"][-1][1] for one in variants.values())
     title = "Host and GPU in training steps, with syncs and without"
-    picture = Picture(70 + 96 * len(variants), title, WIDE)
-    left, wide = 44.0, WIDE - 50
+    picture = Picture(70 + 96 * len(variants), title)
+    left, wide = 44.0, WIDTH - 50
     scale = wide / last
     x = left
     for css, words in (
@@ -241,7 +273,7 @@ def draw_timeline(table: dict[str, Any]) -> Picture:
     ):
         picture.rect(css, x, 6.0, 14.0, 14.0)
         picture.text(x + 20, 18, words)
-        x += 40 + 8 * len(words)
+        x += 34 + 8.5 * len(words)
     y = 36.0
     for name, one in variants.items():
         idle = f"{one['step_ms']:.0f} ms a step, GPU idle {100 * one['gpu_idle_share']:.0f} %"
@@ -263,7 +295,7 @@ def draw_timeline(table: dict[str, Any]) -> Picture:
         y += 96
     picture.line("axis", (left, y - 8), (left + wide, y - 8))
     for at in _ticks(last):
-        picture.text(left + at * scale, y + 10, str(at), "small", "middle")
+        picture.text(left + at * scale, y + 9, str(at), "small", "middle")
     picture.text(left + wide, y + 28, "milliseconds", "small", "end")
     return picture
 
@@ -278,9 +310,9 @@ def _draw_shares(
     height: float = 22.0,
 ) -> None:
     """Draw a lane in columns of a pixel, as opaque as the share of its time that is covered."""
-    covered = np.zeros(WIDE)
+    covered = np.zeros(WIDTH)
     for start, end, _ in intervals:
-        first, stop = start * scale, min(end * scale, WIDE - 1.0)
+        first, stop = start * scale, min(end * scale, WIDTH - 1.0)
         for column in range(int(first), int(stop) + 1):
             covered[column] += max(0.0, min(stop, column + 1) - max(first, column))
     levels = np.where(covered > 0, np.clip(np.ceil(covered * 10), least, 10), 0).astype(int)
@@ -296,12 +328,12 @@ def draw_peers() -> Picture:
     """Draw the milliseconds of a step of each peer on each case, ours in colour."""
     cells = read_cells()
     most = max(cells[case, peer].ms for case in CASES for peer in PEERS if (case, peer) in cells)
-    picture = Picture(34 + len(CASES) * (44 + 21 * len(PEERS)), "Milliseconds of a step", WIDE)
-    left, top = 166.0, 34.0
-    scale = (WIDE - left - 130) / most
-    picture.text(2, 18, "Milliseconds of a training step, in brackets its syncs; shorter is better")
+    picture = Picture(34 + len(CASES) * (44 + 21 * len(PEERS)), "Milliseconds of a step")
+    left, top = 204.0, 34.0
+    scale = (WIDTH - left - 90) / most
+    picture.text(2, 18, "Milliseconds of a training step, in brackets its syncs")
     for case, words in CASES.items():
-        picture.text(left, top + 24, words)
+        picture.text(2, top + 24, words)
         top += 34
         for peer, name in PEERS.items():
             cell = cells.get((case, peer))
@@ -311,8 +343,7 @@ def draw_peers() -> Picture:
             else:
                 css = "gpu" if peer.startswith("attached") else "peer"
                 picture.rect(css, left, top + 2, cell.ms * scale, 16.0)
-                note = ", earlier run" if cell.quoted else ""
-                text = f"{cell.ms:.0f} ({cell.syncs}){note}"
+                text = f"{cell.ms:.0f} ({cell.syncs})" + "*" * cell.quoted
                 picture.text(left + cell.ms * scale + 6, top + 14, text, "small")
             top += 21
         top += 10
