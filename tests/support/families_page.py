@@ -106,10 +106,10 @@ def vision_keys(row: Family) -> str:
 
 def syncs(name: str, row: Family) -> str:
     """Return the syncs of a step on images: plain, with all that a collator gives, attached."""
-    if not row.section:
-        return "a talker, not attached"
     if row.source is not None or name == "aero_realtime":
         return "no model in transformers"
+    if not row.section:
+        return "a talker, not attached"
     found: list[dict[str, Any]] = []
     for file in ("syncs.json", "syncs-thinkers.json", "syncs-plain.json"):
         found += json.loads((ROOT / "docs/benchmarks" / file).read_text("utf-8"))["rows"]
