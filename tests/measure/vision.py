@@ -108,19 +108,23 @@ def _questions() -> tuple[Question, ...]:
         Question(
             "rotary ids",
             15,
-            lambda grid: (vision.patch_positions(grid, _MERGE),),
+            lambda grid: arrays_of(vision.patch_positions(vision.to_frames(grid, _MERGE), _MERGE)),
             lambda grid: (rotary_ids(grid, _MERGE),),
         ),
         Question(
             "window index",
             15,
-            lambda grid: arrays_of(vision.window_order(grid, _MERGE, side)),
+            lambda grid: arrays_of(
+                vision.window_order(vision.to_frames(grid, _MERGE), _MERGE, side)
+            ),
             lambda grid: window_index(grid, _MERGE, _WINDOW_PIXELS, _PATCH_PIXELS),
         ),
         Question(
             "interpolation",
             5,
-            lambda grid: arrays_of(vision.table_taps(grid, _MERGE, _TABLE_SIDE)),
+            lambda grid: arrays_of(
+                vision.table_taps(vision.to_frames(grid, _MERGE), _MERGE, _TABLE_SIDE)
+            ),
             lambda grid: interpolation(
                 grid, _TABLE_SIDE, "bilinear", align_corners=True, spatial_merge_size=_MERGE
             ),

@@ -229,7 +229,9 @@ def test_a_table_is_interpolated_as_the_installed_tower_does(release: str, corne
     with mock.patch.object(references, "installed_transformers", return_value=release):
         spec = VisionSpec.from_config(config)
     grid = [[1, 6, 4]]
-    expected = vision.table_taps(np.array(grid), 1, spec.table_side or 0, corners=bool(corners))
+    expected = vision.table_taps(
+        vision.to_frames(grid, 1), 1, spec.table_side or 0, corners=bool(corners)
+    )
     taps = vision_tensors(spec, grid)["interp_weights"]
     np.testing.assert_array_equal(taps, expected["interp_weights"])
 

@@ -1,18 +1,51 @@
-"""Per-process cache of what frames of one size contribute to a batch, bounded in bytes."""
+"""Per-process cache of what frames of one size contribute to a batch, bounded in bytes.
+
+Shape suffixes: N grids, F frames of all grids.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from mrope.arrays import Array
 
 Piece = tuple[Array, ...]
+Int64Array = npt.NDArray[np.int64]
 
 CACHE_BYTES = 64 * 2**20
 """Maximum bytes of the per-process frame cache."""
+
+
+# From so many bytes on numpy asks for huge pages, without which a large array takes longer to fill.
+_HUGE = 4 * 2**20
+
+
+class Frames(NamedTuple):
+    """The frames of all grids of a batch.
+
+    Attributes:
+        grid_N3: the grids: frames, height and width in patches.
+        size_F: height and width of each frame, as Python ints, which hash faster than numpy's.
+        distinct: each size once.
+        patches_F: patches of each frame.
+    """
+
+    grid_N3: Int64Array
+    size_F: Sequence[tuple[int, int]]
+    distinct: set[tuple[int, int]]
+    patches_F: Int64Array
+
+    @property
+    def width_F(self) -> Int64Array:
+        """Width of each frame."""
+        return self.grid_N3[:, 2].repeat(self.grid_N3[:, 0])
 
 
 def clear_cache() -> None:
@@ -55,22 +88,24 @@ class FrameCache:
         self._keep(key, piece)
         return piece
 
-    def recall_all(
-        self, build: Callable[..., Piece], sizes: Collection[tuple[int, ...]], *options: int
-    ) -> dict[tuple[int, ...], Piece]:
-        """Return `recall(build, *size, *options)` for each size, taking the lock once."""
-        pieces: dict[tuple[int, ...], Piece] = {}
+    def join(self, build: Callable[..., Piece], frames: Frames, *options: int) -> Piece:
+        """Concatenate `build(h, w, *options)` over all frames, each size computed once.
+
+        Returns:
+            Writable arrays, never shared with the cache.
+        """
+        pieces: dict[tuple[int, int], Piece] = {}
         with self.lock:
-            for size in sizes:
+            for size in frames.distinct:
                 key = (build, *size, *options)
                 piece = self._pieces.get(key)
                 if piece is not None:
                     self._pieces.move_to_end(key)
                     pieces[size] = piece
-        if len(pieces) < len(sizes):
-            for size in set(sizes).difference(pieces):
+        if len(pieces) < len(frames.distinct):
+            for size in frames.distinct - pieces.keys():
                 pieces[size] = self.recall(build, *size, *options)
-        return pieces
+        return tuple(map(_concatenated, zip(*map(pieces.__getitem__, frames.size_F), strict=True)))
 
     def clear(self) -> None:
         """Drop every entry."""
@@ -91,6 +126,20 @@ class FrameCache:
 
     def _size(self, piece: Piece) -> int:
         return self._ENTRY_BYTES + sum(array.nbytes for array in piece)
+
+
+def _concatenated(parts: Sequence[Array]) -> Array:
+    """Concatenate arrays of one dtype on their first axis: `np.concatenate`, for many small ones.
+
+    That takes several times as long for each part as joining its bytes does.
+    """
+    first = parts[0]
+    if first.nbytes * len(parts) > _HUGE:
+        return np.concatenate(parts)
+    # Arrays are buffers, which numpy's annotations say from Python 3.12 on.
+    buffers = cast("Sequence[memoryview]", parts)
+    joined: Array = np.frombuffer(bytearray().join(buffers), first.dtype)
+    return joined.reshape(-1, *first.shape[1:])
 
 
 FRAME_CACHE = FrameCache(CACHE_BYTES)

@@ -9,8 +9,7 @@ once and cached, and a batch is a concatenation.
 
 Source: `transformers.vision_utils` 5.23; crops: `MiniCPMV4_7VisionModel`, transformers 5.24. Crops
 are thumbnails and slices of images and frames: frames of their own, whose patches stand side by
-side, in raster order within each. Functions require grids as `as_sizes` checks them, with at least
-one row.
+side, in raster order within each.
 
 Shape suffixes: N grids, F frames of all grids, P patches of all frames, M merged tokens of all
 frames, W attention windows, L positions along an axis. Within one frame: h, w patches.
@@ -29,7 +28,7 @@ import numpy.typing as npt
 from mrope.arrays import Array, as_grid, borders, starts, within
 from mrope.columns import NewColumns
 from mrope.errors import MRopeError
-from mrope.towers.frame_cache import FRAME_CACHE, Piece
+from mrope.towers.frame_cache import FRAME_CACHE, Frames, Piece
 
 if TYPE_CHECKING:
     from mrope.towers.vision_spec import VisionSpec
@@ -47,7 +46,7 @@ class Product(NamedTuple):
 
     Attributes:
         keys: names of its tensors, without the prefix `image_` or `video_`.
-        make: `(spec, size_N3) -> tensors`, at least one size, each at least 1 and divisible by
+        make: `(spec, frames) -> tensors`, of at least one frame, whose sizes are divisible by
             `spec.spatial_merge_size`. The arrays are writable and never shared.
         needs: field of `VisionSpec` without which there is no such tensor.
         own: whether the tower takes its tensors as keywords; otherwise an attached model reads it.
@@ -56,29 +55,33 @@ class Product(NamedTuple):
     """
 
     keys: tuple[str, ...]
-    make: Callable[[Any, Int64Array], Tensors]
+    make: Callable[[Any, Frames], Tensors]
     needs: str | None = None
     own: bool = True
     fixed: bool = True
 
 
-def frame_borders(grid_N3: Int64Array) -> Int32Array:
-    """Compute the attention segments, one per frame, as offsets into the patches, int32 (F + 1,).
+def frame_borders(frames: Frames) -> Tensors:
+    """Compute the attention segments, one per frame, as offsets into the patches.
+
+    Returns:
+        `cu_seqlens` int32 (F + 1,), `max_seqlen` int.
 
     Example:
-        >>> frame_borders(np.array([[3, 2, 2]])).tolist()
+        >>> frame_borders(to_frames([[3, 2, 2]], 2))["cu_seqlens"].tolist()
         [0, 4, 8, 12]
     """
-    return borders((grid_N3[:, 1] * grid_N3[:, 2]).repeat(grid_N3[:, 0]), np.int32)
+    longest = max(height * width for height, width in frames.distinct)
+    return {"cu_seqlens": borders(frames.patches_F, np.int32), "max_seqlen": longest}
 
 
-def patch_positions(grid_N3: Int64Array, merge: int) -> Int64Array:
-    """Compute row and column of each patch within its frame, int64 (P, 2).
+def patch_positions(frames: Frames, merge: int) -> Tensors:
+    """Compute row and column of each patch within its frame: `position_ids` int64 (P, 2).
 
     Patches are in blocks of `merge` x `merge`, in raster order of blocks and within each block.
     """
-    (positions_P2,) = _join(_positions, grid_N3, merge)
-    return positions_P2
+    (positions_P2,) = FRAME_CACHE.join(_positions, frames, merge)
+    return {"position_ids": positions_P2}
 
 
 def block_index(grid_thw: npt.ArrayLike, merge: int) -> Int64Array:
@@ -88,11 +91,12 @@ def block_index(grid_thw: npt.ArrayLike, merge: int) -> Int64Array:
         >>> block_index([[1, 2, 4]], 2).tolist()
         [0, 1, 4, 5, 2, 3, 6, 7]
     """
-    grid_N3 = as_sizes(grid_thw, merge)
-    size_F = (grid_N3[:, 1] * grid_N3[:, 2]).repeat(grid_N3[:, 0])
-    row_P, column_P = patch_positions(grid_N3, merge).T
-    width_P = grid_N3[:, 2].repeat(grid_N3[:, 0]).repeat(size_F)
-    index_P: Int64Array = row_P * width_P + column_P + starts(size_F).repeat(size_F)
+    frames = to_frames(grid_thw, merge)
+    (positions_P2,) = FRAME_CACHE.join(_positions, frames, merge)
+    row_P, column_P = positions_P2.T
+    width_P = frames.width_F.repeat(frames.patches_F)
+    first_P = starts(frames.patches_F).repeat(frames.patches_F)
+    index_P: Int64Array = row_P * width_P + column_P + first_P
     return index_P
 
 
@@ -106,9 +110,8 @@ def pair_index(grid_thw: npt.ArrayLike, merge: int) -> Int64Array:
         >>> pair_index([[2, 2, 4], [1, 2, 2]], 2).tolist()
         [[0, 1, 4], [2, 3, 4]]
     """
-    grid_N3 = as_sizes(grid_thw, merge)
-    frames_N = grid_N3[:, 0]
-    size_F = (grid_N3[:, 1] * grid_N3[:, 2] // merge**2).repeat(frames_N)
+    frames = to_frames(grid_thw, merge)
+    frames_N, size_F = frames.grid_N3[:, 0], frames.patches_F // merge**2
     ordinal_F = within(frames_N)
     alone_F = (frames_N == 1).repeat(frames_N)
     leads_F = alone_F | ((ordinal_F % 2 == 0) & (ordinal_F + 1 < frames_N.repeat(frames_N)))
@@ -119,7 +122,7 @@ def pair_index(grid_thw: npt.ArrayLike, merge: int) -> Int64Array:
     return np.stack((first_M, first_M + partner_M))
 
 
-def window_order(grid_N3: Int64Array, merge: int, side: int) -> Tensors:
+def window_order(frames: Frames, merge: int, side: int) -> Tensors:
     """Compute the permutation of merged tokens into attention windows, and the windows' borders.
 
     A frame is cut into windows of `side` x `side` merged tokens, smaller at its right and lower
@@ -130,9 +133,9 @@ def window_order(grid_N3: Int64Array, merge: int, side: int) -> Tensors:
         `cu_window_seqlens` int32 (W + 1,), offsets of the windows in patches; `max_window_seqlen`
         int, the largest window.
     """
-    order_M, lengths_W = _join(_windows, grid_N3, merge, side)
-    tokens_F = (grid_N3[:, 1] * grid_N3[:, 2]).repeat(grid_N3[:, 0]) // merge**2
-    # In place: `_join` concatenates, so this never writes into a cached piece.
+    order_M, lengths_W = FRAME_CACHE.join(_windows, frames, merge, side)
+    tokens_F = frames.patches_F // merge**2
+    # In place: what was joined is new, so this never writes into a cached piece.
     order_M += starts(tokens_F).repeat(tokens_F)
     return {
         "window_index": order_M,
@@ -141,7 +144,7 @@ def window_order(grid_N3: Int64Array, merge: int, side: int) -> Tensors:
     }
 
 
-def table_taps(grid_N3: Int64Array, merge: int, side: int, corners: bool = True) -> Tensors:
+def table_taps(frames: Frames, merge: int, side: int, corners: bool = True) -> Tensors:
     """Compute the four learned positions that each patch interpolates, and their weights.
 
     The table of `side` x `side` positions is interpolated bilinearly to the size of each frame.
@@ -152,15 +155,15 @@ def table_taps(grid_N3: Int64Array, merge: int, side: int, corners: bool = True)
     Returns:
         `interp_indices` int64 (P, 4), into the flat table, and `interp_weights` float32 (P, 4).
     """
-    indices_P4, weights_P4 = _join(_taps, grid_N3, merge, side, corners)
+    indices_P4, weights_P4 = FRAME_CACHE.join(_taps, frames, merge, side, corners)
     return {"interp_indices": indices_P4, "interp_weights": weights_P4}
 
 
-def as_sizes(grid_thw: npt.ArrayLike | None, merge: int) -> Int64Array:
-    """Check grids: int64 (N, 3), sizes at least 1, heights and widths multiples of the merge.
+def to_frames(grid_thw: npt.ArrayLike | None, merge: int) -> Frames:
+    """Return the frames of grids (N, 3), whose heights and widths are multiples of the merge.
 
     Raises:
-        MRopeError: they are not.
+        MRopeError: they are not, or a size is below 1.
     """
     grid_N3 = as_grid("grid_thw", grid_thw)
     small = np.minimum.reduce(grid_N3, axis=None, initial=1) < 1
@@ -172,17 +175,12 @@ def as_sizes(grid_thw: npt.ArrayLike | None, merge: int) -> Int64Array:
             f"and width multiples of spatial_merge_size={merge}. Likely cause: a grid of another "
             "processor."
         )
-    return grid_N3
-
-
-def _join(build: Callable[..., Piece], grid_N3: Int64Array, *options: int) -> Piece:
-    """Concatenate `build(h, w, *options)` over all frames of all grids, each size computed once."""
     frames, heights, widths = grid_N3.T.tolist()
-    # `tolist` gave Python ints, which hash faster than numpy scalars.
-    sizes = list(zip(heights, widths, strict=True))
-    pieces = FRAME_CACHE.recall_all(build, set(sizes), *options)
-    of_frames = chain.from_iterable(map(repeat, map(pieces.__getitem__, sizes), frames))
-    return tuple(map(np.concatenate, zip(*of_frames, strict=True)))
+    size_N = list(zip(heights, widths, strict=True))
+    # Images alone need no repetition.
+    size_F = size_N if sum(frames) == len(frames) else [*chain(*map(repeat, size_N, frames))]
+    patches_F = (grid_N3[:, 1] * grid_N3[:, 2]).repeat(grid_N3[:, 0])
+    return Frames(grid_N3, size_F, set(size_N), patches_F)
 
 
 def _positions(height: int, width: int, merge: int) -> Piece:
@@ -273,18 +271,18 @@ def merges_windows(merge: int) -> bool:
     return merge == _SIDE**2
 
 
-def nearest_positions(side: int, size_N3: Int64Array) -> Int64Array:
+def nearest_positions(side: int, frames: Frames) -> Int64Array:
     """Compute the learned position that is nearest to each patch, int64 (P,).
 
     Args:
         side: learned positions along each side of the tower's table.
 
     Example:
-        >>> nearest_positions(4, np.array([[1, 2, 4]])).tolist()
+        >>> nearest_positions(4, to_frames([[1, 2, 4]], 1)).tolist()
         [0, 1, 2, 3, 8, 9, 10, 11]
     """
     parts = []
-    for height, width in size_N3[:, 1:].tolist():
+    for height, width in frames.size_F:
         rows_L, columns_L = _buckets(side, height), _buckets(side, width)
         parts.append((rows_L[:, None] * side + columns_L).ravel())
     return np.concatenate(parts)
@@ -317,71 +315,74 @@ def _buckets(side: int, length: int) -> Int64Array:
 PRODUCTS: dict[str, Product] = {
     "borders": Product(
         ("cu_seqlens", "max_seqlen"),
-        lambda _, sizes: {
-            "cu_seqlens": frame_borders(sizes),
-            "max_seqlen": int((sizes[:, 1] * sizes[:, 2]).max()),
-        },
+        lambda _, frames: frame_borders(frames),
     ),
     "positions": Product(
         ("position_ids",),
-        lambda spec, sizes: {"position_ids": patch_positions(sizes, spec.spatial_merge_size)},
+        lambda spec, frames: patch_positions(frames, spec.spatial_merge_size),
     ),
     # A block of one patch is raster order.
-    "raster_positions": Product(
-        ("position_ids",), lambda _, sizes: {"position_ids": patch_positions(sizes, 1)}
-    ),
+    "raster_positions": Product(("position_ids",), lambda _, frames: patch_positions(frames, 1)),
     "nearest": Product(
         ("position_ids",),
-        lambda spec, sizes: {"position_ids": nearest_positions(spec.table_side, sizes)},
+        lambda spec, frames: {"position_ids": nearest_positions(spec.table_side, frames)},
         needs="table_side",
     ),
     "table": Product(
         ("interp_indices", "interp_weights"),
-        lambda spec, sizes: table_taps(sizes, spec.spatial_merge_size, spec.table_side),
+        lambda spec, frames: table_taps(frames, spec.spatial_merge_size, spec.table_side),
         needs="table_side",
     ),
     "raster_table": Product(
         ("interp_indices", "interp_weights"),
-        lambda spec, sizes: table_taps(sizes, 1, spec.table_side, corners=False),
+        lambda spec, frames: table_taps(frames, 1, spec.table_side, corners=False),
         needs="table_side",
     ),
     "raster_table_to_corners": Product(
         ("interp_indices", "interp_weights"),
-        lambda spec, sizes: table_taps(sizes, 1, spec.table_side),
+        lambda spec, frames: table_taps(frames, 1, spec.table_side),
         needs="table_side",
     ),
     "windows": Product(
         ("window_index", "cu_window_seqlens", "max_window_seqlen"),
-        lambda spec, sizes: window_order(sizes, spec.spatial_merge_size, spec.window_side),
+        lambda spec, frames: window_order(frames, spec.spatial_merge_size, spec.window_side),
         needs="window_side",
     ),
     "crop_windows": Product(
         ("window_index", "cu_window_seqlens", "max_window_seqlen"),
-        lambda spec, sizes: (
-            window_order(sizes, 1, _SIDE) if merges_windows(spec.spatial_merge_size) else {}
+        lambda spec, frames: (
+            window_order(frames, 1, _SIDE) if merges_windows(spec.spatial_merge_size) else {}
         ),
     ),
     "crop_blocks": Product(
         ("block_index",),
-        lambda spec, sizes: {"block_index": crop_block_index(sizes, spec.spatial_merge_size)},
+        lambda spec, frames: {
+            "block_index": crop_block_index(frames.grid_N3, spec.spatial_merge_size)
+        },
         own=False,
     ),
     "blocks": Product(
         ("block_index",),
-        lambda spec, sizes: {"block_index": block_index(sizes, spec.spatial_merge_size)},
+        lambda spec, frames: {"block_index": block_index(frames.grid_N3, spec.spatial_merge_size)},
         own=False,
     ),
     "pairs": Product(
         ("pair_index",),
-        lambda spec, sizes: {"pair_index": pair_index(sizes, spec.spatial_merge_size)},
+        lambda spec, frames: {"pair_index": pair_index(frames.grid_N3, spec.spatial_merge_size)},
         own=False,
         fixed=False,
     ),
     "source_grids": Product(
-        ("source_grids",), lambda _, sizes: {"source_grids": sizes}, own=False, fixed=False
+        ("source_grids",),
+        lambda _, frames: {"source_grids": frames.grid_N3},
+        own=False,
+        fixed=False,
     ),
     "host_grids": Product(
-        ("grid_sizes",), lambda _, sizes: {"grid_sizes": sizes.tolist()}, own=False, fixed=False
+        ("grid_sizes",),
+        lambda _, frames: {"grid_sizes": frames.grid_N3.tolist()},
+        own=False,
+        fixed=False,
     ),
 }
 """Everything that some tower reads, by the names that `Tower.tensors` has."""
@@ -440,14 +441,14 @@ def tower_tensors(
     Args:
         own_alone: leave out what only attached models read.
     """
-    size_N3 = as_sizes(grid_thw, spec.spatial_merge_size)
-    if spec.tower.sizes == "crops" and (size_N3[:, 0] != 1).any():
+    frames = to_frames(grid_thw, spec.spatial_merge_size)
+    if spec.tower.sizes == "crops" and (frames.grid_N3[:, 0] != 1).any():
         raise MRopeError(
             "this tower takes crops, which have sizes and no grids: a crop is one frame"
         )
     tensors: NewColumns = {}
-    if len(size_N3):
+    if frames.size_F:
         for product in products_of(spec):
             if product.own or not own_alone:
-                tensors |= product.make(spec, size_N3)
+                tensors |= product.make(spec, frames)
     return tensors
