@@ -189,7 +189,8 @@ class MRopeCollator:
             # Such a model numbers tokens over the padding too, and has no use for deltas.
             rows = (placement.rows, 1)
             return {"position_ids": np.tile(np.arange(placement.width), rows)}
-        fill = padding_of(self.spec, located.inputs).fill
+        padded = placement.place_T is not None
+        fill = padding_of(self.spec, located.inputs).fill if padded else 0
         positions = self._arrangement.position_ids(positions_AT, fill, located, placement)
         deltas = rope_deltas(self.spec, located, end_D, self._arrangement.apart)
         if batch.get("labels") is None:

@@ -70,16 +70,6 @@ class Placement(NamedTuple):
         out[slice(len(values_T)) if self.place_T is None else self.place_T] = values_T
         return out.reshape(shape)
 
-    def put_axes(self, values_AT: Array, fill: float) -> Array:
-        """Lay out each of A axes, (A, T), as `put` does: (A, rows, width)."""
-        size = self.rows * self.width
-        if self.place_T is None and values_AT.shape[1] == size:
-            return values_AT.reshape(len(values_AT), self.rows, self.width)
-        out = np.full((len(values_AT), size), fill, values_AT.dtype)
-        for axis, values_T in zip(out, values_AT, strict=True):
-            axis[slice(len(values_T)) if self.place_T is None else self.place_T] = values_T
-        return out.reshape(len(out), self.rows, self.width)
-
     def places(self, of_T: BoolArray) -> npt.NDArray[np.int64]:
         """Return the flat index of the tokens that a mask selects: a scatter index."""
         of = of_T if self.kept_K is None else of_T[self.kept_K]
@@ -178,7 +168,14 @@ class Padded:
         self, positions_AT: Array, fill: int, _: Located, placement: Placement
     ) -> Array:
         """Return (A, B, S), with the reference's fill at padding."""
-        return placement.put_axes(positions_AT, fill)
+        axes, rows, width = len(positions_AT), placement.rows, placement.width
+        place_T = placement.place_T
+        if place_T is None:
+            return positions_AT.reshape(axes, rows, width)
+        out = np.full((axes, rows * width), fill, positions_AT.dtype)
+        for axis, values_T in zip(out, positions_AT, strict=True):
+            axis[place_T] = values_T
+        return out.reshape(axes, rows, width)
 
 
 def _refuse_left_padding(valid_BS: BoolArray | None) -> None:

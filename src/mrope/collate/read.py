@@ -322,12 +322,13 @@ class Rows:
         if name in self._read:
             return self._read[name]
         values: list[Any] = []
+        found = None
         try:
             for example in self.examples or ():
-                values.append(read_column(name, example.get(name)))  # noqa: PERF401 - counted
+                values.append(read_column(name, example.get(name)))
+                found = found if values[-1] is None else values
         except MRopeError as error:
             raise MRopeError(f"row {len(values)}: {error}") from None
-        found = values if any(value is not None for value in values) else None
         self._read[name] = found
         return found
 
@@ -413,11 +414,11 @@ def as_numpy(name: str, value: Any) -> Array:
     """
     if not isinstance(value, torch.Tensor):
         return as_array(name, value, "numbers")
-    if value.device.type != "cpu":
+    if not value.is_cpu:
         raise MRopeError(f"{name} is on {value.device}: collate functions must return CPU tensors")
     if value.is_floating_point():
         refuse_half_precision(name, value)
-    return value.detach().numpy()
+    return (value.detach() if value.requires_grad else value).numpy()
 
 
 def _add_counts(spec: MRopeSpec, given: NewColumns, rows: Rows) -> None:
@@ -434,16 +435,13 @@ def _add_counts(spec: MRopeSpec, given: NewColumns, rows: Rows) -> None:
         own = rows.of(name) if masks is None else [_sums(one) for one in masks]
         if own is None:
             continue
-        sizes, none = given[name], np.empty((0, *np.shape(given[name])[1:]))
+        sizes = given[name]
         try:
-            parts = [none if one is None else np.asarray(one) for one in own]
+            parts = [sizes[:0] if one is None else as_numpy(name, one) for one in own]
             together = np.concatenate(parts)
         except (TypeError, ValueError, RuntimeError):
             continue
-        same = together.shape == np.shape(sizes) and np.logical_and.reduce(
-            (together == sizes).ravel()
-        )
-        if same:
+        if together.shape == sizes.shape and not np.count_nonzero(together != sizes):
             given[key] = np.array([len(part) for part in parts])
 
 

@@ -85,7 +85,8 @@ def _of_modality(
     tensors["scatter_index"] = placement.places(placeholder_T)
     for borders, sizes in _SPLITS.items():
         if borders in tensors:
-            tensors[sizes] = np.diff(tensors[borders]).tolist()
+            border = tensors[borders]
+            tensors[sizes] = (border[1:] - border[:-1]).tolist()
     return {TOWER_KEYS[modality, name]: value for name, value in tensors.items()}
 
 
