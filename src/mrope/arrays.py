@@ -103,6 +103,7 @@ def as_whole(name: str, value: Any, lowest: int) -> int:
     return number
 
 
+_INT64 = np.dtype(np.int64)
 _NO_GRID = np.empty((0, 3), np.int64)
 
 
@@ -119,7 +120,7 @@ def as_grid(name: str, grid_thw: npt.ArrayLike | None) -> npt.NDArray[np.int64]:
         if array.shape == (0,):
             return _NO_GRID
         raise MRopeError(f"{name} must have shape (N, 3), not {array.shape}")
-    if array.dtype != np.int64:
+    if array.dtype != _INT64:
         return array.astype(np.int64)
     # Not `astype(copy=False)`: on a short batch a call of numpy costs as much as its arithmetic.
     return cast("npt.NDArray[np.int64]", array)

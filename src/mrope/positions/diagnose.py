@@ -68,9 +68,10 @@ class _Walk:
         # Columns that are left, last first, for each row and kind; row -1: of the whole batch.
         self.queues: dict[tuple[int, int], list[int]] = {}
         self.kinds_by_row: set[int] = set()
+        row_G = grids.row_G
         for column in reversed(range(grids.size_3G.shape[1])):
             kind = IMAGE if column < grids.images else VIDEO
-            row = int(grids.row_G[column]) if grids.row_G is not None else -1
+            row = int(row_G[column]) if row_G is not None else -1
             self.queues.setdefault((row, kind), []).append(column)
             if row >= 0:
                 self.kinds_by_row.add(kind)

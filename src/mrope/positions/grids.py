@@ -6,6 +6,8 @@ videos, or their frames where a family has frames apart).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -21,24 +23,38 @@ class Grids(NamedTuple):
     """One grid for each span, in merged units: images first, then videos or their frames.
 
     Attributes:
-        size_3G: frames, merged height and merged width, newline column included; the product is the
-            span's token count.
+        size_3G: frames, merged height and merged width, newline column included.
+        need_G: their product, the span's tokens.
         images: how many of the G are images, or their frames where these are spans.
         frames_N: how many of the G each video has: 1, or its frames where these are spans.
-        row_G: row of the batch that each belongs to, -1 if unknown; None if no counts were given.
+        spans_B: how many of the images, and of the others, each row has; None: unknown.
         moves: whether any span has more than one frame, so that time advances inside it.
         merge, frame_merge, newlines: patches along a side, and frames of a video, that share a
             token, and newline columns, 0 or 1; for messages.
     """
 
     size_3G: IntArray
+    need_G: IntArray
     images: int
-    frames_N: IntArray
-    row_G: IntArray | None
+    frames_N: Sequence[int]
+    spans_B: tuple[Sequence[int] | None, Sequence[int] | None]
     moves: bool
     merge: int
     frame_merge: int
     newlines: int
+
+    @property
+    def row_G(self) -> IntArray | None:
+        """Row of the batch that each belongs to, -1 if unknown; None if no counts were given."""
+        if self.spans_B == (None, None):
+            return None
+        sizes = (self.images, self.size_3G.shape[1] - self.images)
+        return np.concatenate(
+            [
+                np.full(size, -1) if spans is None else np.arange(len(spans)).repeat(spans)
+                for size, spans in zip(sizes, self.spans_B, strict=True)
+            ]
+        )
 
 
 def to_grids(spec: MRopeSpec, inputs: BatchInputs) -> Grids:
@@ -59,40 +75,46 @@ def to_grids(spec: MRopeSpec, inputs: BatchInputs) -> Grids:
     if frame_merge != 1:
         size_3G[0, images:] //= frame_merge
         _check_clips(size_3G[0, images:], video.size_N3, frame_merge)
-    spans_N = np.ones(images + clips, np.int64)
+    image_N, frames_N = None, [1] * clips
     if row.frames_apart and (clips or row.newlines):
-        first = 0 if row.newlines else images
-        size_3G = _apart(size_3G, spans_N, first, tokens)
-    row_G = None
-    if image.count_B is not None or video.count_B is not None:
-        rows_N = [rows_of(image, "image", rows), rows_of(video, "video", rows)]
-        row_G = np.concatenate(rows_N).repeat(spans_N)
+        size_3G, spans_N = _apart(size_3G, 0 if row.newlines else images, tokens)
+        frames_N = spans_N[images:].tolist()
+        if row.newlines:
+            image_N = spans_N[:images].tolist()
+            images = sum(image_N)
+    moves = bool(np.maximum.reduce(size_3G[0], initial=1) > 1)
+    area_G = size_3G[1] * size_3G[2]
     return Grids(
         size_3G,
-        int(np.add.reduce(spans_N[:images])),
-        spans_N[images:],
-        row_G,
-        bool(np.maximum.reduce(size_3G[0], initial=1) > 1),
+        area_G * size_3G[0] if moves else area_G,
+        images,
+        frames_N,
+        (
+            spans_of_rows(image, "image", rows, image_N),
+            spans_of_rows(video, "video", rows, frames_N),
+        ),
+        moves,
         spec.spatial_merge_size,
         frame_merge,
         int(row.newlines),
     )
 
 
-def _apart(size_3N: IntArray, spans_N: IntArray, first: int, tokens: int) -> IntArray:
-    """Give each frame a column of its own, and write the frames of each grid to `spans_N`.
+def _apart(size_3N: IntArray, first: int, tokens: int) -> tuple[IntArray, IntArray]:
+    """Give each frame a column of its own; return the columns, and how many each grid has.
 
     Args:
         first: grids before this one keep their frames together.
 
     Example: a grid of 2 frames of 3 x 4 becomes two columns (1, 3, 4).
     """
-    spans_N[first:] = size_3N[0, first:]
+    spans_N = size_3N[0].copy()
+    spans_N[:first] = 1
     if np.add.reduce(spans_N[first:]) > tokens:
         spans_N[first:] = _clipped(spans_N[first:], tokens)
     size_3G: IntArray = size_3N.repeat(spans_N, axis=1)
     size_3G[0, first:] = 1
-    return size_3G
+    return size_3G, spans_N
 
 
 def _refuse_unknown_media(spec: MRopeSpec, image_N3: IntArray, video_N3: IntArray) -> None:
@@ -108,23 +130,34 @@ def _refuse_unknown_media(spec: MRopeSpec, image_N3: IntArray, video_N3: IntArra
         )
 
 
-def rows_of(media: Media, modality: str, rows: int) -> IntArray:
-    """Return the row of each item: counts [2, 0, 1] give rows [0, 0, 2]; no counts give -1.
+def spans_of_rows(
+    media: Media, modality: str, rows: int, spans_N: Sequence[int] | None = None
+) -> list[int] | None:
+    """Return how many spans each row has: counts [2, 0, 1] of grids with 1, 3 and 1 give 4, 0, 1.
+
+    Args:
+        spans_N: spans of each grid; None: each is one.
+
+    Returns:
+        None without counts.
 
     Raises:
         MRopeError: not one count for each row, or counts that do not add up to the sizes.
     """
-    counts, sizes = media.count_B, len(media.size_N3)
+    counts = media.count_B
     if counts is None:
-        return np.full(sizes, -1)
+        return None
     # As Python ints, of which a batch has few, and whose sum does not wrap around.
-    each = counts.tolist()
+    each: list[int] = counts.tolist()
+    sizes = len(media.size_N3)
     if counts.shape != (rows,) or min(each, default=0) < 0 or sum(each) != sizes:
         raise MRopeError(
-            f"{count_key(modality)} = {counts.tolist()} does not fit a batch of {rows} rows and "
-            f"{sizes} grids"
+            f"{count_key(modality)} = {each} does not fit a batch of {rows} rows and {sizes} grids"
         )
-    return np.arange(rows).repeat(counts)
+    if spans_N is None:
+        return each
+    spans = iter(spans_N)
+    return [sum(islice(spans, count)) for count in each]
 
 
 def _merged(spec: MRopeSpec, image_N3: IntArray, video_N3: IntArray, tokens: int) -> IntArray:
@@ -133,14 +166,16 @@ def _merged(spec: MRopeSpec, image_N3: IntArray, video_N3: IntArray, tokens: int
     size_3G: IntArray = np.empty((3, images + len(video_N3)), np.int64)
     size_3G[:, :images] = image_N3.T
     size_3G[:, images:] = video_N3.T
-    merged_2G, rest_2G = np.divmod(size_3G[1:], merge)
+    side_2G = size_3G[1:]
+    merged_2G = side_2G // merge
     # A size beyond the batch cannot match its tokens; refused here, products of sizes stay in
     # int64. Below 2**16 they do too, and the error that names row and span can be had.
     limit = merge * max(tokens, 1 << 16)
-    outside = size_3G.min(initial=1) < 1 or size_3G.max(initial=1) > limit
-    if outside or np.count_nonzero(rest_2G):
+    # Less 1 and as unsigned numbers, those below 1 are the largest.
+    outside = np.maximum.reduce((size_3G - 1).view(np.uint64), axis=None, initial=0) >= limit
+    if outside or np.count_nonzero(merged_2G * merge != side_2G):
         raise _wrong_size(size_3G, images, merge, limit, tokens)
-    size_3G[1:] = merged_2G
+    side_2G[:] = merged_2G
     if spec.family_row.newlines:
         size_3G[2] += 1
     return size_3G

@@ -122,6 +122,7 @@ def check_inputs(
     ids = as_integers("input_ids", given["input_ids"], "token ids")
     if ids.ndim != 2:
         raise MRopeError(f"input_ids must have shape (B, S), not {ids.shape}")
+    rows, width = ids.shape
     types = None
     if "mm_token_type_ids" in given and reads_types(spec):
         types = as_integers(
@@ -136,7 +137,7 @@ def check_inputs(
         types=types,
         seq_lengths=given.get("seq_lengths"),
         media=_as_media(spec, given, seconds_dtype),
-        shape=(ids.shape[0], ids.shape[1]),
+        shape=(rows, width),
         flags={name: _as_flag(name, given[name]) for name in _FLAGS if name in given},
     )
 
@@ -153,14 +154,14 @@ def _as_media(spec: MRopeSpec, given: Columns, seconds_dtype: npt.DTypeLike) -> 
             continue
         of = fields.setdefault(str(column.modality), {"merge": merge})
         if column.means == "size":
-            of |= {"size_N3": _as_sizes(name, column.sides, values), "name": name}
+            of["size_N3"], of["name"] = _as_sizes(name, column.sides, values), name
         elif column.means == "count":
             of["count_B"] = as_integers(name, values, "how many grids each row has")
         elif column.means == "kept":
             of["kept"] = as_array(name, values, "a bool for each token of the clips") != 0
         elif column.means == "seconds" and (timed or name in row.inputs):
             seconds = as_array(name, values, "seconds of each video")
-            of |= {"seconds_N": seconds, "seconds_dtype": seconds_dtype}
+            of["seconds_N"], of["seconds_dtype"] = seconds, seconds_dtype
     if _IN_BATCH.isdisjoint(row.inputs):
         return _NO_MEDIA | {modality: Media(**of) for modality, of in fields.items()}
     merged = {modality: _merged(modality, of, given) for modality, of in fields.items()}

@@ -53,10 +53,13 @@ def number_stream(
                 height   repeat(height), then text as above   0 1 2 2 2 3 3 3 5
                 time     repeat(time), then text as above     0 1 2 2 2 2 2 2 5
     """
-    frames_G, height_G, width_G = size_3G
-    # One allocation for all rows: on a short batch the calls cost more than the arithmetic.
+    # On a short batch calls cost more than arithmetic. So all rows are one allocation, and rows are
+    # taken by their index: to unpack an array takes five times as long.
+    frames_G, height_G, width_G = size_3G[0], size_3G[1], size_3G[2]
     table_6R1 = np.zeros((6, len(runs.border_R1)), np.int64)
-    advance_R, lines_R, base_R, height_R, start_R, width_R = table_6R = table_6R1[:, :-1]
+    table_6R = table_6R1[:, :-1]
+    advance_R, lines_R, base_R = table_6R[0], table_6R[1], table_6R[2]
+    height_R, start_R, width_R = table_6R[3], table_6R[4], table_6R[5]
     advance_R[:] = width_R[:] = runs.length_R
     lines_R[:] = 1
     advance_G = np.ones_like(height_G) if planes_at_zero else np.maximum(height_G, width_G)
@@ -80,15 +83,16 @@ def number_stream(
     start_R[:] = base_R
 
     line_4L = table_6R[2:].repeat(lines_R, axis=1)
-    line_3L, width_L = line_4L[:3], line_4L[3]
-    line_3L[1] += count_up(len(width_L))
+    line_3L, height_L, start_L, width_L = line_4L[:3], line_4L[1], line_4L[2, 1:], line_4L[3]
+    height_L += count_up(len(width_L))
     if moves:
         _add_time(line_3L, runs, lines_R, height_G, step_G)
-    line_3L[2, 1:] -= np.add.accumulate(width_L[:-1])
+    start_L -= np.add.accumulate(width_L[:-1])
 
     positions_3T = line_3L.repeat(width_L, axis=1)
-    positions_3T[2] += count_up(positions_3T.shape[1])
-    np.copyto(positions_3T[:2], positions_3T[2], where=runs.text_T)
+    width_T = positions_3T[2]
+    width_T += count_up(len(width_T))
+    np.copyto(positions_3T[:2], width_T, where=runs.text_T)
     return positions_3T, _move_to_zero(positions_3T, runs) if planes_at_zero else end_D
 
 

@@ -111,7 +111,8 @@ def rope_index(
     }
     given = {name: value for name, value in given.items() if value is not None}
     located, positions_AT, end_D = compute(spec, check_inputs(spec, given, seconds_dtype))
-    fill = padding_of(spec, located.inputs).fill
+    padded = located.stream.valid_BS is not None
+    fill = padding_of(spec, located.inputs).fill if padded else 0
     position_ids = to_batch(positions_AT, located.stream, located.inputs.shape, fill)
     return position_ids, rope_deltas(spec, located, end_D)
 
@@ -154,7 +155,7 @@ def locate(spec: MRopeSpec, inputs: BatchInputs) -> Located:
             types_T = types_T[stream.valid_BS.ravel()]
         # As bytes, which compare several times faster; what a byte does not hold has a higher bit.
         bits = np.bitwise_or.reduce(types_T, initial=0)
-        if not 0 <= bits < 4 or (types_T.astype(np.uint8) != kind_T).any():
+        if not 0 <= bits < 4 or np.count_nonzero(types_T.astype(np.uint8) != kind_T):
             raise type_mismatch(stream, kind_T, types_T)
     if grids is None:
         return Located(inputs, stream, kind_T, None)

@@ -11,6 +11,7 @@ vision spans), R1 their borders, V runs of placeholders in the order of tokens, 
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from mrope.arrays import BoolArray, IntArray, run_borders
 from mrope.positions.diagnose import mismatch, missing_start, stray_video, torn_clip, wrong_gap
 from mrope.positions.grids import Grids
 from mrope.positions.located import Runs
-from mrope.positions.stream import IMAGE, TEXT, VIDEO, Stream, documents_of, to_stream
+from mrope.positions.stream import IMAGE, TEXT, VIDEO, Stream, count_up, documents_of, to_stream
 from mrope.spec.families import NO_TOKEN
 from mrope.spec.spec import MRopeSpec
 
@@ -51,28 +52,26 @@ def find_runs(spec: MRopeSpec, stream: Stream, grids: Grids, kind_T: npt.NDArray
         if by_grids is None:
             raise mismatch(stream, whole.start_R, whole.length_R, kind_R, grids)
         cut, vision_G = by_grids
-    if grids.row_G is not None:
-        document_G = start_D.searchsorted(cut.border_R1[vision_G], side="right") - 1
-        # A span of one row has a grid of another; grid rows of -1 are unknown.
-        if ((stream.row_D[document_G] != grids.row_G) & (grids.row_G >= 0)).any():
-            raise mismatch(stream, whole.start_R, whole.length_R, kind_R, grids)
+    rows_known = grids.spans_B != (None, None)
+    if rows_known and not _in_their_rows(stream, cut.border_R1[vision_G], grids):
+        raise mismatch(stream, whole.start_R, whole.length_R, kind_R, grids)
     several = len(start_D) > 1 or spec.family_row.frame_gap is not None
     if several and grids.images + len(grids.frames_N) < grids.size_3G.shape[1]:
         _require_whole_clips(spec, stream, cut, vision_G, grids)
     if spec.family_row.frames_as_images and spec.video_token_id in stream.tokens_T:
         raise stray_video(spec, stream)
     first_D1 = cut.border_R1.searchsorted(stream.border_D1)
-    return Runs(cut.border_R1, cut.length_R, first_D1, vision_G, kind_T == TEXT)
+    return Runs(cut.border_R1, cut.length_R, first_D1, vision_G, np.logical_not(kind_T))
 
 
 def token_kinds(spec: MRopeSpec, stream: Stream) -> npt.NDArray[np.uint8]:
     """Return TEXT, IMAGE or VIDEO for each token of a stream, uint8 (T,)."""
     placeholders = _column(spec.video_token_id, spec.image_token_id)
-    is_video_T, is_image_T = (stream.tokens_T == placeholders).view(np.uint8)
-    kind_T: npt.NDArray[np.uint8] = is_video_T
+    is_2T = (stream.tokens_T == placeholders).view(np.uint8)
+    kind_T: npt.NDArray[np.uint8] = is_2T[0]
     # Video twice, since VIDEO is 2: an addition with a mask (`where=`) takes ten times as long.
-    kind_T += is_video_T
-    kind_T += is_image_T
+    kind_T += kind_T
+    kind_T += is_2T[1]
     if spec.family_row.frames_as_images:
         kind_T[(kind_T == IMAGE) & _inside_videos(spec, stream)] = VIDEO
     return kind_T
@@ -131,8 +130,8 @@ def _match_one_to_one(
         return None
     if images < len(kind_G) and kind_G[images] != VIDEO:
         return None
-    fit_G = length_R[vision_G] == np.multiply.reduce(grids.size_3G)
-    return vision_G if np.logical_and.reduce(fit_G) else None
+    misfits = np.count_nonzero(length_R[vision_G] != grids.need_G)
+    return None if misfits else vision_G
 
 
 def _cut_by_grids(
@@ -144,7 +143,7 @@ def _cut_by_grids(
     within the run, and all 6 tokens are used; the spans start at the run's start and 2 tokens on.
     """
     start_R, length_R = whole.start_R, whole.length_R
-    need_G = np.multiply.reduce(grids.size_3G)
+    need_G = grids.need_G
     starts = []
     for kind, part in ((IMAGE, slice(grids.images)), (VIDEO, slice(grids.images, None))):
         run = (kind_R == kind).nonzero()[0]
@@ -161,6 +160,20 @@ def _cut_by_grids(
     start_G = np.concatenate(starts)
     border_R1 = np.sort(np.concatenate((start_R[kind_R == TEXT], start_G, [tokens])))
     return _Cut(border_R1, border_R1[1:] - border_R1[:-1]), border_R1.searchsorted(start_G)
+
+
+def _in_their_rows(stream: Stream, start_G: IntArray, grids: Grids) -> bool:
+    """Whether as many spans stand before each row as have grids of the rows before it."""
+    for start_V, spans_B in zip(
+        (start_G[: grids.images], start_G[grids.images :]), grids.spans_B, strict=True
+    ):
+        if spans_B is not None:
+            # Where the first document of each row, or of a later one, begins.
+            first_B1 = stream.row_D.searchsorted(count_up(len(spans_B) + 1))
+            before_B1 = start_V.searchsorted(stream.border_D1[first_B1])
+            if before_B1.tolist() != [*accumulate(spans_B, initial=0)]:
+                return False
+    return True
 
 
 def _require_starts(spec: MRopeSpec, stream: Stream, start_V: IntArray, kind_V: IntArray) -> None:
@@ -183,7 +196,7 @@ def _require_whole_clips(
     start_V = cut.start_R[vision_G[grids.images :]]
     # As few calls as can be: this is on the way of every batch with a clip.
     first_of_document = start_V.searchsorted(stream.start_D).tolist()
-    first_of_clip = {0, *np.add.accumulate(grids.frames_N).tolist()}
+    first_of_clip = {0, *accumulate(grids.frames_N)}
     if not first_of_clip.issuperset(first_of_document):
         raise torn_clip(stream, start_V, grids)
     gap = spec.family_row.frame_gap

@@ -31,7 +31,7 @@ from mrope.positions.custom.shared import (
     number_cells,
     refuse_counts,
 )
-from mrope.positions.grids import rows_of
+from mrope.positions.grids import spans_of_rows
 from mrope.positions.inputs import BatchInputs, Media
 from mrope.positions.located import Located
 from mrope.positions.stream import IMAGE, VIDEO, Stream, documents_of
@@ -154,9 +154,9 @@ def _match(located: Located, spans: Spans) -> IntArray:
     needed_V = size_2V.prod(axis=0)
     count = min(len(needed_V), len(spans.start_V))
     wrong_V = spans.length_V[:count] != needed_V[:count]
-    row_N = None
-    if media.count_B is not None:
-        row_N = rows_of(media, spans.modality, located.inputs.shape[0])
+    rows = located.inputs.shape[0]
+    counts = spans_of_rows(media, spans.modality, rows)
+    row_N = None if counts is None else np.arange(rows).repeat(counts)
     if row_N is not None or not wrong_V.any():
         refuse_counts(located.stream, spans, needed_V, row_N, name)
     if wrong_V.any():
