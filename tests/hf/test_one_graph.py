@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
 
+import mrope.hf
 from mrope import MRopeCollator, MRopeError, Shapes, VisionSpec
 from mrope.collate.padding import PaddingCollator
 from mrope.guard import SyncGuard
@@ -356,3 +359,19 @@ def test_a_compiled_step_has_no_sync(packing: Any) -> None:
     # like one to the device. On CUDA the constant is the tensors' own device.
     assert {*syncs} <= {"copy from the device", "copy of an index to the device"}
     assert guard.count == 0, guard.report()
+
+
+def test_what_a_graph_holds_as_a_constant_is_found_from_types_and_texts() -> None:
+    """torch before 2.12 passes no module of a model to such a function: compiling whole fails."""
+    taken: dict[str, set[str]] = {}
+    for file in Path(mrope.hf.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and any(
+                ast.unparse(mark) == "torch.compiler.assume_constant_result"
+                for mark in node.decorator_list
+            ):
+                kinds = {ast.unparse(one.annotation) for one in node.args.args if one.annotation}
+                taken[f"{file.name} {node.name}"] = kinds
+    assert len(taken) > 5
+    others = {name: kinds - {"type", "tuple[str, str]"} for name, kinds in taken.items()}
+    assert not any(others.values()), others

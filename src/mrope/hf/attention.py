@@ -241,7 +241,7 @@ def has_layers(config: object, kind: str) -> bool:
 
 def modelling_of(layer: object) -> Any:
     """Return the module of transformers that defines the layer's forward."""
-    return _module_of_forward(type(layer))
+    return module_of_forward(type(layer))
 
 
 _MODULES: dict[type, Any] = {}
@@ -249,7 +249,8 @@ _MODULES: dict[type, Any] = {}
 
 # A constant under torch.compile, which cannot trace the search; it would warn of an lru_cache.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _module_of_forward(layer_class: type) -> Any:
+def module_of_forward(layer_class: type) -> Any:
+    """Return the module of transformers that defines the forward of a class of layers."""
     if layer_class not in _MODULES:
         _MODULES[layer_class] = _find_module(layer_class)
     return _MODULES[layer_class]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from mrope.columns import NewColumns
-from mrope.hf.attention import modelling_of, tower_borders
+from mrope.hf.attention import module_of_forward, tower_borders
 from mrope.hf.inputs import (
     PIXELS,
     SOUND,
@@ -122,15 +122,16 @@ def _take_call(self: object, row: Row, modality: str, inputs: Tensors) -> Call:
 
 def _name_as_read(tower: object, keywords: NewColumns) -> None:
     """Rename the interpolation for towers up to 5.14, which take a row for each corner."""
-    if "interp_indices" in keywords and _reads_corners(tower):
+    if "interp_indices" in keywords and _reads_corners(type(tower)):
         for name in ("indices", "weights"):
             keywords[f"bilinear_{name}"] = keywords.pop(f"interp_{name}").t()
 
 
-# A constant under torch.compile, which takes no module of Python's from such a function.
+# A constant under torch.compile, which takes no module of Python's from such a function; before
+# torch 2.12 it gives none of a model's modules to one either.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _reads_corners(tower: torch.nn.Module) -> bool:
-    return hasattr(modelling_of(tower), "get_vision_bilinear_indices_and_weights")
+def _reads_corners(tower: type) -> bool:
+    return hasattr(module_of_forward(tower), "get_vision_bilinear_indices_and_weights")
 
 
 def given_borders(cu_seqlens: torch.Tensor, borders: object, reads: bool) -> Any:
