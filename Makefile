@@ -86,14 +86,15 @@ integration: .venvs/integration/.ready  ## Train with Trainer, TRL, accelerate, 
 	$(@D)/bin/pip install --quiet -c constraints.txt -e '.[integration]'
 	touch $@
 
-# Not in CI: 5 GB of packages, and releases of others. ms-swift, verl and VeOmni share one environment with
-# transformers 5.9.0; lmms-engine requires an older one. A skipped test fails the target.
-PEERS := .venvs/lmms-engine .venvs/peers
-peers: $(PEERS:%=%/.ready)  ## Run the tests of lmms-engine, ms-swift, verl and VeOmni, each in its own environment
+# Not in CI: 7 GB of packages, and releases of others. ms-swift, verl and VeOmni share one environment with
+# transformers 5.9.0; lmms-engine requires an older one, NeMo Automodel 5.18. A skipped test fails the target.
+PEERS := .venvs/lmms-engine .venvs/peers .venvs/nemo
+peers: $(PEERS:%=%/.ready)  ## Run the tests of lmms-engine, ms-swift, verl, VeOmni and NeMo Automodel, in environments of their own
 	PYTHONPATH=src:tests .venvs/lmms-engine/bin/python -m pytest -q -p no:cacheprovider --no-skips \
 	  tests/integration/test_lmms_engine.py tests/integration/test_docs.py -k lmms
 	PYTHONPATH=src:tests .venvs/peers/bin/python -m pytest -q -p no:cacheprovider --no-skips \
 	  tests/integration/test_adapters.py
+	PYTHONPATH=src:tests .venvs/nemo/bin/python -m pytest -q -p no:cacheprovider --no-skips tests/integration/test_nemo.py
 
 # Pins of constraints.txt that a peer's requirements contradict. The peers themselves go without their
 # dependencies, which name CUDA builds and releases older than these; what their tests import is listed.
@@ -117,6 +118,14 @@ PINS_LEFT_OUT := transformers|tokenizers|huggingface.hub|packaging|rich|typer
 	  accelerate codetiming datasets einops hydra-core json_repair modelscope pandas peft pillow pytest \
 	  pytest-timeout cachetools fastapi ray tensordict==0.10.0 torchdata uvicorn
 	$(@D)/bin/pip install --quiet --no-cache-dir --no-deps ms-swift==4.6.0 verl==0.9.1 veomni==0.1.12
+	touch $@
+
+.venvs/nemo/.ready: constraints.txt
+	$(PYTHON) -m venv --clear $(@D)
+	grep -vE '^($(PINS_LEFT_OUT))==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/pip install --quiet --no-cache-dir -c $(@D)/constraints.txt torch==2.13.0 transformers==5.18.0 \
+	  datasets omegaconf pillow pytest pytest-timeout pyyaml scikit-image scikit-learn sybil torchdata
+	$(@D)/bin/pip install --quiet --no-cache-dir --no-deps nemo-automodel==0.7.0 flashoptim==0.1.4 torchao==0.18.0
 	touch $@
 
 # Starts Ray with two workers on this machine.

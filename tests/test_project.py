@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT: Any = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
 # A peer whose requirements contradict those of the other extras: `make peers` installs it.
-UNDECLARED = {"lmms_engine"}
+UNDECLARED = {"lmms_engine", "nemo_automodel"}
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "skimage": "scikit-image",
