@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
+from transformers.models.qwen3_5.modeling_qwen3_5 import (
+    causal_conv1d_fn,
+    torch_chunk_gated_delta_rule,
+)
 
 from hf.test_one_graph import SHAPES, collate, examples_of, fresh_dynamo, model_of_depth, step
 from hf.test_replaced_forwards import doubled
 from mrope import MRopeError
 from mrope.hf import attach, compile_layers, fused
+from mrope.hf.linear import _convolve
 from support.models import tiny_examples, tiny_model
 
 # dynamo looks at the gradient of a layer's input, which is no leaf.
@@ -98,6 +102,18 @@ def test_logits_loss_and_gradients_are_those_of_rows_alone(family: str, shapes: 
     for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         if other.grad is not None and one.grad is not None:
             torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-5, msg=name)
+
+
+def test_the_convolution_is_rounded_where_the_plain_model_rounds() -> None:
+    layer = next(m for m in tiny_model(FAMILY).modules() if hasattr(m, "conv1d")).bfloat16()
+    width: Any = layer.conv1d.weight.shape[0]
+    states = torch.randn(1, 90, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight: Any = layer.conv1d.weight.squeeze(1)
+    own = inspect.unwrap(causal_conv1d_fn)
+    wanted = own(states.mT, weight, layer.conv1d.bias, layer.activation).mT
+    apart = _convolve(layer, states, {}) != wanted
+    # Not 0 everywhere: float32 may add up the taps in another order.
+    assert apart.float().mean() < 0.01
 
 
 def test_a_foreign_forward_and_fixed_shapes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,9 +122,10 @@ def _convolve(self: Any, states: torch.Tensor, segments: NewColumns) -> torch.Te
     weight, bias = convolution.weight.squeeze(1), convolution.bias
     if fused.can_convolve(states, self.activation):
         return fused.convolve(states, weight, bias, self.activation, segments)
-    mixed = _taps(states, weight, bias, segments.get("linear_places"))
+    # Rounded before the activation, as transformers' own convolution is.
+    mixed = _taps(states, weight, bias, segments.get("linear_places")).to(states.dtype)
     result: torch.Tensor = modelling_of(self).ACT2FN[self.activation](mixed)
-    return result.to(states.dtype)
+    return result
 
 
 def _taps(
