@@ -120,17 +120,16 @@ def test_a_model_that_is_not_attached_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "layers", "whole", "mode"),
+    ("value", "layers", "whole"),
     [
-        ("false", False, False, None),
-        ("true", True, False, None),
-        ("layers", True, False, None),
-        ("whole", False, True, None),
-        ("captured", False, True, "reduce-overhead"),
+        ("false", False, False),
+        ("true", True, False),
+        ("layers", True, False),
+        ("whole", False, True),
     ],
 )
 def test_the_config_says_how(
-    value: str, layers: bool, whole: bool, mode: str | None, monkeypatch: pytest.MonkeyPatch
+    value: str, layers: bool, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modes: list[Any] = []
     monkeypatch.setattr(
@@ -143,4 +142,4 @@ def test_the_config_says_how(
     compiled = [module for module, _ in modes]
     assert (model in compiled) is whole
     assert (model.model.language_model.layers[0] in compiled) is layers
-    assert all(options.get("mode") == mode and options["fullgraph"] for _, options in modes)
+    assert all(options["fullgraph"] and not options["dynamic"] for _, options in modes)

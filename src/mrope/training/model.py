@@ -80,8 +80,7 @@ def attach_and_compile(cfg: Config, model: torch.nn.Module) -> torch.nn.Module:
     if cfg.model.compile in (True, "layers"):
         return compile_layers(model)
     # Without dynamic shapes: a ladder has few, and kernels for known sizes are faster.
-    mode = "reduce-overhead" if cfg.model.compile == "captured" else None
-    model.compile(fullgraph=True, dynamic=False, mode=mode)
+    model.compile(fullgraph=True, dynamic=False)
     return model
 
 

@@ -134,7 +134,7 @@ class ModelSection(_Section):
     trust_remote_code: bool = False
     attach: bool = False
     attention: Literal["auto", "varlen", "segments"] = "auto"
-    compile: Literal[False, True, "layers", "whole", "captured"] = False
+    compile: Literal[False, True, "layers", "whole"] = False
 
 
 _Count = Annotated[int, Field(ge=1)]
