@@ -304,17 +304,19 @@ def test_bench_step_and_syncs_tell_configs_from_overrides(
 ) -> None:
     seen: list[tuple[Any, ...]] = []
 
-    def record(*arguments: Any) -> None:
-        seen.append(arguments)
+    def record(*arguments: Any, **options: Any) -> None:
+        seen.append((*arguments, *options.values()))
 
     monkeypatch.setattr("mrope.bench.step.bench_step", record)
     monkeypatch.setattr("mrope.check.syncs.print_step_syncs", record)
     words = ("a.yaml", "trainer.seed=1", "b.yaml")
     assert command("bench", "step", *words, "--device", "cpu", "--steps", "4") == 0
+    assert command("bench", "step", "a.yaml", "--variants", "plain,layers") == 0
     assert command("syncs", "a.yaml", "trainer.seed=1") == 0
     assert command("syncs", "--model", "folder") == 0
     assert seen == [
-        ([Path("a.yaml"), Path("b.yaml")], ["trainer.seed=1"], "cpu", 4, None, None),
+        ([Path("a.yaml"), Path("b.yaml")], ["trainer.seed=1"], "cpu", 4, None, None, None),
+        ([Path("a.yaml")], [], "auto", 20, None, None, ["plain", "layers"]),
         (Path("a.yaml"), ["trainer.seed=1"], None),
         (None, [], "folder"),
     ]

@@ -1,7 +1,7 @@
 """Measure a training step of fixed shapes on a GPU: plain, attached, compiled to one graph, captured.
 
-    PYTHONPATH=src:tests python -m measure.one_graph 2b-mixed8,2b-crops64 [flash] [reduce]
-    PYTHONPATH=src:tests python -m measure.one_graph 2b-s16k checkpoint [flash] [reduce]
+    PYTHONPATH=src:tests python -m measure.one_graph 2b-mixed8,2b-crops64 [flash]
+    PYTHONPATH=src:tests python -m measure.one_graph 2b-s16k checkpoint [flash]
     PYTHONPATH=src:tests python -m measure.one_graph 2b-mixed8 warm
     PYTHONPATH=src:tests python -m measure.one_graph 2b-crops64 layers
     PYTHONPATH=src:tests python -m measure.one_graph 2b-crops64 only
@@ -10,8 +10,7 @@ For each config of configs/bench: milliseconds of a step, forward and backward, 
 of 12 after 3); GPU idle by a trace of 3 further steps; peak memory; losses of two batches. All variants
 run on the same eight batches, collated before. "captured by hand" replays one CUDA graph of the compiled
 step, forward and backward; with `layers`, the model compiled layer by layer is measured too, and with
-`only` nothing else that is compiled; with `reduce`, torch's own mode="reduce-overhead" is compiled and measured too;
-with `flash`, a plain model under transformers' flash attention path, with torch's kernel; with
+`only` nothing else that is compiled; with `flash`, a plain model under transformers' flash attention path, with torch's kernel; with
 `checkpoint`, all of them under gradient checkpointing, without which 2b-s16k does not fit. With `warm`
 nothing is measured: the graph is compiled into inductor's cache, so that several cases compile side by
 side before they are measured one by one.
@@ -19,11 +18,11 @@ side before they are measured one by one.
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ import transformers
 from torch._dynamo.utils import counters
 
 from mrope import MRopeCollator
+from mrope.bench.step import step_times
 from mrope.bench.trace import profile_steps
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach, compile_layers, detach, explain_attention
@@ -63,19 +63,11 @@ def measure(name: str, one_step: Callable[[int], Any]) -> None:
         one_step(number)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    marks: list[Any] = []
-    for number in range(STEPS + 1):
-        kind: Any = torch.cuda.Event
-        marks.append(kind(enable_timing=True))
-        marks[-1].record()
-        if number < STEPS:
-            one_step(number)
-    torch.cuda.synchronize()
-    times = sorted(one.elapsed_time(other) for one, other in pairwise(marks))
+    milliseconds = 1e3 * statistics.median(step_times(one_step, range(STEPS), CUDA))
     memory = torch.cuda.max_memory_allocated() / 2**30
     trace = profile_steps(one_step, range(PROFILED))
     print(
-        f"{name:32s} {times[STEPS // 2]:8.1f} ms   idle {100 * trace['gpu_idle_share']:5.2f} %   "
+        f"{name:32s} {milliseconds:8.1f} ms   idle {100 * trace['gpu_idle_share']:5.2f} %   "
         f"busy {trace['gpu_busy_ms']:6.1f} ms   {trace['kernels_per_step']:6.0f} kernels   "
         f"{memory:.1f} GiB",
         flush=True,
@@ -128,9 +120,6 @@ def measure_case(case: str, options: list[str]) -> None:
     print(f"graphs for {BATCHES} batches: {counters['stats']['unique_graphs'] - before}")
     losses["captured by hand"] = measure_capture(compiled, same)
     torch.cuda.empty_cache()  # of the graph's pool
-    if "reduce" in options:
-        torch._dynamo.reset()
-        measure_reduced(model, same)
     print("losses of two batches:", losses, flush=True)
     detach(model)
     torch._dynamo.reset()
@@ -217,17 +206,6 @@ def measure_capture(run: Any, batches: list[Batch]) -> list[float]:
     for parameter in run.parameters():
         parameter.grad = None
     return found
-
-
-def measure_reduced(model: Any, batches: list[Batch]) -> None:
-    reduced: Any = torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead")
-
-    def one_step(number: int) -> None:
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        step(reduced, batches[number % BATCHES])
-
-    measure('mode="reduce-overhead"', one_step)
-    without_sync('mode="reduce-overhead"', lambda: one_step(1))
 
 
 if __name__ == "__main__":

@@ -285,8 +285,12 @@ def test_the_bench_configs_are_valid_and_their_rows_fit(file: Path) -> None:
     assert cfg.data.shape is not None
     rows = SyntheticRows(cfg.spec(), cfg.data.shape, rows=1, patch_shape=(4,), dtype=torch.float32)
     batch = build_collator(load_config(file, ["rope.vision=true"]))([rows[0]])
-    assert batch["position_ids"].shape == (3, 1, cfg.data.shape.width)
-    assert not batch["has_padding"]
+    if cfg.rope.packing is None:
+        assert batch["position_ids"].shape == (3, 1, cfg.data.shape.width)
+        assert not batch["has_padding"]
+    else:
+        assert cfg.rope.shapes is not None
+        assert batch["position_ids"].shape == (4, 1, cfg.rope.shapes.tokens[0])
 
 
 def test_the_shape_of_synthetic_rows_is_checked(tmp_path: Path) -> None:
@@ -303,6 +307,8 @@ def test_the_shape_of_synthetic_rows_is_checked(tmp_path: Path) -> None:
         ConfigError, match=r"image_sides: must be least and largest side, not \[4, 2"
     ):
         load_config(file, ["data.source=synthetic", "data.shape={width: 8, image_sides: [4, 2]}"])
+    with pytest.raises(ConfigError, match="least_width: must be at most width=8, not 9"):
+        load_config(file, ["data.source=synthetic", "data.shape={width: 8, least_width: 9}"])
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,18 @@ def test_synthetic_rows_are_collated_in_every_family(family: str) -> None:
     assert pixels == rows.sizes()["patches"].sum() > 0
 
 
+def test_a_row_is_as_wide_as_is_drawn_for_it_in_every_epoch() -> None:
+    shape = ShapeSection(width=60, least_width=20, images=1, image=[4, 4])
+    rows = SyntheticRows(example_spec("qwen3_vl"), shape, 50, (4,), torch.float32)
+    widths = [len(rows[index]["input_ids"]) for index in range(50)]
+    assert 20 <= min(widths) < 30 and 50 < max(widths) <= 60
+    assert widths == [len(rows[index]["input_ids"]) for index in range(50)]
+    assert widths == rows.sizes()["tokens"].tolist()
+    short = ShapeSection(width=60, least_width=3, images=1, image=[4, 4])
+    with pytest.raises(MRopeError, match="tokens, more than width=3"):
+        SyntheticRows(example_spec("qwen3_vl"), short, 1, (4,), torch.float32)
+
+
 @pytest.mark.parametrize("balance", ["tokens", "work"])
 @pytest.mark.parametrize("shapes", [None, {"tokens": [256, 1024], "patches": [128, 512]}])
 @pytest.mark.parametrize("max_patches", [None, 400])

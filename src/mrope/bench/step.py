@@ -6,12 +6,15 @@ The same steps of the same model run in several variants, one after another in o
 - positions: the DataLoader's workers compute the position ids;
 - vision: they compute the vision tower's tensors too;
 - attached: as vision, and the patched forward reads every tensor from the batch;
-- layers, compiled, captured: as attached, with fixed shapes, compiled layer by layer, as one graph,
-  and replayed as CUDA graphs (`mode="reduce-overhead"`). Only of configs with `rope.shapes`.
+- flattened: as attached, on flattened rows. Only of configs with `rope.packing: flatten`, and this
+  variant and those below alone have flattened rows then;
+- fixed, layers, compiled: as attached or flattened, with fixed shapes; compiled layer by layer; as
+  one graph. Only of configs with `rope.shapes`.
 
 Host time: from the call of the forward until it returns, starting with an idle device. Step time:
 from one step, forward and backward, to the next; the benchmark adds no sync in between. Syncs are
-counted by `mrope.guard`.
+counted by `mrope.guard`, on CUDA by torch's own debug mode. Operations: of the model, on real
+tokens and patches, by `WorkModel`.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +31,7 @@ from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 
@@ -39,20 +43,23 @@ from mrope.bench.harness import (
     write_json,
 )
 from mrope.bench.trace import profile_steps
+from mrope.collate.collator import Collate
 from mrope.columns import Columns, NewColumns
+from mrope.errors import MRopeError
 from mrope.guard import SyncGuard
 from mrope.hf import attach, compile_layers, detach
 from mrope.hf.attaching import base_model
 from mrope.hf.compiling import is_compiled
+from mrope.prepare.work import WorkModel
 from mrope.spec.spec import MRopeSpec
 from mrope.training.config import build_collator, load_config
-from mrope.training.dataloader import RowDataset, load_rows, make_loader
+from mrope.training.dataloader import GRIDS, RowDataset, load_rows, make_loader
 from mrope.training.model import build_model
 from mrope.training.sections import Config
 from mrope.training.step import choose_device, finish, guarded_step, to_device
 
 VARIANTS = ("positions", "vision", "attached")
-_MODES = {"layers": None, "compiled": None, "captured": "reduce-overhead"}
+FIXED = ("fixed", "layers", "compiled")
 _WARM_UP = 3
 _PROFILED = 3
 Rival = Callable[[MRopeSpec], Callable[..., Any]]
@@ -69,9 +76,11 @@ class Measured:
     loss: list[float] = field(default_factory=list)
     syncs: int = 0
     sites: str = ""
+    warm_up: float = 0.0
+    tflop: float | None = None
     passed_error_mode: bool = False
     batch_bytes: int = 0
-    device: dict[str, float] = field(default_factory=dict)
+    device: NewColumns = field(default_factory=dict)
 
     def summary(self) -> NewColumns:
         """Return medians and quartiles in milliseconds, and the counts, for JSON."""
@@ -80,6 +89,7 @@ class Measured:
             "passed_error_mode": self.passed_error_mode,
             "batch_bytes": self.batch_bytes,
             "losses": self.loss[:3],
+            "warm_up_s": self.warm_up,
             # Without the folders of this machine.
             "sites": [_FOLDERS.sub("", line) for line in self.sites.splitlines()],
             **self.device,
@@ -89,6 +99,9 @@ class Measured:
             low, middle, high = statistics.quantiles(seconds, n=4)
             table[f"{name}_ms"] = 1e3 * middle
             table[f"{name}_quartiles_ms"] = [1e3 * low, 1e3 * high]
+        if self.tflop is not None:
+            mean = statistics.fmean(self.step)
+            table |= {"tflop": self.tflop, "tflop_per_s": self.tflop / mean}
         return table
 
 
@@ -100,6 +113,7 @@ def bench_step(
     json_file: Path | None,
     plot_file: Path | None,
     rivals: Mapping[str, Rival] | None = None,
+    variants: list[str] | None = None,
 ) -> None:
     """Measure every config in every variant; print tables, and write JSON and a picture if given.
 
@@ -111,6 +125,10 @@ def bench_step(
             in `steps // 4` further steps, at least 2.
         rivals: further variants, by name: each returns, for a spec, what stands in place of the
             plain model's `get_rope_index`.
+        variants: those to measure, by name; None: all that a config has.
+
+    Raises:
+        MRopeError: a variant that a config does not have.
     """
     choose_device(device)
     console = make_console()
@@ -122,43 +140,82 @@ def bench_step(
     console.print(one_line(report["conditions"]))
     for path in configs:
         cfg = load_config(path, overrides)
-        case = _measure_case(cfg, device, steps, rivals or {})
-        report["cases"][path.stem] = case
+        case = report["cases"][path.stem] = {}
+        for variant, found in _measure_case(cfg, device, steps, rivals or {}, variants):
+            case[variant] = found
+            console.print(f"{variant}: {found['step_ms']:.1f} ms, losses {found['losses']}")
+            write_json(report, json_file)  # each time, so that a failure keeps the earlier ones
         console.print(step_table(path.stem, case))
-        write_json(report, json_file)  # after each case, so that a failure keeps the earlier ones
     if plot_file is not None:
         plot_cases(report["cases"], plot_file)
 
 
-def _measure_case(cfg: Config, device: str, steps: int, rivals: Mapping[str, Rival]) -> NewColumns:
+def _measure_case(
+    cfg: Config,
+    device: str,
+    steps: int,
+    rivals: Mapping[str, Rival],
+    variants: list[str] | None,
+) -> Iterator[tuple[str, NewColumns]]:
+    chosen = _choose(cfg, rivals, variants)
     where = torch.device("cuda" if _on_cuda(device) else "cpu")
     torch.manual_seed(cfg.seed)
     rows = load_rows(cfg)
     with where:  # initialising large models on the CPU takes minutes
         model = build_model(cfg)
-    case = {}
-    fixed = () if cfg.rope.shapes is None else tuple(_MODES)
-    for variant in ("plain", *rivals, *VARIANTS, *fixed):
-        with _prepared(cfg, model, variant, rivals.get(variant)) as (prepared, run):
-            case[variant] = _measure(prepared, model, run, rows, where, steps).summary()
-    return case
+    tflop = _count_tflop(cfg, rows, steps)
+    for variant in chosen:
+        with _prepared(cfg, model, variant, rivals.get(variant)) as (collate, run):
+            loader = make_loader(cfg, rows, collate)
+            measured = _measure(loader, model, run, where, steps)
+        measured.tflop = tflop
+        yield variant, measured.summary()
+
+
+def _choose(cfg: Config, rivals: Mapping[str, Rival], variants: list[str] | None) -> list[str]:
+    flattened = ["flattened"] * (cfg.rope.packing is not None)
+    fixed = FIXED * (cfg.rope.shapes is not None)
+    known = ["plain", *rivals, *VARIANTS, *flattened, *fixed]
+    for variant in variants or ():
+        if variant not in known:
+            raise MRopeError(f"variants of this config: {', '.join(known)}; not {variant!r}")
+    return [name for name in known if variants is None or name in variants]
+
+
+def _count_tflop(cfg: Config, rows: RowDataset, steps: int) -> float | None:
+    """Return the mean operations of the timed batches, in 1e12; None: of an unknown tower."""
+    try:
+        work = WorkModel.from_config(cfg.model.config)
+    except MRopeError:
+        return None
+    plain = cfg.rope.model_copy(update={"enabled": False})
+    loader = make_loader(cfg, rows, build_collator(cfg.model_copy(update={"rope": plain})))
+    first = _WARM_UP + _host_steps(steps)
+    counts = []
+    for batch in islice(_endless(loader), first, first + steps):
+        size_NK = np.concatenate([np.asarray(batch.get(name, ())).reshape(-1, 3) for name in GRIDS])
+        frame_N = size_NK[:, 1:].prod(1)
+        patches = (size_NK[:, 0] * frame_N).sum(), (size_NK[:, 0] * frame_N**2).sum()
+        counts.append(work.text(batch["attention_mask"].sum(1)).sum() + work.tower(*patches))
+    return float(np.mean(counts)) / 1e12
 
 
 @contextmanager
 def _prepared(
     cfg: Config, model: torch.nn.Module, variant: str, rival: Rival | None
-) -> Iterator[tuple[Config, Any]]:
+) -> Iterator[tuple[Collate, Any]]:
     """Patch the model for a variant within the block.
 
-    Yields the config of its collator, and what the step calls: the model, or a compiled one.
+    Yields its collate function, and what the step calls: the model, or a compiled one.
     """
-    attached = variant == "attached" or variant in _MODES
+    attached = variant in ("attached", "flattened", *FIXED)
     rope: NewColumns = {
         "enabled": attached or variant in VARIANTS,
         "vision": variant == "vision" or attached,
-        "shapes": cfg.rope.shapes if variant in _MODES else None,
+        "shapes": cfg.rope.shapes if variant in FIXED else None,
+        "packing": cfg.rope.packing if variant in ("flattened", *FIXED) else None,
     }
-    section = cfg.rope.model_copy(update=rope)
+    collate = build_collator(cfg.model_copy(update={"rope": cfg.rope.model_copy(update=rope)}))
     base = base_model(model)
     run: Any = model
     if attached:
@@ -167,10 +224,10 @@ def _prepared(
         base.get_rope_index = rival(cfg.spec())
     if variant == "layers":
         compile_layers(model)
-    elif variant in _MODES:
-        run = torch.compile(model, fullgraph=True, dynamic=False, mode=_MODES[variant])
+    elif variant == "compiled":
+        run = torch.compile(model, fullgraph=True, dynamic=False)
     try:
-        yield cfg.model_copy(update={"rope": section}), run
+        yield collate, run
     finally:
         if attached:
             detach(model)
@@ -178,28 +235,42 @@ def _prepared(
             del base.get_rope_index
 
 
-def _measure(
-    cfg: Config, model: Any, run: Any, rows: RowDataset, where: torch.device, steps: int
-) -> Measured:
-    """Measure a variant: `run` is what its step calls, and syncs are found in `model`."""
+def _measure(loader: Any, model: Any, run: Any, where: torch.device, steps: int) -> Measured:
+    """Measure a variant: `run` is what its step calls, the model or a compiled one."""
     measured = Measured()
-    loader = make_loader(cfg, rows, build_collator(cfg))
     batches = (to_device(batch, where) for batch in _endless(loader))
-    # The first steps load kernels and fill the allocator.
+    # The first steps compile, load kernels and fill the allocator.
+    start = time.perf_counter()
     for batch in islice(batches, _WARM_UP):
         _step(run, batch)
+    finish(where)
+    measured.warm_up = time.perf_counter() - start
     # A compiled graph has no functions left to time, and would be compiled anew for the wrappers.
     eager = run is model and not is_compiled(model)
     timed = _stage_in_forward(model) if eager else nullcontext(_Stopwatch())
     with timed as stopwatch:
-        for batch in islice(batches, max(2, steps // 4)):
+        for batch in islice(batches, _host_steps(steps)):
             stopwatch.seconds = 0.0
             host, loss = _host_time(run, batch, where)
             measured.host.append(host)
             measured.stage.append(stopwatch.seconds)
             measured.loss.append(loss)
-    measured.step = _step_times(run, islice(batches, steps + 1), where)
-    batch = next(batches)
+    measured.step = step_times(partial(_step, run), islice(batches, steps + 1), where)
+    # The package's guard watches calls from Python, of which a compiled graph has none.
+    on_cuda = where.type == "cuda"
+    stance = nullcontext() if on_cuda or eager else torch.compiler.set_stance("force_eager")
+    with stance:
+        _count_syncs(measured, run if on_cuda else model, next(batches))
+    if on_cuda:
+        measured.device = profile_steps(partial(_step, run), islice(batches, _PROFILED))
+    return measured
+
+
+def _host_steps(steps: int) -> int:
+    return max(2, steps // 4)
+
+
+def _count_syncs(measured: Measured, model: torch.nn.Module, batch: NewColumns) -> None:
     measured.batch_bytes = sum(
         value.nbytes for value in batch.values() if isinstance(value, torch.Tensor)
     )
@@ -209,9 +280,6 @@ def _measure(
         with SyncGuard(mode="error"):  # on CUDA, torch's own debug mode confirms the count
             _step(model, batch)
         measured.passed_error_mode = True
-    if where.type == "cuda":
-        measured.device = profile_steps(partial(_step, run), islice(batches, _PROFILED))
-    return measured
 
 
 def _endless(loader: Any) -> Iterator[Any]:
@@ -234,10 +302,10 @@ def _host_time(model: torch.nn.Module, batch: Columns, where: torch.device) -> t
     return host, loss.item()
 
 
-def _step_times(
-    model: torch.nn.Module, batches: Iterator[NewColumns], where: torch.device
+def step_times(
+    step: Callable[[Any], object], batches: Iterable[Any], where: torch.device
 ) -> list[float]:
-    """Return seconds from each step to the next.
+    """Return seconds from each step to the next, one less than there are batches.
 
     Measured by events on CUDA, so that the host can run ahead of the device as in a trainer.
     """
@@ -245,7 +313,7 @@ def _step_times(
     finish(where)
     for batch in batches:
         marks.append(_mark(where))
-        _step(model, batch)
+        step(batch)
     finish(where)
     if where.type == "cuda":
         return [one.elapsed_time(other) / 1e3 for one, other in pairwise(marks)]
@@ -262,7 +330,6 @@ def _mark(where: torch.device) -> Any:
 
 
 def _step(model: torch.nn.Module, batch: Columns) -> None:
-    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
     model.zero_grad()
     model(**batch).loss.backward()
 
@@ -329,21 +396,24 @@ def _conditions(device: str) -> dict[str, str]:
 def step_table(name: str, case: Mapping[str, Columns]) -> Table:
     """Return a table of `Measured.summary` for each variant; GPU columns only on CUDA."""
     columns = ["syncs", "host in forward, ms", "step, ms", "step / plain", "stage in forward"]
-    on_device = "gpu_idle_share" in case["plain"]
-    table = Table("", *columns, *(["GPU idle", "GPU busy, ms"] if on_device else []), title=name)
+    on_device = any("gpu_idle_share" in entry for entry in case.values())
+    further = ["GPU idle", "GPU busy, ms", "products", "TFLOP/s"] if on_device else []
+    table = Table("", *columns, *further, title=name)
     for variant, entry in case.items():
         low, high = entry["host_quartiles_ms"]
         cells = [
             str(entry["syncs"]),
             f"{entry['host_ms']:.1f} ({low:.1f} to {high:.1f})",
             f"{entry['step_ms']:.1f}",
-            f"{entry['step_ms'] / case['plain']['step_ms']:.3f}",
+            f"{entry['step_ms'] / case['plain']['step_ms']:.3f}" if "plain" in case else "",
             f"{100 * entry['stage_ms'] / entry['step_ms']:.1f} %",
         ]
         if on_device:
             cells += [
                 f"{100 * entry['gpu_idle_share']:.1f} %",
                 f"{entry['gpu_busy_ms']:.1f}",
+                f"{100 * entry['products_share']:.1f} %",
+                f"{entry['tflop_per_s']:.0f}" if "tflop" in entry else "",
             ]
         table.add_row(variant, *cells)
     return table

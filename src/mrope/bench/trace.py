@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+
+from mrope.columns import NewColumns
+
+_PRODUCTS = ("gemm", "nvjet", "cutlass", "cublas", "xmma", "splitk", "mm_kernel")
+_ATTENTION = ("flash", "fmha", "attention")  # whose kernels name the types of cutlass too
+_LISTED = 15
 
 
 class TraceEvent(NamedTuple):
@@ -25,20 +32,39 @@ class DeviceEvent(NamedTuple):
     end: int
 
 
-def profile_steps(step: Callable[[Any], Any], batches: Iterable[Any]) -> dict[str, float]:
-    """Profile a step of each batch; return idle share, busy time, kernels and copies per step."""
+def profile_steps(step: Callable[[Any], Any], batches: Iterable[Any]) -> NewColumns:
+    """Profile a step of each batch.
+
+    Returns:
+        Shares of idle time, and of matrix products in busy time; busy time, kernels and copies of a
+        step; and the milliseconds a step of the kernels that take most.
+    """
     ready = list(batches)
     events = trace_steps(step, ready)
     # Kernels of several streams overlap, so that their durations must not be added up.
     busy, wall = _covered(events), _wall(events)
     copies = sum(one.name.startswith("Memcpy HtoD") for one in events)
+    products = [one for one in events if _is_product(one.name.lower())]
     return {
         "gpu_idle_share": 1 - busy / wall,
         "gpu_busy_ms": busy / 1e6 / len(ready),
         "profiled_step_ms": wall / 1e6 / len(ready),
         "kernels_per_step": len(events) / len(ready),
         "copies_in_step": copies / len(ready),
+        "products_share": _covered(products) / busy,
+        "longest_kernels_ms": _longest(events, len(ready)),
     }
+
+
+def _is_product(name: str) -> bool:
+    return any(part in name for part in _PRODUCTS) and not any(part in name for part in _ATTENTION)
+
+
+def _longest(events: Sequence[DeviceEvent], steps: int) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for one in events:
+        total[one.name[:100]] += one.end - one.start
+    return {name: round(span / 1e6 / steps, 3) for name, span in total.most_common(_LISTED)}
 
 
 def trace_steps(step: Callable[[Any], Any], batches: Sequence[Any]) -> list[DeviceEvent]:

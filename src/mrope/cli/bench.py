@@ -54,16 +54,20 @@ def step(
     ],
     device: Annotated[Device, typer.Option(help="auto: CUDA if available.")] = Device.auto,
     steps: Annotated[int, typer.Option(min=2, help="Timed steps after a warm-up.")] = 20,
+    variants: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="Only these, such as plain,attached.")
+    ] = None,
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
 ) -> None:
-    """Time training steps of a model with and without the stage, and attached."""
+    """Time training steps of a model: plain, with the stage, attached, flattened, compiled."""
     configs, overrides = split_words(words)
     if not configs:
         raise typer.BadParameter("give at least one CONFIG")
     from mrope.bench.step import bench_step
 
-    bench_step(configs, overrides, device.value, steps, json_file, plot_file)
+    chosen = None if variants is None else variants.split(",")
+    bench_step(configs, overrides, device.value, steps, json_file, plot_file, variants=chosen)
 
 
 @bench_app.command("syncs")

@@ -145,10 +145,12 @@ _Sides = Annotated[list[_Count], Field(min_length=2, max_length=2)]
 class ShapeSection(_Section):
     """The shape of synthetic rows, which are filled up with text; sides and frames in patches.
 
-    With `image_sides`, least and largest, each side of an image is drawn between them.
+    With `image_sides`, least and largest, each side of an image is drawn between them; with
+    `least_width` the tokens of each row, from it up to `width`.
     """
 
     width: _Count
+    least_width: _Count | None = None
     images: _Natural = 0
     image: _Sides = [16, 16]
     image_sides: _Sides | None = None
@@ -157,7 +159,12 @@ class ShapeSection(_Section):
     frame: _Sides = [16, 16]
 
     @model_validator(mode="after")
-    def _sides_ascend(self) -> Self:
+    def _ranges_ascend(self) -> Self:
+        if self.least_width is not None and self.least_width > self.width:
+            raise ValueError(
+                f"data.shape.least_width: must be at most width={self.width}, not "
+                f"{self.least_width}"
+            )
         if self.image_sides is not None and self.image_sides[0] > self.image_sides[1]:
             raise ValueError(
                 f"data.shape.image_sides: must be least and largest side, not {self.image_sides}"

@@ -25,7 +25,7 @@ _TEXT_IDS = 90
 
 
 class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
-    """Rows that differ only in their text: images, clips, then random text up to a width.
+    """Rows of images, clips, then random text up to a width; sizes are fixed, or drawn.
 
     Args:
         spec: of the model.
@@ -57,7 +57,8 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
         merged = int(spec.extra.get("temporal_merge_size", 1))
         self.clips = [[shape.frames * merged, *shape.frame]] * shape.videos
         if shape.image_sides is None:
-            self._text_length(self._media([[1, *shape.image]] * shape.images))
+            media = self._media([[1, *shape.image]] * shape.images)
+            self._text_length(media, shape.least_width or shape.width)
         largest = shape.image if shape.image_sides is None else [shape.image_sides[1]] * 2
         # Made once: drawing millions of values for each row would be what is measured.
         self.pixels = {
@@ -79,7 +80,10 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
         generator = torch.Generator().manual_seed(index)
         images = self._images(generator)
         media = self._media(images)
-        length = self._text_length(media)
+        width, least = self.shape.width, self.shape.least_width
+        if least is not None:
+            width = int(torch.randint(least, width + 1, (), generator=generator))
+        length = self._text_length(media, width)
         text = self.text_ids[torch.randint(_TEXT_IDS, (length,), generator=generator)]
         made = make_row(self.spec, [*media, text.tolist()])
         row = {name: torch.from_numpy(value) for name, value in made.items()}
@@ -113,18 +117,17 @@ class SyntheticRows(Dataset[dict[str, torch.Tensor]]):
             parts += [*apart, medium]
         return parts
 
-    def _text_length(self, media: list[Part]) -> int:
+    def _text_length(self, media: list[Part], width: int) -> int:
         """Return the tokens that are left for text beside the media, which must fit the width."""
         tokens = sum(
             len(medium_tokens(self.spec, part) if isinstance(part, Medium) else part)
             for part in media
         )
-        if tokens > self.shape.width:
+        if tokens > width:
             raise MRopeError(
-                f"data.shape: its images and clips take {tokens} tokens, more than "
-                f"width={self.shape.width}"
+                f"data.shape: its images and clips take {tokens} tokens, more than width={width}"
             )
-        return self.shape.width - tokens
+        return width - tokens
 
 
 def patch_shape(spec: MRopeSpec, vision_config: Any) -> tuple[int, ...]:
