@@ -234,9 +234,10 @@ def test_layers_with_kernels_compile(kernels: SimpleNamespace, packing: Any) -> 
             torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-5, msg=name)
 
 
-def test_layers_compile_without_kernels() -> None:
+@pytest.mark.parametrize("packing", [None, "flatten"])
+def test_layers_compile_without_kernels(packing: Any) -> None:
     model: Any = attach(model_of_depth(2, FAMILY))
-    batch = collate(FAMILY, rows_of([20, 40]), "flatten", replace(RUNGS, tokens=(128,)))
+    batch = collate(FAMILY, rows_of([20, 40]), packing, replace(RUNGS, tokens=(128,)))
     want, wanted = step(model, dict(batch))
     with fresh_dynamo() as counted:
         compile_layers(model, backend="aot_eager")

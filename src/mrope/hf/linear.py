@@ -41,7 +41,7 @@ def mix_segments(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch
     segments = {name: kwargs.pop(name, None) for name in LINEAR_KEYS}
     borders = {name: kwargs.pop(name) for name in _BORDERS if name in kwargs}
     if segments["linear_slots"] is None:
-        if _compiles_apart(self, hidden_states, kwargs):
+        if _compiles_apart(self, kwargs):
             masked = _mask_padding(hidden_states, kwargs.get("attention_mask"))
             return _mix(self, masked, {})
         return _own(self, hidden_states, **kwargs, **borders)
@@ -73,14 +73,13 @@ def _foreign_forward(cls: type) -> str | None:
     return foreign_on_class(cls, "forward")
 
 
-def _compiles_apart(self: object, hidden_states: torch.Tensor, kwargs: NewColumns) -> bool:
-    """Whether to compile whole rows by our operators: a graph cannot hold the layer's own kernels.
+def _compiles_apart(self: object, kwargs: NewColumns) -> bool:
+    """Whether to compile whole rows as segments are: a graph cannot hold the layer's own kernels.
 
     flash-linear-attention's functions are marked as not to be compiled.
     """
     return (
         torch.compiler.is_compiling()
-        and fused.can_run(hidden_states)
         and kwargs.get("cache", kwargs.get("cache_params")) is None
         and _foreign_forward(type(self)) is None
     )
@@ -104,7 +103,7 @@ def _mix(self: Any, hidden_states: torch.Tensor, segments: NewColumns) -> torch.
     value = value.reshape(*shape, -1, self.head_v_dim)
     beta = self.in_proj_b(hidden_states).sigmoid()
     gate = self.in_proj_a(hidden_states).float()
-    decay = -self.A_log.float().exp() * functional.softplus(gate + self.dt_bias)
+    decay = -self.A_log.float().exp() * _softplus(gate + self.dt_bias)
     parts = (query, key, value, decay, beta)
     if fused.can_run(hidden_states):
         out = fused.delta_rule(*parts, segments)
@@ -114,6 +113,17 @@ def _mix(self: Any, hidden_states: torch.Tensor, segments: NewColumns) -> torch.
     normed = self.norm(out.reshape(-1, self.head_v_dim), z.reshape(-1, self.head_v_dim))
     result: torch.Tensor = self.out_proj(normed.reshape(*shape, -1))
     return result
+
+
+def _softplus(values: torch.Tensor) -> torch.Tensor:
+    """Return log(1 + exp(values)).
+
+    In a graph not by torch's operator, whose backward lays out its result otherwise than the graph
+    is told: without decompositions (`backend="aot_eager"`) a view of it fails.
+    """
+    if torch.compiler.is_compiling():
+        return torch.logaddexp(values, torch.zeros_like(values))
+    return functional.softplus(values)
 
 
 def _convolve(self: Any, states: torch.Tensor, segments: NewColumns) -> torch.Tensor:
@@ -155,24 +165,24 @@ def _reference_rule(
     """Return the gated delta rule by transformers' reference, in one padded call.
 
     Args:
-        parts: query and key (1, T, key heads, d), value (1, T, heads, d), decay and beta
-            (1, T, heads).
+        parts: query and key (B, S, key heads, d), value (B, S, heads, d), decay and beta
+            (B, S, heads); of one row where it has segments.
     """
-    slots, (rows, width) = segments["linear_slots"], segments["linear_shape"]
     query, key, value, decay, beta = parts
     sharing = value.shape[2] // key.shape[2]
     if sharing > 1:  # releases before 5.24 do so in front of their reference
         query, key = (one.repeat_interleave(sharing, dim=2) for one in (query, key))
-    # Padding forgets the state before it, so that the next segment of a row begins with none.
-    laid_out = [
-        _lay_out(one, slots, rows, width, fill)
-        for one, fill in ((query, 0), (key, 0), (value, 0), (decay, _FORGET), (beta, 0))
-    ]
-    query, key, value, decay, beta = laid_out
+    slots, shape = segments.get("linear_slots"), segments.get("linear_shape")
+    if slots is not None:
+        # Padding forgets the state before it, so that the next segment of a row begins with none.
+        query, key, value, decay, beta = (
+            _lay_out(one, slots, *shape, fill)
+            for one, fill in ((query, 0), (key, 0), (value, 0), (decay, _FORGET), (beta, 0))
+        )
     rule = inspect.unwrap(modelling_of(self).torch_chunk_gated_delta_rule)
+    out: torch.Tensor
     out, _ = rule(query, key, value, g=decay, beta=beta, use_qk_l2norm_in_kernel=True)
-    result: torch.Tensor = out.flatten(0, 1).index_select(0, slots)[None]
-    return result
+    return out if slots is None else out.flatten(0, 1).index_select(0, slots)[None]
 
 
 def _lay_out(
