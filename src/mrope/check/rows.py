@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from mrope.check.row_layout import Misfit, RowLayout, lay_out
 from mrope.collate.collator import MRopeCollator
-from mrope.collate.read import Rows, batch_of_row, measure, read_arguments, read_row
+from mrope.collate.read import Rows, read_arguments
+from mrope.collate.single_row import batch_of_row, measure, read_row
 from mrope.columns import COLUMNS, Columns, NewColumns, columns
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.inputs import BatchInputs
@@ -106,7 +107,7 @@ class CheckedRows(Dataset[RowCheck]):
             row = self.examples[index]  # once: a conversation is prepared each time it is read
             batch = _as_batch([row])
             batch = self.collate([row])
-            check = _counted(index, read_row(self.spec, row))
+            check = _counted(index, read_row(self.spec, row).inputs)
             return (self._compared(check, row, batch) if self.compare else check), batch
         # Rows and images come from users: no list of exception types would be complete.
         except Exception as error:  # noqa: BLE001

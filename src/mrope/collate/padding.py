@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from mrope.collate.read import PIXELS, as_tensor, read_sample
+from mrope.collate.read import PIXELS, read_sample
+from mrope.collate.values import as_tensor
 from mrope.columns import COLUMNS, Columns, NewColumns, columns
 from mrope.errors import MRopeError
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mrope.collate.read import PIXELS, Rows, axes_of, read_column
+from mrope.collate.read import PIXELS, Rows, read_column
+from mrope.collate.values import axes_of
 from mrope.columns import COLUMNS, Batch, Columns
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.inputs import BatchInputs, Media

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mrope.collate.read import plain
+from mrope.collate.values import plain
 from mrope.columns import NewColumns
 
 

@@ -14,20 +14,12 @@ from typing import Any
 import numpy as np
 
 from mrope.collate.pixels import check_pixels
-from mrope.collate.read import (
-    PIXELS,
-    Rows,
-    axes_of,
-    batch_of_row,
-    measure,
-    plain,
-    read_arguments,
-    read_column,
-)
+from mrope.collate.read import PIXELS, read_column
+from mrope.collate.single_row import measure, read_row
+from mrope.collate.values import axes_of, plain
 from mrope.columns import Columns, NewColumns
 from mrope.columns import columns as columns_of_kind
 from mrope.errors import MRopeError, SpanMismatchError
-from mrope.positions.inputs import check_inputs
 from mrope.positions.rope_index import compute
 from mrope.prepare.columns import columns_of, is_frame, pixel_shape, pixels_of, with_added
 from mrope.spec.spec import MRopeSpec
@@ -166,9 +158,7 @@ def examples_of(columns: Columns) -> list[NewColumns]:
 
 def _check_row(spec: MRopeSpec, row: Columns) -> tuple[int, ...]:
     """Return valid tokens, patches, segments and pairs; raise if a row cannot be collated."""
-    batch = batch_of_row(row)
-    rows = Rows([batch], batch["input_ids"])
-    inputs = check_inputs(spec, *read_arguments(spec, batch, rows, spec.family_row.packs))
+    batch, rows, inputs = read_row(spec, row)
     compute(spec, inputs)
     check_pixels(spec, batch, rows, inputs)
     size = measure(inputs)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mrope.collate.read import RowSize
+from mrope.collate.single_row import RowSize
 from mrope.columns import IGNORED_LABEL, Columns, NewColumns
 from mrope.errors import MRopeError
 from mrope.positions.spans import token_types

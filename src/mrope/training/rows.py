@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from mrope.arrays import IntArray
 from mrope.collate.padding import PaddingCollator
-from mrope.collate.read import PIXELS, RowSize
+from mrope.collate.read import PIXELS
+from mrope.collate.single_row import RowSize
 from mrope.collate.skip_bad import INDEX
 from mrope.columns import Columns, NewColumns, columns
 from mrope.errors import MRopeError

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from mrope.arrays import IntArray
-from mrope.collate.read import PIXELS, RowSize, measure, read_row
+from mrope.collate.read import PIXELS
+from mrope.collate.single_row import RowSize, measure, read_row
 from mrope.columns import Columns
 from mrope.spec.spec import MRopeSpec
 from mrope.training.open_source import DATA_FILES
@@ -35,7 +36,8 @@ def count_columns(spec: MRopeSpec, row: Columns) -> RowSize:
         MRopeError: a column that the collator would not take.
     """
     # Of pixels nothing is counted, and to read them takes longer than all the rest.
-    return measure(read_row(spec, {name: row[name] for name in row if name not in PIXELS}))
+    without = {name: row[name] for name in row if name not in PIXELS}
+    return measure(read_row(spec, without).inputs)
 
 
 def as_sizes(table_NF: IntArray) -> Sizes:
