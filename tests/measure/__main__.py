@@ -10,7 +10,17 @@ from typing import Annotated
 
 import typer
 
-from mrope.cli.options import Device, JsonFile, PlotFile, Quick, Repeats, split_words
+from mrope.cli.options import (
+    ConfigsAndOverrides,
+    Device,
+    DeviceName,
+    JsonFile,
+    PlotFile,
+    Quick,
+    Repeats,
+    TimedSteps,
+    split_words,
+)
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -31,12 +41,9 @@ def positions(
 
 @app.command()
 def step(
-    words: Annotated[
-        list[str],
-        typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="Training configs, and overrides."),
-    ],
-    device: Annotated[Device, typer.Option(help="auto: CUDA if available.")] = Device.auto,
-    steps: Annotated[int, typer.Option(min=2, help="Timed steps after a warm-up.")] = 20,
+    words: ConfigsAndOverrides,
+    device: DeviceName = Device.auto,
+    steps: TimedSteps = 20,
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
 ) -> None:

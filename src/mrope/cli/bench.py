@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from mrope.cli.options import Device, JsonFile, PlotFile, Quick, Repeats, split_words
+from mrope.cli.options import (
+    ConfigsAndOverrides,
+    Device,
+    DeviceName,
+    JsonFile,
+    PlotFile,
+    Quick,
+    Repeats,
+    TimedSteps,
+    split_words,
+)
 
 bench_app = typer.Typer(
     help="Time mrope against transformers, on your model and data; save JSON or a plot.",
@@ -30,10 +40,7 @@ def positions(
 
 @bench_app.command()
 def stage(
-    words: Annotated[
-        list[str],
-        typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="Training configs, and overrides."),
-    ],
+    words: ConfigsAndOverrides,
     json_file: JsonFile = None,
     repeats: Repeats = 15,
 ) -> None:
@@ -48,12 +55,9 @@ def stage(
 
 @bench_app.command()
 def step(
-    words: Annotated[
-        list[str],
-        typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="Training configs, and overrides."),
-    ],
-    device: Annotated[Device, typer.Option(help="auto: CUDA if available.")] = Device.auto,
-    steps: Annotated[int, typer.Option(min=2, help="Timed steps after a warm-up.")] = 20,
+    words: ConfigsAndOverrides,
+    device: DeviceName = Device.auto,
+    steps: TimedSteps = 20,
     variants: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="Only these, such as plain,attached.")
     ] = None,

@@ -55,6 +55,12 @@ Overrides = Annotated[
         metavar="[KEY=VALUE]...", help="Values to override, such as trainer.max_steps=3."
     ),
 ]
+ConfigsAndOverrides = Annotated[
+    list[str],
+    typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="Training configs, and overrides."),
+]
+DeviceName = Annotated[Device, typer.Option(help="auto: CUDA if available.")]
+TimedSteps = Annotated[int, typer.Option(min=2, help="Timed steps after a warm-up.")]
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", callback=_in_a_folder, help="Write the result as JSON."),
