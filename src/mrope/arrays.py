@@ -24,7 +24,7 @@ def starts(lengths: IntArray) -> IntArray:
 def borders(lengths: IntArray, dtype: npt.DTypeLike = np.int64) -> Array:
     """Return 0 and the running sums: lengths 3 2 give 0 3 5."""
     out: Array = np.zeros(len(lengths) + 1, dtype)
-    np.cumsum(lengths, out=out[1:], dtype=dtype)
+    np.add.accumulate(lengths, out=out[1:], dtype=dtype)
     return out
 
 

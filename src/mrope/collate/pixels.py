@@ -64,7 +64,7 @@ def check_pixels(spec: MRopeSpec, batch: Columns, rows: Rows, inputs: BatchInput
         if found is None:
             continue
         media, count = inputs.media[modality], inputs.shape[0]
-        needed_N = np.multiply.reduce(media.size_N3, axis=1)
+        needed_N = media.size_N3[:, 0] * media.size_N3[:, 1] * media.size_N3[:, 2]
         found_B = None
         if rows.examples is not None and (media.count_B is not None or not len(needed_N)):
             found_B = [_patches(name, example.get(name)) or 0 for example in rows.examples]
