@@ -5,6 +5,7 @@ Imports transformers: only tests that need a live model import this module.
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,12 @@ EAGER_FAMILIES = tuple(sorted(file.stem for file in EAGER.glob("*.yaml")))
 
 
 def model_config(family: str) -> dict[str, Any]:
-    """Return the `model.config` section of the family's YAML file."""
+    """Return the `model.config` section of the family's YAML file, the caller's to change."""
+    return copy.deepcopy(_read_config(family))
+
+
+@lru_cache
+def _read_config(family: str) -> dict[str, Any]:
     files = (folder / f"{family}.yaml" for folder in (TINY, PLAIN, SIZED, EAGER, CONFIGS))
     section: Any = OmegaConf.to_container(OmegaConf.load(next(filter(Path.exists, files))))
     config: dict[str, Any] = section["model"]["config"]
