@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 from mrope.columns import Columns, NewColumns, columns
 from mrope.errors import MRopeError
 
@@ -9,6 +13,7 @@ from mrope.errors import MRopeError
 _ADDED = frozenset(columns("derived"))
 # What batches of one flattened row, and of fixed shapes, have.
 _NO_PROMPTS = ("seq_idx", "vision_feature_mask")
+_GENERATING = ContextVar("_GENERATING", default=False)
 
 
 def for_generate(batch: Columns) -> NewColumns:
@@ -41,3 +46,18 @@ def for_generate(batch: Columns) -> NewColumns:
 def of_the_stage(batch: Columns) -> bool:
     """Whether a batch has anything that the stage adds, beside position ids."""
     return not _ADDED.isdisjoint(batch)
+
+
+@contextmanager
+def while_generating() -> Iterator[None]:
+    """Let attached models take batches that no stage has made: `generate` numbers its own."""
+    token = _GENERATING.set(True)
+    try:
+        yield
+    finally:
+        _GENERATING.reset(token)
+
+
+def is_generating() -> bool:
+    """Whether `generate` is running, which without a cache gives pixels and sound at each step."""
+    return _GENERATING.get()

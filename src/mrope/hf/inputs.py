@@ -9,6 +9,7 @@ import torch
 
 from mrope.columns import COLUMNS, LINEAR_KEYS, NewColumns, columns, tower_key
 from mrope.errors import MRopeError
+from mrope.hf.generation import is_generating
 
 Tensors = MutableMapping[str, Any]
 
@@ -79,9 +80,9 @@ def is_precomputed(self: Any, inputs: Tensors, audio: bool) -> bool:
                 "model's own forward"
             )
         return audio or not sound
-    # `generate` computes position ids and prefills with a cache: its batches come from no collator.
-    generating = cache_of(inputs) is not None and inputs.get("position_ids") is not None
-    if self.mrope_strict and not generating:
+    # Whoever decodes computes position ids and prefills a cache: no collator made the batch.
+    decoding = cache_of(inputs) is not None and inputs.get("position_ids") is not None
+    if self.mrope_strict and not decoding and not is_generating():
         _refuse_missing(inputs, modalities, missing, missing_audio)
     return False
 

@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 from mrope.columns import NewColumns
-from mrope.hf.generation import for_generate, of_the_stage
+from mrope.hf.generation import for_generate, of_the_stage, while_generating
 
 
 def keep_rope_deltas() -> None:
@@ -70,7 +70,8 @@ def _generate_from_batches() -> None:
 
     @wraps(own)
     def generate(self: object, *args: object, **inputs: object) -> Any:
-        return own(self, *args, **(for_generate(inputs) if of_the_stage(inputs) else inputs))
+        with while_generating():
+            return own(self, *args, **(for_generate(inputs) if of_the_stage(inputs) else inputs))
 
     generate.mrope_own = own  # type: ignore[attr-defined]
     GenerationMixin.generate = generate
