@@ -61,13 +61,15 @@ parity: $(PARITY:%=%/.ready) $(READY)  ## Compare live with transformers 4.57.6,
 
 # One environment for all, in which transformers is exchanged: torch's wheel is 2 GB. Not in CI.
 RELEASES := 5.9.0 5.10.4 5.11.0 5.12.1 5.13.1 5.14.1 5.15.1 5.16.1 5.17.0 5.18.0 5.19.0 5.20.2 5.21.1 5.22.2 5.23.0 5.24.0
-releases: .venvs/releases/.ready  ## Attach every family under each minor release of transformers from 5.9 on (about 30 minutes)
-	PYTHONPATH=src:tests .venvs/releases/bin/python tests/parity/reach.py .venvs/releases $(RELEASES)
+releases: .venvs/releases/.ready  ## Attach every family under each minor release of transformers from 5.9 on (about 45 minutes; RELEASES="5.9.0 ..." for some)
+	PYTHONPATH=src:tests .venvs/releases/bin/python tests/parity/reach.py .venvs/releases docs/benchmarks/releases.json $(RELEASES)
 
 .venvs/releases/.ready: constraints.txt
 	$(PYTHON) -m venv --clear $(@D)
 	grep -vE '^(transformers|tokenizers|huggingface.hub)==' constraints.txt > $(@D)/constraints.txt
-	$(@D)/bin/pip install --quiet -c $(@D)/constraints.txt torch numpy rich pytest pytest-timeout
+	$(@D)/bin/pip install --quiet -c $(@D)/constraints.txt torch
+	$(@D)/bin/pip install --quiet -c $(@D)/constraints.txt numpy pytest pytest-timeout \
+	  jinja2 omegaconf pydantic pyyaml rich typer typing-extensions
 	touch $@
 
 .venvs/%/.ready: constraints.txt
