@@ -88,15 +88,16 @@ integration: .venvs/integration/.ready  ## Train with Trainer, TRL, accelerate, 
 	$(@D)/bin/pip install --quiet -c constraints.txt -e '.[integration]'
 	touch $@
 
-# Not in CI: 7 GB of packages, and releases of others. ms-swift, verl and VeOmni share one environment with
-# transformers 5.9.0; lmms-engine requires an older one, NeMo Automodel 5.18. A skipped test fails the target.
-PEERS := .venvs/lmms-engine .venvs/peers .venvs/nemo
-peers: $(PEERS:%=%/.ready)  ## Run the tests of lmms-engine, ms-swift, verl, VeOmni and NeMo Automodel, in environments of their own
+# Not in CI: 10 GB of packages, and releases of others, each with its own transformers; the functions of
+# ms-swift, verl and VeOmni are tested in one environment, with 5.9.0. A skipped test fails the target.
+PEERS := .venvs/lmms-engine .venvs/peers .venvs/nemo .venvs/axolotl
+peers: $(PEERS:%=%/.ready)  ## Run the tests of lmms-engine, ms-swift, verl, VeOmni, NeMo Automodel and axolotl, in environments of their own
 	PYTHONPATH=src:tests .venvs/lmms-engine/bin/python -m pytest -q -p no:cacheprovider --no-skips \
 	  tests/integration/test_lmms_engine.py tests/integration/test_docs.py -k lmms
 	PYTHONPATH=src:tests .venvs/peers/bin/python -m pytest -q -p no:cacheprovider --no-skips \
 	  tests/integration/test_adapters.py
 	PYTHONPATH=src:tests .venvs/nemo/bin/python -m pytest -q -p no:cacheprovider --no-skips tests/integration/test_nemo.py
+	PYTHONPATH=src:tests .venvs/axolotl/bin/python -m pytest -q -p no:cacheprovider --no-skips tests/integration/test_axolotl.py
 
 # Pins of constraints.txt that a peer's requirements contradict. The peers themselves go without their
 # dependencies, which name CUDA builds and releases older than these; what their tests import is listed.
@@ -128,6 +129,17 @@ PINS_LEFT_OUT := transformers|tokenizers|huggingface.hub|packaging|rich|typer
 	$(@D)/bin/pip install --quiet --no-cache-dir -c $(@D)/constraints.txt torch==2.13.0 transformers==5.18.0 \
 	  datasets omegaconf pillow pytest pytest-timeout pyyaml scikit-image scikit-learn sybil torchdata
 	$(@D)/bin/pip install --quiet --no-cache-dir --no-deps nemo-automodel==0.7.0 flashoptim==0.1.4 torchao==0.18.0
+	touch $@
+
+.venvs/axolotl/.ready: constraints.txt
+	$(PYTHON) -m venv --clear $(@D)
+	grep -vE '^($(PINS_LEFT_OUT))==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/pip install --quiet --no-cache-dir -c $(@D)/constraints.txt torch==2.13.0 transformers==5.16.1 \
+	  accelerate addict backoff colorama datasets distro evaluate fastcore fire kernels numba omegaconf optimum==1.16.2 peft \
+	  pillow 'posthog<7' protobuf pydantic pyyaml rich pytest pytest-timeout python-dotenv scikit-image scikit-learn scipy \
+	  schedulefree sentry-sdk torchdata triton==3.6.0 'wandb<0.22'
+	$(@D)/bin/pip install --quiet --no-cache-dir --no-deps axolotl==0.19.0 axolotl-contribs-lgpl==0.0.7 \
+	  axolotl-contribs-mit==0.0.6 bitsandbytes==0.50.2 torchvision==0.28.0 trl==1.9.0
 	touch $@
 
 # Starts Ray with two workers on this machine.

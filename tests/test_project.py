@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT: Any = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
-# A peer whose requirements contradict those of the other extras: `make peers` installs it.
-UNDECLARED = {"lmms_engine", "nemo_automodel"}
+# Peers whose requirements contradict those of the other extras: `make peers` installs them.
+UNDECLARED = {"axolotl", "lmms_engine", "nemo_automodel"}
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "skimage": "scikit-image",

@@ -56,7 +56,7 @@ VISION = {
 }
 # What differs between the variants: keys of axolotl's YAML, and whether the plug-in is among them.
 OWN = "cuda.trainer_step.Watch"
-PLUGIN = "mrope.hf.axolotl.MRopePlugin"
+PLUGIN = "mrope.transforms.axolotl.MRopePlugin"
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "axolotl": {
         "axolotl": {"plugins": [OWN]},

@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-
 import pytest
-import torch
 
+from integration.on_cpu import import_torchvision
 
-def _import_torchvision() -> None:
-    """Import torchvision, in the environment of lmms-engine the only package that needs it.
-
-    Its compiled operators load only beside a CUDA build of torch. Its import then fails where it
-    describes two of them; these are declared here, without an implementation, since nothing that
-    is tested calls them. Must run before transformers is imported, which imports torchvision.
-    """
-    if importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        arguments = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", arguments)
-        importlib.import_module("torchvision")
-
-
-_import_torchvision()
+import_torchvision()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

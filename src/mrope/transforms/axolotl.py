@@ -1,4 +1,4 @@
-"""axolotl's plugin: `plugins: [mrope.hf.axolotl.MRopePlugin]` in its YAML calls `equip`.
+"""axolotl's plug-in: `plugins: [mrope.transforms.axolotl.MRopePlugin]` in its YAML calls `equip`.
 
 Nothing else in this package imports it: it imports axolotl. Read from axolotl 0.19.0:
 `axolotl/train.py`, `axolotl/integrations/base.py`, `axolotl/core/builders/causal.py`.

@@ -1,0 +1,93 @@
+"""Train by a framework's own entry point, and write down each step's loss and what synced.
+
+    python -m integration.trainer_main axolotl|ms-swift|LLaMA-Factory CONFIG.json RESULT.json
+
+A process of its own for each training: these frameworks replace functions of transformers. The
+config is what the framework's own command line takes, as JSON, which is YAML too.
+"""
+
+from __future__ import annotations
+
+from integration.on_cpu import decode_by_pillow, import_torchvision
+
+import_torchvision()
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from mrope.hf import SyncReport
+
+STEPS, WARMUP, WATCHED = 6, 2, 3
+ROOT = Path(__file__).parents[2]
+
+
+def watch(file: Path) -> None:
+    """Let every trainer write `file` when it has trained."""
+    own_train, own_step = transformers.Trainer.train, transformers.Trainer.training_step
+    losses: list[torch.Tensor] = []
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        losses.append(own_step(self, *args, **kwargs))
+        return losses[-1]
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        report = SyncReport(WATCHED, WARMUP, quiet=True)
+        self.add_callback(report)
+        output = own_train(self, *args, **kwargs)
+        evals = [one["eval_loss"] for one in self.state.log_history if "eval_loss" in one]
+        result = {"losses": torch.stack(losses).tolist(), "eval": evals, "syncs": report.as_dict()}
+        file.write_text(json.dumps(result), "utf-8")
+        return output
+
+    transformers.Trainer.train, transformers.Trainer.training_step = train, step
+
+
+def with_axolotl(config: Path) -> None:
+    from axolotl.cli.train import do_cli
+
+    do_cli(str(config))
+
+
+MAIN = {"axolotl": with_axolotl}
+
+
+def run(kind: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train in a process of its own, and return what it wrote down."""
+    files = folder / "config.json", folder / "result.json"
+    files[0].write_text(json.dumps(config), "utf-8")
+    files[1].unlink(missing_ok=True)
+    child = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", __name__, kind, *map(str, files)],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))}
+        | {"AXOLOTL_DO_NOT_TRACK": "1", "USE_HF": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-6000:]
+    result: dict[str, Any] = json.loads(files[1].read_text("utf-8"))
+    assert len(result["losses"]) == STEPS == len(set(result["losses"]))
+    return result
+
+
+def assert_equal_losses(plain: dict[str, Any], equipped: dict[str, Any]) -> None:
+    """Each step's and each evaluation's loss, to the last bit."""
+    assert equipped["losses"] == plain["losses"]
+    assert equipped["eval"] == plain["eval"]
+
+
+if __name__ == "__main__":
+    name, config_file, result_file = sys.argv[1:]
+    sys.argv = sys.argv[:1]
+    decode_by_pillow()
+    watch(Path(result_file))
+    MAIN[name](Path(config_file))
