@@ -90,7 +90,7 @@ integration: .venvs/integration/.ready  ## Train with Trainer, TRL, accelerate, 
 
 # Not in CI: 10 GB of packages, and releases of others, each with its own transformers; the functions of
 # ms-swift, verl and VeOmni are tested in one environment, with 5.9.0. A skipped test fails the target.
-PEERS := .venvs/lmms-engine .venvs/peers .venvs/nemo .venvs/axolotl
+PEERS := .venvs/lmms-engine .venvs/peers .venvs/nemo .venvs/axolotl .venvs/ms-swift
 peers: $(PEERS:%=%/.ready)  ## Run the tests of lmms-engine, ms-swift, verl, VeOmni, NeMo Automodel and axolotl, in environments of their own
 	PYTHONPATH=src:tests .venvs/lmms-engine/bin/python -m pytest -q -p no:cacheprovider --no-skips \
 	  tests/integration/test_lmms_engine.py tests/integration/test_docs.py -k lmms
@@ -98,6 +98,7 @@ peers: $(PEERS:%=%/.ready)  ## Run the tests of lmms-engine, ms-swift, verl, VeO
 	  tests/integration/test_adapters.py
 	PYTHONPATH=src:tests .venvs/nemo/bin/python -m pytest -q -p no:cacheprovider --no-skips tests/integration/test_nemo.py
 	PYTHONPATH=src:tests .venvs/axolotl/bin/python -m pytest -q -p no:cacheprovider --no-skips tests/integration/test_axolotl.py
+	PYTHONPATH=src:tests .venvs/ms-swift/bin/python -m pytest -q -p no:cacheprovider --no-skips tests/integration/test_ms_swift.py
 
 # Pins of constraints.txt that a peer's requirements contradict. The peers themselves go without their
 # dependencies, which name CUDA builds and releases older than these; what their tests import is listed.
@@ -140,6 +141,17 @@ PINS_LEFT_OUT := transformers|tokenizers|huggingface.hub|packaging|rich|typer
 	  schedulefree sentry-sdk torchdata triton==3.6.0 'wandb<0.22'
 	$(@D)/bin/pip install --quiet --no-cache-dir --no-deps axolotl==0.19.0 axolotl-contribs-lgpl==0.0.7 \
 	  axolotl-contribs-mit==0.0.6 bitsandbytes==0.50.2 torchvision==0.28.0 trl==1.9.0
+	touch $@
+
+.venvs/ms-swift/.ready: constraints.txt
+	$(PYTHON) -m venv --clear $(@D)
+	grep -vE '^($(PINS_LEFT_OUT))==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/pip install --quiet --no-cache-dir -c $(@D)/constraints.txt torch==2.13.0 transformers==5.19.0 \
+	  accelerate addict aiohttp attrdict binpacking cryptography dacite datasets einops fastapi httpx json_repair modelscope \
+	  nltk omegaconf openai oss2 peft pillow pydantic pyyaml pytest pytest-timeout rich rouge scikit-image \
+	  scikit-learn scipy simplejson tiktoken torchdata uvicorn zstandard
+	$(@D)/bin/pip install --quiet --no-cache-dir --no-deps ms-swift==4.6.0 qwen-vl-utils==0.0.14 torchvision==0.28.0 \
+	  trl==0.29.1
 	touch $@
 
 # Starts Ray with two workers on this machine.

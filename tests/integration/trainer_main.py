@@ -55,7 +55,20 @@ def with_axolotl(config: Path) -> None:
     do_cli(str(config))
 
 
-MAIN = {"axolotl": with_axolotl}
+def with_ms_swift(config: Path) -> None:
+    from swift.pipelines import sft_main
+    from swift.template.templates.qwen import Qwen2VLTemplate
+    from transformers import AutoTokenizer
+
+    options = json.loads(config.read_text("utf-8"))
+    # The numbers that it takes placeholders to have are those of Qwen's vocabulary.
+    tokenizer = AutoTokenizer.from_pretrained(options["model"])
+    Qwen2VLTemplate.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    Qwen2VLTemplate.video_token_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    sft_main([part for name, value in options.items() for part in (f"--{name}", str(value))])
+
+
+MAIN = {"axolotl": with_axolotl, "ms-swift": with_ms_swift}
 
 
 def run(kind: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:
