@@ -96,6 +96,7 @@ peers: $(PEERS:%=%/.ready)  ## Run the tests of lmms-engine, ms-swift, verl, VeO
 	  tests/integration/test_lmms_engine.py tests/integration/test_docs.py -k lmms
 	PYTHONPATH=src:tests .venvs/peers/bin/python -m pytest -q -p no:cacheprovider --no-skips \
 	  tests/integration/test_adapters.py
+	PYTHONPATH=src:tests .venvs/peers/bin/python -m pytest -q -p no:cacheprovider --no-skips tests/integration/test_verl.py
 	PYTHONPATH=src:tests .venvs/nemo/bin/python -m pytest -q -p no:cacheprovider --no-skips tests/integration/test_nemo.py
 	PYTHONPATH=src:tests .venvs/axolotl/bin/python -m pytest -q -p no:cacheprovider --no-skips tests/integration/test_axolotl.py
 	PYTHONPATH=src:tests .venvs/ms-swift/bin/python -m pytest -q -p no:cacheprovider --no-skips tests/integration/test_ms_swift.py
@@ -120,7 +121,7 @@ PINS_LEFT_OUT := transformers|tokenizers|huggingface.hub|packaging|rich|typer
 	grep -vE '^($(PINS_LEFT_OUT))==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/pip install --quiet --no-cache-dir -c $(@D)/constraints.txt torch==2.13.0 transformers==5.9.0 \
 	  accelerate codetiming datasets einops hydra-core json_repair modelscope pandas peft pillow pytest \
-	  pytest-timeout cachetools fastapi ray tensordict==0.10.0 torchdata uvicorn
+	  pytest-timeout cachetools fastapi ray scikit-image scikit-learn sybil tensordict==0.10.0 torchdata uvicorn
 	$(@D)/bin/pip install --quiet --no-cache-dir --no-deps ms-swift==4.6.0 verl==0.9.1 veomni==0.1.12
 	touch $@
 

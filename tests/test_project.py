@@ -12,8 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT: Any = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
-# Peers whose requirements contradict those of the other extras: `make peers` installs them.
-UNDECLARED = {"axolotl", "lmms_engine", "nemo_automodel", "swift"}
+UNDECLARED = {"axolotl", "lmms_engine", "nemo_automodel", "swift", "verl"}
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "skimage": "scikit-image",
