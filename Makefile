@@ -88,12 +88,14 @@ integration: .venvs/integration/.ready  ## Train with Trainer, TRL, accelerate, 
 	$(@D)/bin/pip install --quiet -c constraints.txt -e '.[integration]'
 	touch $@
 
-# Not in CI: 10 GB of packages, and releases of others, each with its own transformers; the functions of
-# ms-swift, verl and VeOmni are tested in one environment, with 5.9.0. A skipped test fails the target.
+# Not in CI: 10 GB of packages, and releases of others, each with its own transformers; the functions of ms-swift, verl and
+# VeOmni are tested in one environment, with 5.9.0, and torchtitan's collator in lmms-engine's. verl's trainer replaces
+# methods of transformers, and has a process of its own. A skipped test fails the target.
 PEERS := .venvs/lmms-engine .venvs/peers .venvs/nemo .venvs/axolotl .venvs/ms-swift
-peers: $(PEERS:%=%/.ready)  ## Run the tests of lmms-engine, ms-swift, verl, VeOmni, NeMo Automodel and axolotl, in environments of their own
+peers: $(PEERS:%=%/.ready)  ## Run the tests of lmms-engine, torchtitan, ms-swift, verl, VeOmni, NeMo Automodel and axolotl, in environments of their own
 	PYTHONPATH=src:tests .venvs/lmms-engine/bin/python -m pytest -q -p no:cacheprovider --no-skips \
 	  tests/integration/test_lmms_engine.py tests/integration/test_docs.py -k lmms
+	PYTHONPATH=src:tests .venvs/lmms-engine/bin/python -m pytest -q -p no:cacheprovider --no-skips tests/integration/test_torchtitan.py
 	PYTHONPATH=src:tests .venvs/peers/bin/python -m pytest -q -p no:cacheprovider --no-skips \
 	  tests/integration/test_adapters.py
 	PYTHONPATH=src:tests .venvs/peers/bin/python -m pytest -q -p no:cacheprovider --no-skips tests/integration/test_verl.py
@@ -111,9 +113,9 @@ PINS_LEFT_OUT := transformers|tokenizers|huggingface.hub|packaging|rich|typer
 	$(@D)/bin/pip install --quiet --no-cache-dir -c $(@D)/constraints.txt torch==2.13.0 'transformers>=5.8,<5.9' \
 	  accelerate av datasets decord deepspeed einops hydra-core jsonlines librosa liger-kernel loguru nvidia-ml-py \
 	  omegaconf opencv-python-headless peft pytest pytest-timeout qwen-omni-utils qwen-vl-utils soundfile sybil \
-	  torchdata wandb
-	# torchvision's release for this torch; its own requirements name the CUDA build.
-	$(@D)/bin/pip install --quiet --no-cache-dir --no-deps lmms-engine==0.1.4 torchvision==0.28.0
+	  torchdata tyro wandb
+	# torchvision's release for this torch; its own requirements name the CUDA build. torchtitan's collator needs both.
+	$(@D)/bin/pip install --quiet --no-cache-dir --no-deps lmms-engine==0.1.4 spmd_types==0.2.3 torchtitan==0.3.0 torchvision==0.28.0
 	touch $@
 
 .venvs/peers/.ready: constraints.txt

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import mrope.collate.packing
-from mrope import MRopeCollator, VisionSpec
+from mrope import MRopeCollator, MRopeError, VisionSpec
 from mrope.collate.padding import PaddingCollator
+from mrope.hf import SyncReport, attach
 from mrope.transforms import extend
 from mrope.transforms.adapters import to_ms_swift, to_veomni, to_verl
 from support.models import model_config, tiny_examples, tiny_spec
@@ -273,6 +275,43 @@ def test_veomni_s_model_reads_the_metadata(family: str) -> None:
     borders = metadata["vit_video_cu_seqlens"][[0, -1]]
     other = batch | {"multimodal_metadata": metadata | {"vit_video_cu_seqlens": borders}}
     assert (logits(model, other) - wanted).abs().max() > 1e-3
+
+
+def step_syncs(model: Any, batches: list[dict[str, Any]]) -> tuple[list[float], int]:
+    """Losses of steps, and the syncs of the forward and backward of the last."""
+    report, losses = SyncReport(1, len(batches) - 1, quiet=True), []
+    with report:
+        for batch in DataLoader(batches, batch_size=None, pin_memory=True):  # type: ignore[arg-type]
+            inputs = {
+                name: value.to("cpu", non_blocking=True) if torch.is_tensor(value) else value
+                for name, value in batch.items()
+            }
+            labels = inputs.pop("labels")[0, 1:]
+            # VeOmni's own loss needs the kernels that its launcher sets.
+            loss = torch.nn.functional.cross_entropy(model(**inputs).logits[0, :-1], labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.item())
+            report.step()
+    return losses, report.by_kind()["model"]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_veomni_s_own_hook_leaves_us_nothing(family: str) -> None:
+    """Its towers read the metadata alone, and its models cannot be attached."""
+    model = veomni_model(family).train()
+    ours = [adapted(family, tiny_examples(family, seed=seed)) for seed in range(3)]
+    none = [
+        {name: value for name, value in batch.items() if name != "multimodal_metadata"}
+        for batch in ours
+    ]
+    theirs = [dict(batch) for batch in none]
+    for batch in theirs:
+        model.get_metadata_collate_func()(batch, {})
+    without, with_theirs, with_ours = (step_syncs(model, one) for one in (none, theirs, ours))
+    assert without[0] == with_theirs[0] == with_ours[0]
+    assert without[1] > with_theirs[1] == with_ours[1] > 0
+    with pytest.raises(MRopeError, match=r"Model\.forward is `wrapper`"):
+        attach(model)
 
 
 def verl_rollout(family: str) -> tuple[dict[str, Any], list[dict[str, Any]], Any]:
