@@ -1,6 +1,6 @@
 """Train a Qwen3-VL of 8B shape by transformers' Trainer, as it is and equipped, with JPEGs: samples a second.
 
-    PYTHONPATH=src:tests python -m measure.eight_b OUT.jsonl [--runs full-plain,lora-layers] [--model FILE.json]
+    PYTHONPATH=src:tests python -m measure.eight_b OUT.jsonl [--runs full-plain,lora-layers] [--epochs-before 1]
 
 The whole step that a user has: JPEGs decoded, resized and made patches by Qwen3-VL's processor in workers, copies,
 forward and backward under gradient checkpointing, clipping of gradients, fused AdamW. Weights are random. `full`
@@ -15,7 +15,9 @@ rank 16 on all projections of the text.
 | `flattened` | after `equip(trainer, packing="flatten")`: no padding |
 | `layers` | flattened, with one rung of tokens and of patches, and `compile_layers` |
 
-All take the same examples in the same order. Ten steps after three; then two whose syncs are counted.
+All take the same examples in the same order. Ten steps after three; then two whose syncs are counted. With
+`--epochs-before 1` the same steps of the second epoch: under sdpa on Hopper torch builds a plan for each
+number of patches when it first meets it.
 """
 
 from __future__ import annotations
@@ -63,18 +65,24 @@ TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 class Clock(TrainerCallback):  # type: ignore[misc]
     """Takes the time at both ends of the measured steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, warm_up: int) -> None:
         self.marks: list[float] = []
+        self.ends = warm_up, warm_up + STEPS, warm_up + STEPS + WATCHED
 
     def on_step_end(self, _arguments: object, state: Any, *_: object, **__: object) -> None:
-        if state.global_step in (WARM_UP, WARM_UP + STEPS):
+        if state.global_step in self.ends:
             cell.synchronize()
             self.marks.append(time.perf_counter())
 
     @property
     def seconds(self) -> float:
-        """Of one step."""
+        """Of a measured step."""
         return (self.marks[1] - self.marks[0]) / STEPS
+
+    @property
+    def last_seconds(self) -> float:
+        """Of a step whose syncs are counted."""
+        return (self.marks[2] - self.marks[1]) / WATCHED
 
 
 class Collate:
@@ -120,9 +128,10 @@ def make_rows(folder: Path) -> list[dict[str, Any]]:
 class Bench:
     """The rows of all runs, their sizes, and the model that each run builds anew."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, folder: Path, model: Path, epochs_before: int = 0) -> None:
         from integration.common import build_processor
 
+        self.warm_up = WARM_UP + epochs_before * ROWS // BATCH
         self.folder, self.rows = folder, make_rows(folder)
         processor = build_processor("demo")
         processor.image_processor.size = {"shortest_edge": 32**2, "longest_edge": 1024**2}
@@ -153,7 +162,7 @@ class Bench:
     def trainer(self, model: Any, callbacks: list[Any]) -> Trainer:
         arguments = TrainingArguments(
             str(self.folder / "out"),
-            max_steps=WARM_UP + STEPS + WATCHED,
+            max_steps=self.warm_up + STEPS + WATCHED,
             per_device_train_batch_size=BATCH,
             learning_rate=1e-5,
             optim="adamw_torch_fused",
@@ -227,7 +236,8 @@ def run(bench: Bench, name: str) -> None:
     model = bench.build("flash_attention_2" if how == "flash" else "sdpa")
     if trained == "lora":
         model = add_adapters(model)
-    clock, report = Clock(), SyncReport(WATCHED, WARM_UP + STEPS, quiet=True)
+    clock = Clock(bench.warm_up)
+    report = SyncReport(WATCHED, clock.ends[1], quiet=True)
     # Without a GPU the guard would watch, under which nothing compiles.
     trainer = bench.trainer(model, [clock, report] if ON_GPU else [clock])
     more = equip_trainer(bench, trainer, how)
@@ -244,6 +254,7 @@ def run(bench: Bench, name: str) -> None:
         "syncs": report.count / WATCHED,
         "loss": round(loss, 5),
         "first_steps_s": round(clock.marks[0] - began, 1),
+        "last_ms": round(1e3 * clock.last_seconds, 1),
     }
     if trained == "full":
         found["utilisation"] = round(utilisation(bench.tflop(), 1e3 * clock.seconds), 4)
@@ -255,16 +266,18 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--runs", default=RUNS)
     parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--epochs-before", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9, help="start no run after them")
     given = parser.parse_args()
     began = time.monotonic()
     os.environ["PEERS_OUT"] = str(given.out)
     cell.write_versions("8b", "transformers", "accelerate", "peft", "triton", "numpy")
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), given.model)
+        bench = Bench(Path(folder), given.model, given.epochs_before)
         tokens = sum(len(row["input_ids"]) for row in bench.sizes)
         patches = sum(int(np.prod(grid)) for row in bench.sizes for grid in row["image_grid_thw"])
         size = {"tokens": tokens * BATCH / ROWS, "patches": patches * BATCH / ROWS}
+        size["epochs_before"] = given.epochs_before
         cell.write({"batch": BATCH, "tflop": round(bench.tflop(), 2), **size})
         for name in given.runs.split(","):
             if time.monotonic() - began < given.seconds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from measure.peers.cell import stepper
 from measure.peers.flops import step_tflop, utilisation
 from measure.peers.kernels import flash_attn_func, flash_attn_varlen_func
 from measure.peers.ours import build, collated, padded
-from measure.peers.table import CASES, PEERS, read_cells, table
+from measure.peers.table import CASES, MARKS, PEERS, read_cells, read_lines, table
 
 SHAPE = "{width: 96, images: 2, image_sides: [4, 8], videos: 1, frames: 2, frame: [4, 6]}"
 TEXT = {
@@ -122,9 +123,26 @@ def test_the_table_has_every_cell_but_one() -> None:
     cells = read_cells()
     missing = [(case, peer) for case in CASES for peer in PEERS if (case, peer) not in cells]
     assert missing == [("2b-s4k", "torchtitan 169545712, no autotune")]
-    quoted = {peer for (_, peer), cell in cells.items() if cell.quoted and peer in PEERS}
-    assert all(f"{PEERS[peer]}\\*" in "".join(table(PEERS)) for peer in quoted) and len(quoted) == 3
+    lines = "".join(table(PEERS))
+    for (_, peer), cell in cells.items():
+        if peer in PEERS:
+            assert f"| {PEERS[peer]}{MARKS[cell.run]} |" in lines
+    assert Counter(cell.run for (_, peer), cell in cells.items() if peer in PEERS) == {
+        0: 12,
+        1: 12,
+        2: 2,
+    }
     assert {cells[case, "attached"].syncs for case in CASES} == {0}
+
+
+def test_the_runs_of_the_table_are_alike() -> None:
+    """What both ran differs by less than what the table shows; plain steps wait for a shared host."""
+    first, second = (
+        {row["peer"]: row for row in read_lines(run) if row["case"] == "2b-mixed8"}
+        for run in (0, 1)
+    )
+    assert second["attached"]["ms"] / first["attached"]["ms"] == pytest.approx(1, abs=0.05)
+    assert second["attached"]["losses"] == first["attached"]["losses"]
 
 
 def test_scripts_of_peers_name_their_parts() -> None:

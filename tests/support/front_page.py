@@ -19,7 +19,7 @@ _MARKS = "<!-- peers -->", "<!-- /peers -->"
 def with_table(page: str) -> str:
     """Return a page with the table of peers between its marks, our rows in bold."""
     before, _, rest = page.partition(f"{_MARKS[0]}\n")
-    lines = [re.sub(r"^\| (mrope, [\w ]+) \|", r"| **\1** |", line) for line in table(PEERS)]
+    lines = [re.sub(r"^\| (mrope, [\w ,]*\w)", r"| **\1**", line) for line in table(PEERS)]
     after = rest.partition(_MARKS[1])[2]
     return "\n".join((before + _MARKS[0], *lines, _MARKS[1])) + after
 

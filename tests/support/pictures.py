@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from measure.peers.table import CASES, PEERS, read_cells
+from measure.peers.table import CASES, MARKS, PEERS, read_cells
 from mrope import MRopeSpec, Shapes, rope_index
 from mrope.spec import example_config
 from mrope.training.config import load_config
@@ -343,7 +343,7 @@ def draw_peers() -> Picture:
             else:
                 css = "gpu" if peer.startswith("attached") else "peer"
                 picture.rect(css, left, top + 2, cell.ms * scale, 16.0)
-                text = f"{cell.ms:.0f} ({cell.syncs})" + "*" * cell.quoted
+                text = f"{cell.ms:.0f} ({cell.syncs}){MARKS[cell.run][-1:]}"
                 picture.text(left + cell.ms * scale + 6, top + 14, text, "small")
             top += 21
         top += 10

@@ -2,8 +2,8 @@
 
     PYTHONPATH=src:tests python -m measure.peers.table
 
-Reads docs/benchmarks/peers-h200.jsonl, the run of this script, and for peers that it lacks
-docs/benchmarks/peers-h200-earlier.txt, an earlier run of the same rows and weights; these rows are marked.
+Reads the runs of these scripts, docs/benchmarks/peers-h200.jsonl and peers-h200-second.jsonl, and for peers that they lack
+docs/benchmarks/peers-h200-earlier.txt, an earlier run of the same rows and weights. Rows of the later two are marked.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from measure.peers.flops import utilisation
 
@@ -25,12 +25,23 @@ CASES = {
 PEERS = {
     "transformers, sdpa": "transformers 5.24, sdpa",
     "transformers, flash_attention_2": "transformers, flash path",
-    "VeOmni, its defaults": "VeOmni 0.1.12",
-    "lmms-engine, rmpad and liger": "lmms-engine 0.1.4",
+    "transformers, flash_attention_2, Liger": "the same, Liger",
+    "VeOmni": "VeOmni 0.1.12",
+    "lmms-engine": "lmms-engine 0.1.4",
     "torchtitan 169545712, no autotune": "torchtitan, git 1695457",
     "attached": "mrope, attached",
+    "attached, Liger": "mrope, attached, Liger",
     "attached, one graph": "mrope, one graph",
 }
+# Measured in the second run, whose rows of other peers only show how it compares with the first.
+_SECOND = (
+    "transformers, flash_attention_2, Liger",
+    "VeOmni",
+    "lmms-engine",
+    "attached, Liger",
+)
+# What marks a cell of the first run, the second, and the earlier one.
+MARKS = ("", "\u2020", "\\*")
 _LINE = re.compile(
     r"(?P<case>2b-\w+) +(?P<peer>\S.*?) {2,}(?P<ms>[\d.]+) ms \(least (?P<least>[\d.]+)\).*"
     r" (?P<memory>[\d.]+) GiB +syncs (?P<syncs>\d+)"
@@ -45,7 +56,7 @@ class Cell(NamedTuple):
         syncs: of a step.
         memory_gib: peak.
         utilisation: of the peak of bfloat16.
-        quoted: of the earlier run.
+        run: 0 for the first, 1 for the second, 2 for the earlier one.
     """
 
     ms: float
@@ -53,27 +64,35 @@ class Cell(NamedTuple):
     syncs: int
     memory_gib: float
     utilisation: float
-    quoted: bool
+    run: int
+
+
+def read_lines(run: int) -> list[dict[str, Any]]:
+    """Return the lines of a run that have a time."""
+    name = ("peers-h200.jsonl", "peers-h200-second.jsonl")[run]
+    lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if "ms" in row]
 
 
 def read_cells() -> dict[tuple[str, str], Cell]:
-    """Return each cell by case and peer, those of the earlier run where the run has none."""
-    lines = (FOLDER / "peers-h200.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if "ms" in row]
-    tflop = {row["case"]: float(row["tflop"]) for row in rows}
+    """Return each cell by case and peer, from the run that has the peer."""
     names = ("ms", "least_ms", "syncs", "memory_gib", "utilisation")
     found = {
-        (row["case"], row["peer"]): Cell(**{name: row[name] for name in names}, quoted=False)
-        for row in rows
+        (row["case"], row["peer"]): Cell(**{name: row[name] for name in names}, run=run)
+        for run in (0, 1)
+        for row in read_lines(run)
+        if (row["peer"] in _SECOND) == bool(run)
     }
+    tflop = {row["case"]: float(row["tflop"]) for row in read_lines(0)}
     text = (FOLDER / "peers-h200-earlier.txt").read_text(encoding="utf-8")
     for match in _LINE.finditer(text):
         case, ms = match["case"], float(match["ms"])
         share = utilisation(tflop[case], ms)
         cell = Cell(
-            ms, float(match["least"]), int(match["syncs"]), float(match["memory"]), share, True
+            ms, float(match["least"]), int(match["syncs"]), float(match["memory"]), share, 2
         )
-        found.setdefault((case, match["peer"]), cell)
+        if match["peer"].startswith("torchtitan"):
+            found[case, match["peer"]] = cell
     return found
 
 
@@ -83,7 +102,7 @@ def table(peers: dict[str, str]) -> list[str]:
     lines = ["| | " + " | ".join(CASES.values()) + " |", "|---" * (len(CASES) + 1) + "|"]
     for peer, name in peers.items():
         of_peer = [cells.get((case, peer)) for case in CASES]
-        mark = "\\*" if any(cell is not None and cell.quoted for cell in of_peer) else ""
+        mark = MARKS[max(cell.run for cell in of_peer if cell is not None)]
         lines.append(f"| {name}{mark} | " + " | ".join(map(_words, of_peer)) + " |")
     return lines
 
@@ -96,5 +115,4 @@ def _words(cell: Cell | None) -> str:
 
 
 if __name__ == "__main__":
-    more = ("attached, fixed shapes", "transformers, flash_attention_2, Liger")
-    print("\n".join(table(PEERS | {name: name for name in more})))
+    print("\n".join(table(PEERS | {"attached, fixed shapes": "attached, fixed shapes"})))
