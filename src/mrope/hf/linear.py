@@ -172,11 +172,12 @@ def _reference_rule(
     sharing = value.shape[2] // key.shape[2]
     if sharing > 1:  # releases before 5.24 do so in front of their reference
         query, key = (one.repeat_interleave(sharing, dim=2) for one in (query, key))
-    slots, shape = segments.get("linear_slots"), segments.get("linear_shape")
+    slots = segments.get("linear_slots")
     if slots is not None:
+        rows, width = segments["linear_shape"]
         # Padding forgets the state before it, so that the next segment of a row begins with none.
         query, key, value, decay, beta = (
-            _lay_out(one, slots, *shape, fill)
+            _lay_out(one, slots, rows, width, fill)
             for one, fill in ((query, 0), (key, 0), (value, 0), (decay, _FORGET), (beta, 0))
         )
     rule = inspect.unwrap(modelling_of(self).torch_chunk_gated_delta_rule)
