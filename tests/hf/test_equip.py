@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from mrope import MRopeCollator, MRopeError, MRopeSpec, VisionSpec
@@ -184,11 +186,142 @@ def test_too_late_and_no_trainer(tmp_path: Path) -> None:
         equip(make(tmp_path, data_collator=collator()), packing="flatten")
 
 
-def test_positions_that_a_collator_makes_are_refused_at_the_first_batch(tmp_path: Path) -> None:
-    def numbers(examples: Any) -> Any:
-        batch = PaddingCollator()(examples)
-        batch["position_ids"] = torch.zeros_like(batch["input_ids"])
-        return batch
+class Processor:
+    """One whose batches are numbered, as some models' own are."""
 
-    with pytest.raises(MRopeError, match="position_ids"):
-        losses(equip(make(tmp_path, data_collator=numbers), quiet=True))
+    def __call__(self, rows: Any) -> Any:
+        batch = PaddingCollator()(rows)
+        return batch | {"position_ids": torch.zeros_like(batch["input_ids"])}
+
+
+class OfProcessor:
+    """A collate function as trainers write it: whatever the processor returns."""
+
+    def __init__(self) -> None:
+        self.processor = Processor()
+
+    def __call__(self, rows: Any) -> Any:
+        return self.processor(rows)
+
+
+class Pairs:
+    """Batches under other names, as TRL's KTO trainer makes them."""
+
+    def __call__(self, rows: Any) -> Any:
+        batch = PaddingCollator()(rows)
+        return {f"prompt_{name}": value for name, value in batch.items()}
+
+
+def numbered_rows() -> Any:
+    rows = tiny_examples("qwen3_vl", rows=9)
+    return [{**row, "position_ids": row["input_ids"]} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data_collator": OfProcessor()}, "batches of OfProcessor have position_ids already"),
+        ({"rows": numbered_rows()}, "batches of PaddingCollator have position_ids already"),
+        ({"data_collator": Pairs()}, "batches of Pairs have no input_ids.* but prompt_"),
+    ],
+)
+def test_batches_that_the_stage_does_not_take_are_refused_at_once(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    trainer = make(tmp_path, **options)
+    with pytest.raises(MRopeError, match=message):
+        equip(trainer, quiet=True)
+    assert not is_attached(trainer.model)
+
+
+class NumberedRows(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(numbered_rows())
+
+
+def test_those_of_a_stream_are_refused_at_the_first_batch(tmp_path: Path) -> None:
+    with pytest.raises(MRopeError, match="two sources of one tensor"):
+        losses(equip(make(tmp_path, rows=NumberedRows()), quiet=True))
+
+
+class OnlyWhole:
+    """Fails on a single row, and draws random numbers before."""
+
+    def __call__(self, rows: Any) -> Any:
+        torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
+        assert len(rows) == 3
+        return PaddingCollator()(rows)
+
+
+def drawn() -> list[Any]:
+    """The state of each source of random numbers."""
+    of_numpy: Any = np.random.get_state()  # noqa: NPY002
+    return [torch.random.get_rng_state().tolist(), random.getstate(), of_numpy[1].tolist()]
+
+
+def test_one_row_is_looked_at_without_a_trace(tmp_path: Path) -> None:
+    trainer = make(tmp_path, data_collator=OnlyWhole())
+    before = drawn()
+    equip(trainer, quiet=True)
+    assert drawn() == before
+    assert losses(trainer) == pytest.approx(losses(make(tmp_path)), abs=1e-5)
+
+
+def test_a_head_that_numbers_in_1_d_is_refused(tmp_path: Path) -> None:
+    from hf.test_heads import retrieval_model
+
+    with pytest.raises(MRopeError, match="ColQwen2ForRetrieval numbers tokens in 1-D"):
+        equip(make(tmp_path, retrieval_model("qwen2_vl"), family="qwen2_vl"))
+
+
+class LikeAxolotl(Trainer):  # type: ignore[misc]
+    """Loaders, sampler, loss and the collator of evaluation are its own; as in axolotl 0.19."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.eval_data_collator = PaddingCollator()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        given: Any = self.data_collator
+        self.data_collator = self.eval_data_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = given
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class LikeSwift(Trainer):  # type: ignore[misc]
+    """Makes its loader itself, and its loss from the logits; as in ms-swift 4.6."""
+
+    def get_train_dataloader(self) -> Any:
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        logits = outputs.logits[:, :-1].flatten(0, 1).float()
+        loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5"])
+@pytest.mark.parametrize("kind", [LikeAxolotl, LikeSwift])
+def test_subclasses_as_frameworks_write_them(kind: type, family: str, tmp_path: Path) -> None:
+    rows = tiny_examples(family, rows=4)
+    plain, equipped = (make(tmp_path, kind=kind, family=family) for _ in range(2))
+    equip(equipped, quiet=True)
+    assert losses(equipped) == pytest.approx(losses(plain), abs=1e-5)
+    ours, theirs = (one.evaluate(rows)["eval_loss"] for one in (equipped, plain))
+    assert ours == pytest.approx(theirs, abs=1e-5)

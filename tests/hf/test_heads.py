@@ -36,7 +36,7 @@ def live_config(family: str) -> Any:
     return AutoConfig.for_model(config.pop("model_type"), **config)
 
 
-def classifier(generic: type, whole: Any) -> Any:
+def classifier(generic: type, whole: Any, labels: int = 3) -> Any:
     """Return transformers' classifier around a new base model, as it stands around Qwen3.5's."""
     base = base_model(whole)
     own = next(one for one in type(whole).__mro__ if one.__name__.endswith("PreTrainedModel"))
@@ -45,7 +45,7 @@ def classifier(generic: type, whole: Any) -> Any:
     head: Any = type(name, (generic, own), {"__module__": own.__module__})
     config = copy.deepcopy(base.config)
     for one in (config, config.get_text_config()):
-        one.num_labels, one.pad_token_id = 3, 0
+        one.num_labels, one.pad_token_id = labels, 0
     torch.manual_seed(0)
     model = head._from_config(config, attn_implementation=whole.config._attn_implementation)
     return model.eval()

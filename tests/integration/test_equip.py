@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import trl
+from transformers.modeling_layers import GenericForSequenceClassification
 
+from hf.test_heads import classifier
 from integration.common import BATCH, STEPS, build_processor
 from integration.test_trl import FAMILY, conversations
 from mrope.hf import SyncReport, equip
@@ -46,7 +48,25 @@ def preferences() -> Any:
     return table.map(split, remove_columns=["messages"])
 
 
+def texts() -> Any:
+    """Preferences without pictures, which TRL's reward trainer takes alone."""
+    return preferences().remove_columns("images")
+
+
+def make_reward(folder: Path, **options: Any) -> Any:
+    model = classifier(GenericForSequenceClassification, tiny_model(FAMILY), labels=1)
+    settings = {**SETTINGS, "disable_dropout": True, **options}
+    return trl.RewardTrainer(
+        model=model.train(),
+        args=trl.RewardConfig(output_dir=str(folder), **settings),
+        train_dataset=texts(),
+        processing_class=build_processor(FAMILY).tokenizer,
+    )
+
+
 def make(kind: str, folder: Path, **options: Any) -> Any:
+    if kind == "reward":
+        return make_reward(folder, **options)
     classes = {"sft": (trl.SFTTrainer, trl.SFTConfig), "dpo": (trl.DPOTrainer, trl.DPOConfig)}
     trainer, config = classes[kind]
     # Without one TRL would load the reference from the folder that the model came from.
@@ -65,16 +85,16 @@ def losses(trainer: Any) -> list[float]:
     return [one["loss"] for one in trainer.state.log_history if "loss" in one]
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
 def test_losses_are_equal(kind: str, tmp_path: Path) -> None:
     plain = losses(make(kind, tmp_path))
     trainer = equip(make(kind, tmp_path), quiet=True)
     assert len(plain) == STEPS
     assert losses(trainer) == pytest.approx(plain, abs=1e-4)
-    assert kind == "sft" or is_attached(trainer.ref_model)
+    assert is_attached(trainer.ref_model if kind == "dpo" else trainer.model)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("sft", 5), ("dpo", 40)])
+@pytest.mark.parametrize(("kind", "most"), [("sft", 5), ("dpo", 40), ("reward", 20)])
 def test_what_is_left_is_the_trainers_own_metrics(
     kind: str, most: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
 import transformers
 
 from mrope.collate.collator import Collate, MRopeCollator
-from mrope.columns import NewColumns
+from mrope.columns import Columns, NewColumns
 from mrope.errors import MRopeError
 from mrope.hf.attaching import attach, base_model, explain_attention, is_attached
 from mrope.hf.attention_choice import Attention
+from mrope.hf.patches import embeds_by_itself
 from mrope.hf.thinkers import text_model
 from mrope.spec.spec import MRopeSpec
 from mrope.towers import AudioSpec, VisionSpec
@@ -47,21 +51,26 @@ def equip(
 
     Raises:
         MRopeError: positions would be computed twice, or otherwise than the model does: the trainer
-            makes its batches behind its collator, or a new model when it trains; its collator
-            numbers tokens, or is a `MRopeCollator` for another model; batches are cut on their
-            first dimension. And whatever `attach` refuses.
+            makes its batches behind its collator, or a new model when it trains; its collator,
+            dataset or processor gives position_ids, or the collator is a `MRopeCollator` for
+            another model; the model numbers tokens in 1-D; batches are cut on their first
+            dimension. And whatever `attach` refuses.
     """
     made: Trainer = trainer
     _refuse_trainer(made)
     base = base_model(made.model)
     _refuse_late(made)
+    _refuse_head(made.model)
     inner = made.data_collator
     collate = _make_collator(made, base.config, stage)
+    _refuse_numbered(made, collate)
     models = list(_models(made))
     for model in models:
         if not is_attached(model):
             attach(model, attention=attention)
     made.data_collator = collate
+    if getattr(made, "eval_data_collator", None) is not None:  # of axolotl's trainers
+        made.eval_data_collator = collate
     changed = _apply_settings(made)
     if not quiet and made.is_world_process_zero():
         print(_describe(made, inner, models, changed, list(_left(made, base))))
@@ -105,6 +114,52 @@ def _refuse_late(trainer: Trainer) -> None:
             "batches would be cut on their first dimension, which positions have axes on: start "
             "one process for each GPU, without split_batches and dispatch_batches"
         )
+
+
+def _refuse_head(model: PreTrainedModel) -> None:
+    """Raise for a head that gives its base model embeddings alone, which get 1-D positions."""
+    heads = [type(one).__name__ for one in model.modules() if embeds_by_itself(one)]
+    if heads:
+        raise MRopeError(
+            f"{heads[0]} numbers tokens in 1-D, and from a batch of the stage it takes M-RoPE's "
+            "positions: if that is what you want, attach the model and wrap the collator yourself"
+        )
+
+
+def _refuse_numbered(trainer: Trainer, collate: MRopeCollator) -> None:
+    """Raise for a collate function whose batches the stage does not take, by one row of the data.
+
+    Where that cannot be asked, as of a stream, the first batch of training raises.
+    """
+    rows, inner = trainer.train_dataset, collate.inner_collate
+    if not hasattr(rows, "__getitem__"):
+        return
+    batch: Columns = {}
+    with _same_random_numbers(), suppress(Exception):  # whatever it raises, training raises too
+        batch = inner([rows[0]])
+    if "position_ids" in batch:
+        raise MRopeError(
+            f"batches of {_name(inner)} have position_ids already, from it, from the processor or "
+            "from the dataset: they would be computed twice; remove them there, or do without the "
+            "stage"
+        )
+    if batch and "input_ids" not in batch:
+        raise MRopeError(
+            f"batches of {_name(inner)} have no input_ids, by which tokens are numbered, but "
+            f"{', '.join(list(batch)[:4])}: they are not supported"
+        )
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Leave the random numbers of the process as they were."""
+    state, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - what others draw
+    try:
+        with torch.random.fork_rng(devices=()):
+            yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(of_numpy)  # noqa: NPY002
 
 
 def _make_collator(trainer: Trainer, config: PreTrainedConfig, stage: NewColumns) -> MRopeCollator:

@@ -71,6 +71,10 @@ def _holding(*names: str) -> Callable[[torch.nn.Module], bool]:
     return lambda module: module._modules.keys() >= {*names}  # noqa: SLF001
 
 
+embeds_by_itself = _holding("vlm", "embedding_proj_layer")
+"""Whether a module is a head that runs the towers of its base model itself: ColQwen2's."""
+
+
 def _made_of(*names: str, merges: bool = False) -> Callable[[torch.nn.Module], bool]:
     """Tell modules that have these children and no other, which they might run in between.
 
@@ -90,14 +94,7 @@ def _defining(method: str) -> Callable[[torch.nn.Module], bool]:
 
 PATCHES = (
     Patch(is_base, attached_forward, by_name=True),
-    # ColQwen2's, whatever its base model is.
-    Patch(
-        _holding("vlm", "embedding_proj_layer"),
-        embed_for_retrieval,
-        calls_own=True,
-        by_name=True,
-        around=True,
-    ),
+    Patch(embeds_by_itself, embed_for_retrieval, calls_own=True, by_name=True, around=True),
     Patch(_defining("_deepstack_process"), add_deepstack, "_deepstack_process"),
     # Up to 5.21 a thinker holds its head itself.
     Patch(is_text_of_thinker, take_text_inputs, calls_own=True, by_name=True),
