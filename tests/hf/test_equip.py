@@ -277,13 +277,14 @@ def test_a_head_that_numbers_in_1_d_is_refused(tmp_path: Path) -> None:
 class LikeAxolotl(Trainer):  # type: ignore[misc]
     """Loaders, sampler, loss and the collator of evaluation are its own; as in axolotl 0.19."""
 
+    data_collator: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.eval_data_collator = PaddingCollator()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        given: Any = self.data_collator
-        self.data_collator = self.eval_data_collator
+        given, self.data_collator = self.data_collator, self.eval_data_collator
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:

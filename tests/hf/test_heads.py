@@ -228,3 +228,18 @@ def test_an_embedding_model_without_the_stage() -> None:
     attach(detach(model))
     detach(model.vlm)  # the head is left
     assert torch.equal(model(**plain).embeddings, right)
+
+
+def test_an_embedding_model_under_peft() -> None:
+    peft = pytest.importorskip("peft")
+    plain, batch = retrieval_batches("qwen2_vl", "images")
+    config = peft.LoraConfig(target_modules=["q_proj", "qkv"], init_lora_weights=False)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(retrieval_model("qwen2_vl"), config).eval()
+    right = model(**plain).embeddings
+    attach(model)
+    with SyncGuard() as guard:
+        found = model(**batch).embeddings
+    assert guard.count == 0, guard.report()
+    assert torch.equal(found, right)
+    assert torch.equal(detach(model)(**plain).embeddings, right)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 peft = pytest.importorskip("peft")
 
 from mrope import MRopeError
+from mrope.guard import SyncGuard
 from mrope.hf import attach, detach, explain_attention
 from mrope.hf.attaching import base_model
 from support.models import media_of, tiny_model
@@ -165,12 +167,52 @@ def test_every_copy_has_the_config_that_its_attention_needs() -> None:
     assert {one.config._attn_implementation for one in layers} == {"sdpa"}
 
 
+KINDS: dict[str, Any] = {
+    "ia3": lambda: peft.IA3Config(
+        target_modules=["q_proj", "qkv", "down_proj"],
+        feedforward_modules=["down_proj"],
+        init_ia3_weights=False,
+    ),
+    "norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    "loha": lambda: peft.LoHaConfig(target_modules=["q_proj"], init_weights=False),
+    "dora": lambda: peft.LoraConfig(
+        target_modules=["q_proj", "qkv"], use_dora=True, init_lora_weights=False
+    ),
+    "tokens": lambda: peft.TrainableTokensConfig(
+        token_indices=[5, 6], target_modules=["embed_tokens"], init_weights=False
+    ),
+    "embeddings": lambda: peft.LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False),
+    "all linear": lambda: peft.LoraConfig(target_modules="all-linear", init_lora_weights=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5", "glm4v"])
+def test_other_kinds_of_adapters(family: str, kind: str) -> None:
+    plain, batch = make_batches(family)
+
+    def tuned(model: Any) -> Any:
+        torch.manual_seed(1)
+        return peft.get_peft_model(model, KINDS[kind]()).eval()
+
+    expected = logits_of(tuned(tiny_model(family)), plain)
+    for model in (tuned(attach(tiny_model(family))), attach(tuned(tiny_model(family)))):
+        with SyncGuard() as guard:
+            found = logits_of(model, batch)
+        # PEFT copies the indices of trained tokens to the device at each call.
+        assert all("/peft/" in site.file for site in guard.sites), guard.report()
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+        assert torch.equal(logits_of(detach(model), plain), expected)
+
+
 def prompts(kind: str) -> Any:
     """Return a config of a kind of prompt learning."""
     configs = {
         "prompt": peft.PromptTuningConfig,
         "p-tuning": peft.PromptEncoderConfig,
         "prefix": peft.PrefixTuningConfig,
+        "several tasks": partial(peft.MultitaskPromptTuningConfig, num_tasks=2),
     }
     return configs[kind](task_type="CAUSAL_LM", num_virtual_tokens=3)
 
@@ -186,6 +228,12 @@ def test_prompt_learning_is_refused_by_name(kind: str, media: str) -> None:
         model(**batch)
     model = peft.get_peft_model(tiny_model("qwen3_vl"), prompts(kind))
     with pytest.raises(MRopeError, match="Config: PEFT's prompt learning is not supported"):
+        attach(model)
+
+
+def test_prompts_of_tasks_are_refused_too() -> None:
+    model = peft.get_peft_model(tiny_model("qwen3_vl"), prompts("several tasks"))
+    with pytest.raises(MRopeError, match="MultitaskPromptTuningConfig: PEFT's prompt learning"):
         attach(model)
 
 

@@ -71,6 +71,32 @@ def test_both_read_and_either_is_detached(family: str, make: Callable[[str], Pai
         assert synced(attach(gone), batch) == 0
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "lfm3_vl"])
+def test_a_tower_that_three_models_hold(family: str, order: tuple[int, ...]) -> None:
+    plain, batch = make_batches(family, media_of(family)[0])
+    if family == "lfm3_vl":
+        for one in (plain, batch):
+            del one["mm_token_type_ids"]
+    models = [tiny_model(family, seed=seed) for seed in range(3)]
+    tower = vision_tower(models[0].model)
+    name = next(n for n, m in models[0].model.named_children() if m is tower)
+    for other in models[1:]:
+        setattr(other.model, name, tower)
+    expected = [logits_of(model, plain) for model in models]
+    for model in models:
+        attach(model)
+    for gone, first in enumerate(order):
+        for kept in order[gone:]:
+            torch.testing.assert_close(
+                logits_of(models[kept], batch), expected[kept], rtol=0, atol=2e-6
+            )
+            assert synced(models[kept], batch) == 0
+        detach(models[first])
+        assert torch.equal(logits_of(models[first], plain), expected[first])
+    assert not [one for model in models for one in model.modules() if "forward" in vars(one)]
+
+
 def test_a_text_model_that_two_models_hold() -> None:
     _, batch = make_batches("qwen3_vl")
     policy, reference = tiny_model("qwen3_vl", seed=0), tiny_model("qwen3_vl", seed=1)
