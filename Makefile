@@ -88,11 +88,11 @@ integration: .venvs/integration/.ready  ## Train with Trainer, TRL, accelerate, 
 	$(@D)/bin/pip install --quiet -c constraints.txt -e '.[integration]'
 	touch $@
 
-# Not in CI: 10 GB of packages, and releases of others, each with its own transformers; the functions of ms-swift, verl and
+# Not in CI: 12 GB of packages, and releases of others, each with its own transformers; the functions of ms-swift, verl and
 # VeOmni are tested in one environment, with 5.9.0, and torchtitan's collator in lmms-engine's. verl's trainer replaces
 # methods of transformers, and has a process of its own. A skipped test fails the target.
-PEERS := .venvs/lmms-engine .venvs/peers .venvs/nemo .venvs/axolotl .venvs/ms-swift
-peers: $(PEERS:%=%/.ready)  ## Run the tests of lmms-engine, torchtitan, ms-swift, verl, VeOmni, NeMo Automodel and axolotl, in environments of their own
+PEERS := .venvs/lmms-engine .venvs/peers .venvs/nemo .venvs/axolotl .venvs/ms-swift .venvs/llama-factory
+peers: $(PEERS:%=%/.ready)  ## Run the tests of lmms-engine, torchtitan, ms-swift, verl, VeOmni, NeMo Automodel, axolotl and LLaMA-Factory, in environments of their own
 	PYTHONPATH=src:tests .venvs/lmms-engine/bin/python -m pytest -q -p no:cacheprovider --no-skips \
 	  tests/integration/test_lmms_engine.py tests/integration/test_docs.py -k lmms
 	PYTHONPATH=src:tests .venvs/lmms-engine/bin/python -m pytest -q -p no:cacheprovider --no-skips tests/integration/test_torchtitan.py
@@ -102,6 +102,7 @@ peers: $(PEERS:%=%/.ready)  ## Run the tests of lmms-engine, torchtitan, ms-swif
 	PYTHONPATH=src:tests .venvs/nemo/bin/python -m pytest -q -p no:cacheprovider --no-skips tests/integration/test_nemo.py
 	PYTHONPATH=src:tests .venvs/axolotl/bin/python -m pytest -q -p no:cacheprovider --no-skips tests/integration/test_axolotl.py
 	PYTHONPATH=src:tests .venvs/ms-swift/bin/python -m pytest -q -p no:cacheprovider --no-skips tests/integration/test_ms_swift.py
+	PYTHONPATH=src:tests .venvs/llama-factory/bin/python -m pytest -q -p no:cacheprovider --no-skips tests/integration/test_llama_factory.py
 
 # Pins of constraints.txt that a peer's requirements contradict. The peers themselves go without their
 # dependencies, which name CUDA builds and releases older than these; what their tests import is listed.
@@ -155,6 +156,16 @@ PINS_LEFT_OUT := transformers|tokenizers|huggingface.hub|packaging|rich|typer
 	  scikit-learn scipy simplejson tiktoken torchdata uvicorn zstandard
 	$(@D)/bin/pip install --quiet --no-cache-dir --no-deps ms-swift==4.6.0 qwen-vl-utils==0.0.14 torchvision==0.28.0 \
 	  trl==0.29.1
+	touch $@
+
+.venvs/llama-factory/.ready: constraints.txt
+	$(PYTHON) -m venv --clear $(@D)
+	grep -vE '^($(PINS_LEFT_OUT))==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/pip install --quiet --no-cache-dir -c $(@D)/constraints.txt torch==2.13.0 transformers==5.9.0 \
+	  datasets docstring-parser einops fastapi fire httpx matplotlib modelscope omegaconf pillow psutil pydantic \
+	  pyyaml pytest pytest-timeout scikit-image scikit-learn shtab sse-starlette tiktoken torchdata tyro uvicorn
+	$(@D)/bin/pip install --quiet --no-cache-dir --no-deps llamafactory==0.9.5 accelerate==1.11.0 av==16.0.0 \
+	  peft==0.18.1 torchvision==0.28.0 trl==0.24.0
 	touch $@
 
 # Starts Ray with two workers on this machine.

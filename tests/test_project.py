@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT: Any = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
-UNDECLARED = {"axolotl", "lmms_engine", "nemo_automodel", "swift", "verl"}
+UNDECLARED = {"axolotl", "llamafactory", "lmms_engine", "nemo_automodel", "swift", "verl"}
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "skimage": "scikit-image",

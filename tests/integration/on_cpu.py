@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import torch
 
@@ -33,3 +36,10 @@ def decode_by_pillow() -> None:
 
     functional = importlib.import_module("torchvision.transforms.functional")
     backends.load_image_as_tensor = lambda image: functional.pil_to_tensor(load_image(image))
+
+
+def replace_torchaudio() -> None:
+    """Put an empty module in its place, for trainers that import it and here hear nothing."""
+    name = "torchaudio"
+    sys.modules[name] = ModuleType(name)
+    sys.modules[name].__spec__ = ModuleSpec(name, None)

@@ -29,5 +29,6 @@ def test_the_code_for_lmms_engine_runs(tmp_path: Path) -> None:
     write_processor(tmp_path, "qwen3_vl")
     page = (ROOT / "docs" / "frameworks.md").read_text(encoding="utf-8")
     # Marked `py`: tests/test_docs.py runs what is marked `python`, without lmms-engine.
-    (block,) = re.findall(r"```py\n(.*?)```", page, flags=re.DOTALL)
+    blocks = re.findall(r"```py\n(.*?)```", page, flags=re.DOTALL)
+    (block,) = (one for one in blocks if "lmms_engine" in one)
     exec(block, {"processor_name": str(tmp_path)})

@@ -8,10 +8,11 @@ config is what the framework's own command line takes, as JSON, which is YAML to
 
 from __future__ import annotations
 
-from integration.on_cpu import decode_by_pillow, import_torchvision
+from integration.on_cpu import decode_by_pillow, import_torchvision, replace_torchaudio
 
 import_torchvision()
 
+import importlib
 import json
 import os
 import subprocess
@@ -68,7 +69,13 @@ def with_ms_swift(config: Path) -> None:
     sft_main([part for name, value in options.items() for part in (f"--{name}", str(value))])
 
 
-MAIN = {"axolotl": with_axolotl, "ms-swift": with_ms_swift}
+def with_llama_factory(config: Path) -> None:
+    replace_torchaudio()
+    options = json.loads(config.read_text("utf-8"))
+    importlib.import_module(options.pop("module")).run_exp(options)
+
+
+MAIN = {"axolotl": with_axolotl, "ms-swift": with_ms_swift, "LLaMA-Factory": with_llama_factory}
 
 
 def run(kind: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -80,7 +87,12 @@ def run(kind: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:
         [sys.executable, "-W", "ignore", "-m", __name__, kind, *map(str, files)],
         env=os.environ
         | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))}
-        | {"AXOLOTL_DO_NOT_TRACK": "1", "USE_HF": "1", "CUDA_VISIBLE_DEVICES": ""},
+        | {
+            "AXOLOTL_DO_NOT_TRACK": "1",
+            "USE_HF": "1",
+            "DISABLE_VERSION_CHECK": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
         cwd=folder,
         capture_output=True,
         text=True,
@@ -93,7 +105,7 @@ def run(kind: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def assert_equal_losses(plain: dict[str, Any], equipped: dict[str, Any]) -> None:
-    """Each step's and each evaluation's loss, to the last bit."""
+    """Compare each step's and each evaluation's loss, to the last bit."""
     assert equipped["losses"] == plain["losses"]
     assert equipped["eval"] == plain["eval"]
 
