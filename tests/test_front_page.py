@@ -20,6 +20,8 @@ CLAIMS = {
     "`equip` at 3.01": "eight-b-h200.txt",
     "at 3.88": "eight-b-h200.txt",
     "LoRA at 1.94 and 2.84": "eight-b-h200.txt",
+    "676 ms a step in transformers, 438 attached": "linear-h200/qwen3_5-short.txt",
+    "270 compiled layer by layer": "linear-h200/qwen3_5-short.txt",
     "833 ms in place of 888": "one-graph-h200.txt",
     "1922 in place of 2105": "ranks-h200/step.txt",
     "1686 in place of 1748": "ranks-h200/step.txt",
