@@ -3,10 +3,16 @@
     PYTHONPATH=src:tests python -m measure.peers.run OUT [--wheels FOLDER] [--cases 2b-mixed8,2b-crops64] [--parts ours,veomni]
 
 OUT gets results.jsonl, a line for each cell, and a log of each process. FOLDER has a folder of wheels for each
-environment: `main` (transformers 5.24.0 and what mrope's config needs), `veomni`, `lmms` and `liger`, which pip installs
-into folders of their own. `liger` has transformers 5.22.2: no release of Liger up to 0.8.5 imports for Qwen3-VL under 5.23 and
-later, which lack the class of outputs that it extends. Without `--wheels` all run in this environment. Graphs compile side
-by side, while nothing is measured; a process that fails stops no other.
+environment, which pip installs into folders of their own: what the machine of the raw output lacked.
+
+- `main`: transformers 5.24.0, omegaconf, pydantic with pydantic-core, annotated-types and typing-inspection
+- `veomni`: veomni 0.1.12, transformers 5.9.0, tokenizers 0.22.2, torchdata 0.11.0
+- `lmms`: lmms-engine 0.1.4, transformers 5.8.1, loguru
+- `liger`: liger-kernel 0.8.5, transformers 5.22.2, since no release of Liger up to 0.8.5 imports for Qwen3-VL under 5.23 and
+  later, which lack the class of outputs that it extends
+
+Without `--wheels` all run in this environment. Graphs compile side by side, while nothing is measured; a process that
+fails stops no other.
 """
 
 from __future__ import annotations
