@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from transformers.masking_utils import (
-    bidirectional_mask_function,
     create_causal_mask,
     create_sliding_window_causal_mask,
     packed_sequence_mask_function,
@@ -29,12 +28,19 @@ from mrope.hf.varlen import can_attend
 
 Masks = Callable[[Any, torch.Tensor, torch.Tensor | None, Any], Any]
 
+
+def _hide_nothing(
+    _batch: torch.Tensor, _head: torch.Tensor, query: torch.Tensor, _key: torch.Tensor
+) -> torch.Tensor:
+    return query >= 0
+
+
 # What lets transformers make a mask without asking first whether it is needed, a sync: since 5.15
 # an argument, before it a function of ours, which hides nothing.
 _ASKS_NOTHING: NewColumns = (
     {"allow_is_causal_skip": False}
     if "allow_is_causal_skip" in inspect.signature(create_causal_mask).parameters
-    else {"and_mask_function": bidirectional_mask_function}
+    else {"and_mask_function": _hide_nothing}
 )
 # Layers that multiply their input by the mask, (B, S), and attend to nothing.
 _MULTIPLIED = ("conv", "linear_attention")
