@@ -44,15 +44,19 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "attn_implementation": "sdpa",
         "logging_steps": 500,
         "save_strategy": "no",
-        "include_tkps": False,
         "seed": 0,
     }
 
 
-def test_losses_are_equal_and_nothing_syncs(config: dict[str, Any], tmp_path: Path) -> None:
+# Three counts of tokens are copied for its rates, unless they are turned off.
+@pytest.mark.parametrize(("rates", "before", "after"), [(True, 74, 3), (False, 71, 0)])
+def test_losses_are_equal_and_the_rates_alone_sync(
+    rates: bool, before: int, after: int, config: dict[str, Any], tmp_path: Path
+) -> None:
+    config = {**config, "include_tkps": rates}
     plain = run("axolotl", config, tmp_path)
     config = {**config, "plugins": ["mrope.transforms.axolotl.MRopePlugin"]}
     equipped = run("axolotl", config, tmp_path)
     assert plain["eval"]
     assert_equal_losses(plain, equipped)
-    assert plain["syncs"]["per_step"] > 70 and equipped["syncs"]["per_step"] == 0
+    assert [one["syncs"]["per_step"] for one in (plain, equipped)] == [before, after]

@@ -34,5 +34,3 @@ class MRopePlugin(BasePlugin):  # type: ignore[misc]
     def post_trainer_create(self, cfg: NewColumns, trainer: AxolotlTrainer) -> None:
         """Call `equip(trainer)` with the keywords of the YAML; see there for what it raises."""
         equip(trainer, **cfg["mrope"])
-        # Another one of the same kind, which axolotl keeps for evaluation.
-        trainer.eval_data_collator = trainer.data_collator
