@@ -1,12 +1,8 @@
-"""Options of the trainers' tests, and an import of torchvision that works without CUDA."""
+"""Options of the trainers' tests."""
 
 from __future__ import annotations
 
 import pytest
-
-from integration.on_cpu import import_torchvision
-
-import_torchvision()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
