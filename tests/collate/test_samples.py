@@ -167,7 +167,16 @@ FORMS: dict[str, Callable[[torch.Tensor], Any]] = {
     "list of arrays": lambda value: list(value.numpy()),
     "one tensor in a list": lambda value: [value],
     "Arrow": as_arrow,
+    "Arrow of numbers": lambda value: (
+        as_arrow(value) if value.ndim > 1 else pa.array(value.numpy())
+    ),
+    "series": lambda value: pandas.Series(list(value.numpy())),
+    "other byte order": lambda value: value.numpy().astype(value.numpy().dtype.newbyteorder(">")),
+    "backwards": lambda value: value.numpy()[::-1].copy()[::-1],
+    "every other": lambda value: value.repeat_interleave(2, 0)[::2],
 }
+# Dtypes that hold the sizes and the tokens of these rows, and are not the model's own.
+SMALL = ("int16", "int32", "uint8", "uint16", "uint32", "uint64")
 SINGLE: dict[str, Callable[[torch.Tensor], Any]] = {
     "tensor": lambda value: value[0],
     "array": lambda value: value[0].numpy(),
@@ -183,6 +192,18 @@ def test_every_form_of_the_sizes_is_taken(family: str, form: str) -> None:
     row = row_of(family, ((2, 4), (4, 4)), (2, 4, 4))
     other = row | {name: FORMS[form](row[name]) for name in SIZES if name in row}
     assert_taken(family, other, row)
+
+
+@pytest.mark.parametrize("dtype", SMALL)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_dtype_of_integers_is_taken(family: str, dtype: str) -> None:
+    """The batch holds int64: 16 x 16 patches are none in uint8, where the model multiplies."""
+    row = row_of(family, ((2, 4), (4, 4)), (2, 4, 4))
+    sizes = [name for name in row if name.endswith("grid_thw")]
+    for of in (torch.Tensor.numpy, lambda value: value):
+        tokens = [] if dtype == "uint8" else ["input_ids"]
+        cast = {name: row[name].to(getattr(torch, dtype)) for name in (*sizes, *tokens)}
+        assert_taken(family, row | {name: of(value) for name, value in cast.items()}, row)
 
 
 @pytest.mark.parametrize("form", SINGLE)
@@ -228,6 +249,33 @@ BAD: dict[str, tuple[Callable[[Row], Row], str]] = {
     "no tokens": (lambda row: row | {"input_ids": None}, "no input_ids"),
     "null tokens": (lambda row: row | {"input_ids": [None]}, "no input_ids"),
     "float tokens": (changed("input_ids", lambda ids: ids + 0.5), "input_ids must hold integers"),
+    "one number for tokens": (
+        changed("input_ids", lambda _: 5),
+        "input_ids (must be .n,. or|is a row)",
+    ),
+    "a mask of no axis": (
+        lambda row: row | {"attention_mask": torch.tensor(1)},
+        "attention_mask must be .n,. or",
+    ),
+    "tokens beyond int64": (
+        changed("input_ids", lambda ids: np.where(ids.numpy() == 0, 0, np.uint64(2**63 + 1))),
+        "input_ids holds integers beyond int64",
+    ),
+    "float labels": (changed("labels", lambda one: one + 0.5), "labels must hold integers"),
+    "text for labels": (changed("labels", lambda one: ["a"] * len(one)), "labels "),
+    "float sizes": (
+        changed("image_grid_thw", lambda grid: grid.float()),
+        "image_grid_thw must hold integers",
+    ),
+    "bool sizes": (changed("image_grid_thw", lambda grid: grid > 0), "image_grid_thw must hold"),
+    "tokens without memory": (
+        changed("input_ids", lambda ids: ids.to("meta")),
+        "input_ids is on meta",
+    ),
+    "sparse sizes": (
+        changed("image_grid_thw", lambda grid: grid.to_sparse()),
+        "image_grid_thw is on cpu, torch.sparse_coo",
+    ),
     "two rows of tokens": (
         lambda row: {**row, "input_ids": torch.stack([row["input_ids"]] * 2)},
         "input_ids",
@@ -284,6 +332,28 @@ def test_what_is_bad_in_one_reader_is_bad_in_all(family: str, case: str) -> None
         batch = collate([row, good])
     assert batch.pop("dropped") == 1
     assert_same_batch(batch, MRopeCollator(None, example_spec(family))([good]))
+
+
+HALVES: dict[str, Callable[[float], Any]] = {
+    "number of numpy": np.float16,
+    "numbers of numpy": lambda one: [np.float16(one)],
+    "array": lambda one: np.array([one], np.float16),
+    "bfloat16": lambda one: torch.tensor([one], dtype=torch.bfloat16),
+    "numbers of torch": lambda one: [torch.tensor(one, dtype=torch.bfloat16)],
+    "Arrow": lambda one: pa.scalar([np.float16(one)], pa.list_(pa.float16())),
+}
+
+
+@pytest.mark.parametrize("form", HALVES)
+@pytest.mark.parametrize("name", ["second_per_grid_ts", "video_second_per_grid"])
+def test_half_precision_seconds_are_refused_beside_float32_too(name: str, form: str) -> None:
+    """A tensor that is joined with one of float32 becomes float32, and what was lost is hidden."""
+    row = row_of("qwen2_5_vl", (), (2, 4, 4))
+    seconds = {name: row.pop("second_per_grid_ts")}
+    half = row | {name: HALVES[form](0.7)}
+    assert all("too coarse" in str(error) for error in errors_of("qwen2_5_vl", half).values())
+    with pytest.raises(MRopeError, match=f"row 1: {name} is b?float16, too coarse"):
+        MRopeCollator(None, example_spec("qwen2_5_vl"))([row | seconds, half])
 
 
 NO_TOKENS: list[Any] = [[], [[]], np.array([], object), torch.empty(0), torch.empty(1, 0)]

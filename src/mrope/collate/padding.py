@@ -19,6 +19,7 @@ Example = Columns
 _TOKENS = tuple(columns("token"))
 _JOINED = tuple(columns("item", "patch"))
 _WHOLE = tuple(columns("batch"))
+_OF_SIZES = ("size", "merge")
 _SIZES_OF_CLIPS = tuple(columns("item", modality="video", means="size"))
 
 
@@ -116,9 +117,6 @@ class PaddingCollator:
             column = sample[name]
             if not isinstance(column, torch.Tensor):
                 column = sample[name] = _tensor(row, name, column)
-            # An empty list becomes float32.
-            if column.numel() and (column.is_floating_point() or column.is_complex()):
-                raise MRopeError(f"row {row}: {name} must hold integers, not {column.dtype}")
             if column.ndim != 1:
                 raise MRopeError(
                     f"row {row}: {name} must be (n,) or (1, n), not {(*column.shape,)}"
@@ -159,6 +157,9 @@ def _concatenated(name: str, parts: Mapping[int, torch.Tensor]) -> torch.Tensor:
         if COLUMNS[name].modality == "audio" and tensors[0].ndim > 1:
             longest = max(part.shape[-1] for part in tensors)
             tensors = [pad(part, (0, longest - part.shape[-1])) for part in tensors]
+        if COLUMNS[name].means in _OF_SIZES:
+            # A product of sizes in the dtype of a small table would wrap around.
+            tensors = [part.to(torch.int64) for part in tensors]
         return torch.cat(tensors)
     except (IndexError, RuntimeError) as error:
         shapes = {f"row {row}": tuple(part.shape) for row, part in parts.items()}

@@ -44,10 +44,12 @@ _READ = {
     if column.kind != "derived" and column.means != "count"
 }
 _TOKENS = tuple(columns("token"))
-# Floating-point values of these are looked at: nulls among integers, seconds that are too coarse.
+# The dtype of these is looked at: nulls among integers, seconds that are too coarse.
 _CHECKED = frozenset(
     name for name, column in _READ.items() if column.integers or column.means == "seconds"
 )
+# Dense ones of these on the CPU need no look.
+_INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 PIXELS = {
     name: tuple(columns("item", modality=COLUMNS[name].modality, means="size"))
     for name in columns("patch")
@@ -118,7 +120,10 @@ def read_column(name: str, value: object) -> Any:
         and isinstance(value, torch.Tensor)
         and value.ndim == column.axes
         and value.numel()
-        and (name not in _CHECKED or not value.is_floating_point())
+        and (
+            name not in _CHECKED
+            or (value.dtype in _INTEGERS and value.is_cpu and value.layout == torch.strided)
+        )
     ):
         return value  # as processors give it, and the torch format of `datasets`
     return read_value(name, column, value)

@@ -8,7 +8,7 @@ import numpy as np
 
 from mrope.arrays import Array
 from mrope.collate.read import PIXELS, Rows, as_numpy, read_arguments, read_sample
-from mrope.collate.values import as_tensor
+from mrope.collate.values import as_tensor, check_numbers
 from mrope.columns import COLUMNS, Columns, NewColumns
 from mrope.errors import MRopeError
 from mrope.positions.inputs import BatchInputs, check_inputs
@@ -59,7 +59,8 @@ def batch_of_row(row: Columns) -> NewColumns:
 def _one_row(name: str, column: Array) -> Array:
     if column.ndim != 1:
         raise MRopeError(f"{name} must be (n,) or (1, n), not {(*column.shape,)}")
-    return column[None]
+    check_numbers(name, column)
+    return column[None].astype(np.int64, copy=False)
 
 
 class SingleRow(NamedTuple):

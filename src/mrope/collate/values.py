@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from mrope.arrays import Array
-from mrope.columns import Column, Columns
+from mrope.columns import COLUMNS, Column, Columns
 from mrope.errors import MRopeError
 from mrope.positions.inputs import refuse_stacked_grids
+
+# What numpy and torch hold numbers in.
+_NUMBERS = (torch.Tensor, np.ndarray, np.generic)
+# Columns whose numbers are counted with.
+_COUNTED_BY = ("size", "seconds", "merge", "mask")
 
 
 def read_value(name: str, column: Column | None, value: object) -> Any:
@@ -26,8 +31,11 @@ def read_value(name: str, column: Column | None, value: object) -> Any:
         column: its line of the table; None: a column of the user, of which only nulls are absent.
 
     Raises:
-        MRopeError: grids with a batch axis, seconds at half precision.
+        MRopeError: grids with a batch axis, a token column without an axis, numbers that
+            `check_numbers` refuses.
     """
+    if column is not None and hasattr(value, "__array__") and not isinstance(value, _NUMBERS):
+        value = np.asarray(value)  # arrays of pyarrow, series of pandas
     value = plain(value)
     if column is None or column.kind == "batch" or value is None:
         return value
@@ -39,26 +47,64 @@ def read_value(name: str, column: Column | None, value: object) -> Any:
         return None
     if isinstance(value, (list, tuple)) and isinstance(value[0], (torch.Tensor, np.ndarray)):
         value = _joined(value, _axes_of_whole(column, value[0]))
+    value = _with_axes(name, column, value)
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        check_numbers(name, value)
+    return value
+
+
+def check_numbers(name: str, value: torch.Tensor | Array) -> None:
+    """Refuse an array that a column of tokens, sizes or seconds cannot hold; others pass.
+
+    Raises:
+        MRopeError: a tensor that is not dense or not in the CPU's memory; no integers, or integers
+            beyond int64, where the column holds integers; seconds at half precision.
+    """
+    column = COLUMNS.get(name)
+    if column is None or not (column.kind == "token" or column.means in _COUNTED_BY):
+        return
+    tensor = value if isinstance(value, torch.Tensor) else None
+    if tensor is not None and not (tensor.is_cpu and tensor.layout == torch.strided):
+        raise MRopeError(
+            f"{name} is on {tensor.device}, {tensor.layout}: rows hold dense CPU tensors"
+        )
     if column.means == "seconds":
         refuse_half_precision(name, value)
-    return _with_axes(name, column, value)
+    elif tensor is None:
+        _check_integers(name, column, cast("Array", value))
+    elif not tensor.is_floating_point() and not tensor.is_complex():
+        _check_integers(name, column, tensor.numpy())
+    elif tensor.numel():
+        raise MRopeError(f"{name} must hold integers, not {tensor.dtype}")
+
+
+def _check_integers(name: str, column: Column, value: Array) -> None:
+    # A mask may be bool, and so may types of tokens.
+    sized = column.kind == "item" and column.means != "mask"
+    if value.size and value.dtype.kind not in ("iu" if sized else "iub"):
+        raise MRopeError(f"{name} must hold integers, not {value.dtype}")
+    if value.dtype == np.uint64 and (value > np.iinfo(np.int64).max).any():
+        raise MRopeError(f"{name} holds integers beyond int64")
 
 
 def as_tensor(name: str, value: object) -> torch.Tensor:
     """Return a column as a tensor; Python floats become float32, as torch's default is.
 
     Raises:
-        MRopeError: it is ragged, or holds something other than numbers.
+        MRopeError: it is ragged, or holds something other than numbers, or numbers that
+            `check_numbers` refuses.
     """
     if isinstance(value, torch.Tensor):
         return value
     try:
-        return torch.as_tensor(value)
+        tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise MRopeError(
             f"{name} is ragged, or holds something other than numbers, and cannot become a "
             f"tensor: {error}"
         ) from error
+    check_numbers(name, tensor)
+    return tensor
 
 
 def refuse_half_precision(name: str, value: object) -> None:
@@ -102,9 +148,14 @@ def _of_scalar(scalar: Any) -> Any:
 
 def _of_array(array: Array) -> Any:
     if array.ndim == 0 and array.dtype.kind in "fO":
-        return None if plain(array.item()) is None else array
+        item = plain(array.item())
+        return item if item is None or array.dtype == np.object_ else array
     if array.dtype != np.object_:
-        return array if array.flags.writeable else array.copy()
+        # torch takes neither another byte order nor steps backwards.
+        if not array.dtype.isnative:
+            return array.astype(array.dtype.newbyteorder("="))
+        as_it_is = array.flags.writeable and min(array.strides, default=0) >= 0
+        return array if as_it_is else array.copy()
     values = [_of_array(one) if isinstance(one, np.ndarray) else one for one in array.tolist()]
     if any(isinstance(one, torch.Tensor) or one is None for one in values):
         return values
@@ -178,6 +229,11 @@ def joined_images(sample: Columns, name: str, sizes: Sequence[str]) -> Any:
 
 def _with_axes(name: str, column: Column, value: Any) -> Any:
     axes = axes_of(value)
+    if column.kind == "token" and axes == 0:
+        value = np.asarray(value)  # a range is a column, a number or a text is none
+        if not value.ndim:
+            raise MRopeError(f"{name} must be (n,) or (1, n), not ()")
+        return value
     if column.kind == "token":
         return value[0] if axes == 2 and len(value) == 1 else value
     if column.means == "size" and column.sides == 3:
