@@ -356,6 +356,57 @@ def test_half_precision_seconds_are_refused_beside_float32_too(name: str, form: 
         MRopeCollator(None, example_spec("qwen2_5_vl"))([row | seconds, half])
 
 
+def timed_row(clips: int, **seconds: object) -> Row:
+    """Return a row of Qwen2.5-VL with clips of four frames."""
+    row = row_of("qwen2_5_vl", (), (4, 2, 4))
+    del row["second_per_grid_ts"]
+    return {name: torch.cat([value] * clips) for name, value in row.items()} | seconds
+
+
+@pytest.mark.parametrize("packing", [None, "flatten"])
+def test_seconds_may_have_another_name_in_each_row(packing: Any) -> None:
+    """Rows of two processors, interleaved."""
+    rows = [
+        timed_row(1, second_per_grid_ts=2.0),
+        timed_row(2, video_second_per_grid=[0.5, 3.0], second_per_grid_ts=None),
+        timed_row(1),
+    ]
+    collate = MRopeCollator(None, example_spec("qwen2_5_vl"), packing=packing)
+    for order in itertools.permutations(rows):
+        found = collate(order)
+        for name in ("second_per_grid_ts", "video_second_per_grid"):
+            assert len(found[name]) == 4
+        alone = [collate([row])["position_ids"] for row in order]
+        if packing:
+            assert torch.equal(found["position_ids"], torch.cat(alone, 2))
+            continue
+        for row, own in enumerate(alone):
+            assert torch.equal(found["position_ids"][:, row, : own.shape[2]], own[:, 0])
+
+
+def test_seconds_of_another_row_are_refused() -> None:
+    """As many as the batch has clips, and yet each clip would have those of another."""
+    collate = MRopeCollator(None, example_spec("qwen2_5_vl"))
+    moved = [
+        timed_row(1, second_per_grid_ts=[1.0, 2.0]),
+        timed_row(2, second_per_grid_ts=[3.0]),
+    ]
+    with pytest.raises(MRopeError, match="row 0: second_per_grid_ts has 2 values, but the row 1"):
+        collate(moved)
+    differ = timed_row(1, second_per_grid_ts=1.0, video_second_per_grid=2.0)
+    with pytest.raises(MRopeError, match="row 1: second_per_grid_ts and video_second_per_grid are"):
+        collate([timed_row(1), differ])
+
+
+@pytest.mark.parametrize("null", [np.array([np.nan], np.float32), torch.tensor([np.nan])])
+def test_a_null_among_seconds_is_none_in_every_format_of_datasets(null: Any) -> None:
+    """`[None]` of a column of floats, as numpy's and torch's format show it."""
+    row = timed_row(1, second_per_grid_ts=null)
+    assert set(errors_of("qwen2_5_vl", row).values()) == {None}
+    collate = MRopeCollator(None, example_spec("qwen2_5_vl"))
+    assert_same_batch(collate([row]), collate([timed_row(1)]))
+
+
 NO_TOKENS: list[Any] = [[], [[]], np.array([], object), torch.empty(0), torch.empty(1, 0)]
 
 
@@ -415,6 +466,40 @@ def test_audio_on_some_rows() -> None:
     ]
     for order in itertools.permutations(lone):
         assert sorted(MRopeCollator(None, spec)(order)["audio_seqlens"].tolist()) == [40, 40, 100]
+
+
+def test_features_of_another_row_are_refused() -> None:
+    """As many features as masks in the batch, and yet an audio would have those of another."""
+    one, mask = torch.ones(1, 5, 40), np.ones((1, 40), np.int64)
+    two, none, short = torch.cat([one, one]), None, one[..., :20]
+    collate = MRopeCollator(None, example_spec("qwen2_5_omni_thinker"))
+    for features, words in (
+        ((two, none), r"row 0: input_features has shape \(2, 5, 40\), but .*mask \(1, 40\)"),
+        ((none, two), r"row 0: input_features has shape \(\), but .*mask \(1, 40\)"),
+        ((one, short), r"row 1: input_features has shape \(1, 5, 20\), but .*mask \(1, 40\)"),
+    ):
+        rows = [
+            audio_row((40,), feature_attention_mask=mask, input_features=own) for own in features
+        ]
+        with pytest.raises(MRopeError, match=words):
+            collate(rows)
+        with pytest.raises(MRopeError, match="the batch, row unknown|row 0: input_features"):
+            MRopeCollator(
+                lambda rows: {**PaddingCollator()(rows), "input_features": torch.ones(3, 5, 40)},
+                example_spec("qwen2_5_omni_thinker"),
+            )([audio_row((40,), feature_attention_mask=mask)] * 2)
+    errors = errors_of("qwen2_5_omni_thinker", rows[1])
+    assert all(errors[reader] for reader in ("collator", "precheck", "check"))
+
+
+@pytest.mark.parametrize("flag", [1, 0, "x", 1.0, np.array([1]), {}, [True, None]], ids=repr)
+def test_a_flag_that_is_no_bool_is_refused_by_every_reader(flag: Any) -> None:
+    row = audio_row((40,), feature_attention_mask=np.ones((1, 40)).astype(int))
+    errors = errors_of("qwen2_5_omni_thinker", row | {"use_audio_in_video": flag})
+    for reader in ("collator", "precheck", "check"):
+        assert "use_audio_in_video must be one bool" in str(errors[reader]), errors
+    with pytest.raises(MRopeError, match="row 1: use_audio_in_video must be one bool"):
+        PaddingCollator()([row, row | {"use_audio_in_video": flag}])
 
 
 def test_flags_that_differ_become_one_for_each_clip() -> None:

@@ -169,6 +169,11 @@ def _concatenated(name: str, parts: Mapping[int, torch.Tensor]) -> torch.Tensor:
 def _of_clips(name: str, rows: Sequence[Columns]) -> Any:
     """Return one bool where all clips have the same, else a bool for each of them."""
     (size,) = (one for one in _SIZES_OF_CLIPS if COLUMNS[one].sides == 3)
+    for row, sample in enumerate(rows):
+        if np.asarray(sample.get(name, False)).dtype != np.bool_:
+            raise MRopeError(
+                f"row {row}: {name} must be one bool for the whole batch, not {sample[name]!r}"
+            )
     given = [np.ravel(np.asarray(sample[name])) for sample in rows if name in sample]
     if all(flags.all() == flags.any() == given[0].any() for flags in given):
         return bool(given[0].any())

@@ -10,7 +10,7 @@ import torch
 
 from mrope.collate.read import PIXELS, Rows, read_column
 from mrope.collate.values import axes_of
-from mrope.columns import COLUMNS, Batch, Columns
+from mrope.columns import COLUMNS, Batch, Columns, columns
 from mrope.errors import MRopeError, SpanMismatchError
 from mrope.positions.inputs import BatchInputs, Media
 from mrope.spec.spec import MRopeSpec
@@ -18,6 +18,8 @@ from mrope.spec.spec import MRopeSpec
 # Sizes of towers whose pixels are not compared: MiniCPM-V joins patches along its last dimension,
 # GLM-Image has grids of images that it is to draw, which have no pixels.
 _NOT_COMPARED = ("crops", "without_last")
+_MASK, *_ = columns("item", modality="audio", means="mask")
+_FEATURES, *_ = (name for name in columns("item", modality="audio") if COLUMNS[name].means is None)
 _MODALITY = {name: str(COLUMNS[name].modality) for name in PIXELS}
 # Grids that a message lists, at most.
 _SHOWN = 8
@@ -58,6 +60,8 @@ def check_pixels(spec: MRopeSpec, batch: Columns, rows: Rows, inputs: BatchInput
     tower = spec.family_row.tower
     if tower is not None and tower.sizes in _NOT_COMPARED:
         return
+    if batch.get(_MASK) is not None and batch.get(_FEATURES) is not None:
+        _check_features(batch, rows)
     for name, modality in _MODALITY.items():
         pixels = batch.get(name)
         found = None if pixels is None else _patches(name, pixels)
@@ -78,6 +82,32 @@ def check_pixels(spec: MRopeSpec, batch: Columns, rows: Rows, inputs: BatchInput
         for row, (grids, found) in enumerate(zip(counts, found_B, strict=True)):
             if sum(islice(needed, grids)) != found:
                 raise _mismatch(name, media, found_B, row)
+
+
+def _check_features(batch: Columns, rows: Rows) -> None:
+    """Refuse features of audios of another number or length than their masks have.
+
+    A row that lost its features would take those of the next one.
+    """
+    masks, features = rows.of(_MASK), rows.of(_FEATURES)
+    together = [(batch[_MASK], batch[_FEATURES])]
+    known = masks is not None and features is not None
+    pairs = list(zip(masks, features, strict=True)) if masks and features and known else together
+    for row, (mask, feature) in enumerate(pairs):
+        needed, found = (() if one is None else np.shape(one) for one in (mask, feature))
+        if (found[:1], found[-1:]) == (needed[:1], needed[-1:]):
+            continue
+        cause = "an audio was dropped, or features and masks are of other samples"
+        raise SpanMismatchError(
+            f"{f'row {row}' if known else 'the batch, row unknown'}: {_FEATURES} has shape "
+            f"{(*found,)}, but {_MASK} {(*needed,)}: audios and mel frames differ. Likely cause: "
+            f"{cause}.",
+            row=row if known else None,
+            modality="audio",
+            found=sum(found[:1]),
+            needed=sum(needed[:1]),
+            cause=cause,
+        )
 
 
 def take_pixels(batch: Batch, needed: int) -> list[torch.Tensor]:

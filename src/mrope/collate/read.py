@@ -293,9 +293,14 @@ def _read_seconds(
     rows: Rows,
 ) -> bool:
     """Read the seconds of clips, by either name; return whether they are multiplied in float64."""
-    if spec.family_row.timed and isinstance(batch[names[0]], torch.Tensor):
-        for name in names:
-            batch[name] = _completed(batch[name], rows.of(name), given.get(_COUNTS["video"]))
+    row, clips_B = spec.family_row, given.get(_COUNTS["video"])
+    if (
+        (row.timed or SECONDS in row.inputs)
+        and clips_B is not None
+        and np.shape(clips_B) == given["input_ids"].shape[:1]
+        and all(isinstance(batch[name], torch.Tensor) for name in names)
+    ):
+        _complete_seconds(names, batch, rows, np.asarray(clips_B).tolist(), row.timed)
     values = [as_numpy(name, batch[name]) for name in names]
     if len(values) == 2 and not np.array_equal(values[0], values[1]):
         raise MRopeError(f"{names[0]} and {names[1]} are both present and differ")
@@ -305,20 +310,50 @@ def _read_seconds(
     return isinstance(value, torch.Tensor) and value.dtype == torch.float64
 
 
-def _completed(given: Any, own: list[Any] | None, clips_B: Any) -> Any:
-    """Return seconds with 1.0 for clips of rows that have none.
+def _complete_seconds(
+    names: Sequence[str], batch: Batch, rows: Rows, clips_B: Sequence[int], ones: bool
+) -> None:
+    """Write the seconds of all clips under each name that the batch has, if they are the rows'.
 
-    That is what the reference takes for a batch without any.
+    Args:
+        ones: give clips of rows without seconds 1.0, which the reference takes for a batch without
+            any.
+
+    Raises:
+        MRopeError: a row has seconds of more or less clips than it has, or others by each name.
     """
-    if own is None or clips_B is None or all(one is not None for one in own):
-        return given
-    parts, found = [], 0
-    for seconds, clips in zip(own, np.asarray(clips_B).tolist(), strict=True):
-        count = 0 if seconds is None else len(seconds)
-        parts.append(given[found : found + count] if count else given.new_ones(clips))
-        found += count
-    # Otherwise the inner function made or dropped seconds of its own.
-    return torch.cat(parts) if given.ndim == 1 and found == len(given) else given
+    of_names = [_seconds_of_rows(name, batch[name], rows, clips_B) for name in names]
+    if not all(of_names):
+        return
+    parts = []
+    for row, clips in enumerate(clips_B):
+        own = [of_B[row] for of_B in of_names if row in of_B]
+        if clips and not own and not ones:
+            raise MRopeError(f"row {row}: no {names[0]}, which other rows of the batch have")
+        if len(own) > 1 and not torch.equal(*own):
+            raise MRopeError(f"row {row}: {names[0]} and {names[1]} are both present and differ")
+        parts.append(own[0] if own else batch[names[0]].new_ones(clips))
+    if any(len(batch[name]) != sum(clips_B) for name in names):
+        batch.update(dict.fromkeys(names, torch.cat(parts)))
+
+
+def _seconds_of_rows(
+    name: str, given: torch.Tensor, rows: Rows, clips_B: Sequence[int]
+) -> dict[int, torch.Tensor]:
+    """Return the seconds of each row that has some; {} if the inner function made or dropped any.
+
+    Raises:
+        MRopeError: a row has seconds of more or less clips than it has.
+    """
+    counts = {row: len(one) for row, one in enumerate(rows.of(name) or ()) if one is not None}
+    if given.ndim != 1 or sum(counts.values()) != len(given):
+        return {}
+    for row, count in counts.items():
+        if count != clips_B[row]:
+            raise MRopeError(
+                f"row {row}: {name} has {count} values, but the row {clips_B[row]} clips"
+            )
+    return dict(zip(counts, torch.split(given, [*counts.values()]), strict=True))
 
 
 def _complete_types(spec: MRopeSpec, batch: Batch, rows: Rows) -> None:

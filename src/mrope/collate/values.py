@@ -43,7 +43,7 @@ def read_value(name: str, column: Column | None, value: object) -> Any:
         # A row without a token is a row; one whose ids are null is a fault.
         has_no_tokens = name == "input_ids" and not _holds_null(value)
         return _with_axes(name, column, value) if has_no_tokens else None
-    if column.integers and _is_nan_alone(value):
+    if (column.integers or column.means == "seconds") and _is_nan_alone(value):
         return None
     if isinstance(value, (list, tuple)) and isinstance(value[0], (torch.Tensor, np.ndarray)):
         value = _joined(value, _axes_of_whole(column, value[0]))
@@ -184,7 +184,7 @@ def _holds_null(value: object) -> bool:
 
 
 def _is_nan_alone(value: object) -> bool:
-    """Whether an integer column holds NaN alone, as numpy and torch show a list of Arrow nulls."""
+    """Whether a column holds NaN alone, as numpy and torch show a list of Arrow nulls."""
     if isinstance(value, np.ndarray):
         return value.dtype.kind == "f" and bool(np.isnan(value).all())
     if isinstance(value, torch.Tensor):
