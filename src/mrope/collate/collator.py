@@ -210,7 +210,7 @@ class MRopeCollator:
         for modality in ("image", "video"):
             added |= vision_columns(self.vision, modality, located, placement)
         if batch.get(EXPERT_TYPES) is not None:
-            added |= expert_columns(batch)
+            added |= expert_columns(batch, placement)
         return added
 
     def _finished(self, batch: Batch, added: Columns) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from mrope.arrays import as_array
 from mrope.collate.read import PIXELS, Rows, read_column
 from mrope.collate.values import axes_of
 from mrope.columns import COLUMNS, Batch, Columns, columns
@@ -94,7 +95,7 @@ def _check_features(batch: Columns, rows: Rows) -> None:
     known = masks is not None and features is not None
     pairs = list(zip(masks, features, strict=True)) if masks and features and known else together
     for row, (mask, feature) in enumerate(pairs):
-        needed, found = (() if one is None else np.shape(one) for one in (mask, feature))
+        needed, found = _shape(_MASK, mask), _shape(_FEATURES, feature)
         if (found[:1], found[-1:]) == (needed[:1], needed[-1:]):
             continue
         cause = "an audio was dropped, or features and masks are of other samples"
@@ -108,6 +109,12 @@ def _check_features(batch: Columns, rows: Rows) -> None:
             needed=sum(needed[:1]),
             cause=cause,
         )
+
+
+def _shape(name: str, value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value.shape if hasattr(value, "shape") else as_array(name, value, "numbers").shape)
 
 
 def take_pixels(batch: Batch, needed: int) -> list[torch.Tensor]:

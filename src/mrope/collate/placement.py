@@ -8,7 +8,7 @@ Shape suffixes: T tokens of the stream, K of them that a part of the sequence ke
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,12 @@ import torch
 
 from mrope.arrays import Array, BoolArray, IntArray
 from mrope.collate.ladder import Shapes, choose_rung
+from mrope.collate.values import as_tensor, plain
 from mrope.columns import COLUMNS, Batch, Columns, NewColumns, fill_of
 from mrope.errors import MRopeError
 from mrope.positions.located import Located
 
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 Values = TypeVar("Values", Array, torch.Tensor)
 
 
@@ -88,22 +90,27 @@ def token_columns(batch: Columns, shape: tuple[int, ...]) -> dict[str, torch.Ten
         MRopeError: a token column of another shape.
     """
     return {
-        name: torch.as_tensor(value)
+        name: column
         for name, value in batch.items()
-        if _is_token(name, value, shape)
+        if (column := _token_column(name, value, shape)) is not None
     }
 
 
-def _is_token(name: str, value: Any, shape: tuple[int, ...]) -> bool:
+def _token_column(name: str, value: object, shape: tuple[int, ...]) -> torch.Tensor | None:
     column = COLUMNS.get(name)
     if value is None or (column is not None and column.kind != "token"):
-        return False
-    if column is None:
-        return isinstance(value, (torch.Tensor, np.ndarray)) and value.shape[:2] == shape
-    found = tuple(np.shape(value))
-    if found[:2] != shape:
-        raise MRopeError(f"{name} has shape {found}, but input_ids {shape}")
-    return True
+        return None
+    if column is None and (
+        not isinstance(value, (torch.Tensor, np.ndarray))
+        or value.shape[:2] != shape
+        or (isinstance(value, np.ndarray) and value.dtype.kind not in "biuf")
+    ):
+        return None
+    tensor = as_tensor(name, plain(value))
+    if tensor.shape[:2] != shape:
+        raise MRopeError(f"{name} has shape {tuple(tensor.shape)}, but input_ids {shape}")
+    # torch selects none of these.
+    return tensor.to(torch.int64) if tensor.dtype in _UNSIGNED else tensor
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,13 @@ import torch
 
 from mrope.arrays import Array, as_array
 from mrope.collate.segments import refuse_packed, seq_lengths
-from mrope.collate.values import axes_of, joined_images, read_value, refuse_half_precision
+from mrope.collate.values import (
+    axes_of,
+    check_numbers,
+    joined_images,
+    read_value,
+    refuse_half_precision,
+)
 from mrope.columns import (
     COLUMNS,
     MODALITIES,
@@ -144,7 +150,8 @@ class Rows:
         if isinstance(input_ids, (list, tuple)):
             rows = len(input_ids)
         else:
-            rows = (*input_ids.shape, None)[0]  # ids without an axis are refused later
+            # What has no axis is refused later.
+            rows = (*getattr(input_ids, "shape", ()), None)[0]
         are_rows = (
             (type(examples) is list or isinstance(examples, Sequence))
             and len(examples) == rows
@@ -213,9 +220,11 @@ def read_arguments(
     for name in _names_read(spec.family):
         value = batch.get(name)
         if value is not None:
-            given[name] = value if isinstance(value, (bool, str)) else as_numpy(name, value)
+            said = COLUMNS[name].kind == "batch" and isinstance(value, (bool, str))
+            given[name] = value if said else as_numpy(name, value)
     for modality, mask in _MASKS.items():
         if mask in given:
+            check_numbers(mask, given[mask])
             given[_SIZES[modality][0]] = _sums(given.pop(mask))
     _add_counts(spec, given, rows)
     names = [name for name in _SECONDS if batch.get(name) is not None]
@@ -250,7 +259,7 @@ def as_numpy(name: str, value: Any) -> Array:
     """
     if not isinstance(value, torch.Tensor):
         return as_array(name, value, "numbers")
-    if not value.is_cpu:
+    if not value.is_cpu or value.layout != torch.strided:
         raise MRopeError(f"{name} is on {value.device}: collate functions must return CPU tensors")
     if value.is_floating_point():
         refuse_half_precision(name, value)
@@ -275,7 +284,7 @@ def _add_counts(spec: MRopeSpec, given: NewColumns, rows: Rows) -> None:
         try:
             parts = [sizes[:0] if one is None else as_numpy(name, one) for one in own]
             together = np.concatenate(parts)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, IndexError):
             continue
         if together.shape == sizes.shape and not np.count_nonzero(together != sizes):
             given[key] = np.array([len(part) for part in parts])
@@ -349,7 +358,8 @@ def _seconds_of_rows(
     if given.ndim != 1 or sum(counts.values()) != len(given):
         return {}
     for row, count in counts.items():
-        if count != clips_B[row]:
+        # Of one row the batch says as much.
+        if count != clips_B[row] and len(clips_B) > 1:
             raise MRopeError(
                 f"row {row}: {name} has {count} values, but the row {clips_B[row]} clips"
             )

@@ -27,7 +27,7 @@ def seq_lengths(
     own = _own_lengths(batch, examples, shape[0])
     if own is not None:
         return own
-    numbers = mask is not None and mask.size and mask.dtype.kind in "iu"
+    numbers = mask is not None and mask.size and mask.ndim == 2 and mask.dtype.kind in "iu"
     if not numbers or np.maximum.reduce(mask, axis=None) <= 1:
         return None
     return [_run_lengths(row) for row in mask]

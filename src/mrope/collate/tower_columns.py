@@ -10,11 +10,12 @@ from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from mrope.collate.placement import Placement
+from mrope.collate.read import as_numpy
+from mrope.collate.values import as_tensor, check_numbers
 from mrope.columns import TOWER_KEYS, Columns, NewColumns
-from mrope.positions.inputs import Media
+from mrope.positions.inputs import Media, length_error
 from mrope.positions.located import Located
 from mrope.positions.stream import IMAGE, VIDEO
 from mrope.spec.spec import MRopeSpec
@@ -69,7 +70,7 @@ def audio_columns(
     if not tensors:
         return {}
     if batch.get("input_features") is not None:
-        features = torch.as_tensor(batch["input_features"])
+        features = as_tensor("input_features", batch["input_features"])
         tensors["padded_feature"] = padded_features(audio, features, lengths_N)
     of_audio_T = located.stream.tokens_T == spec.extra["audio_token_id"]
     return _of_modality("audio", tensors, of_audio_T, placement)
@@ -90,7 +91,7 @@ def _of_modality(
     return {TOWER_KEYS[modality, name]: value for name, value in tensors.items()}
 
 
-def expert_columns(batch: Columns) -> NewColumns:
+def expert_columns(batch: Columns, placement: Placement) -> NewColumns:
     """Return which tokens go to the text experts, and which to the vision experts.
 
     Args:
@@ -100,8 +101,15 @@ def expert_columns(batch: Columns) -> NewColumns:
 
     Returns:
         `moe_text_index` and `moe_vision_index`, int64, flat indices into the B * S tokens.
+
+    Raises:
+        MRopeError: types of another shape than the tokens, or no integers.
     """
-    vision = np.asarray(batch[EXPERT_TYPES]).ravel() != 0
+    types, shape = as_numpy(EXPERT_TYPES, batch[EXPERT_TYPES]), (placement.rows, placement.width)
+    check_numbers(EXPERT_TYPES, types)
+    if types.shape != shape:
+        raise length_error(EXPERT_TYPES, types.shape, shape)
+    vision = types.ravel() != 0
     return {"moe_text_index": np.flatnonzero(~vision), "moe_vision_index": np.flatnonzero(vision)}
 
 

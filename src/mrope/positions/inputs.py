@@ -186,7 +186,7 @@ def _merged(modality: str, of: NewColumns, given: Columns) -> NewColumns:
     """
     for name in _MERGES[modality]:
         if len(of.get("size_N3", ())):
-            sizes = np.unique(as_array(name, given.get(name, ()), "merge sizes"))
+            sizes = np.unique(as_integers(name, given.get(name, ()), "merge sizes"))
             if len(sizes) != 1 or sizes[0] < 1:
                 raise MRopeError(
                     f"{name} must hold one size, the same for every {modality}, not "
