@@ -12,6 +12,19 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def without_row_0(text: str) -> str:
+    """Return the message of a batch of one row without its row, to be named by its place.
+
+    Example:
+        >>> without_row_0("row 0, image 1: found 3"), without_row_0("row 0: no labels")
+        ('image 1: found 3', 'no labels')
+    """
+    for end in (", ", ": ", " "):
+        if text.startswith(f"row 0{end}"):
+            return text.removeprefix(f"row 0{end}")
+    return text
+
+
 class SpanMismatchError(MRopeError):
     """Placeholder tokens and grids do not match.
 

@@ -407,6 +407,23 @@ def test_a_null_among_seconds_is_none_in_every_format_of_datasets(null: Any) -> 
     assert_same_batch(collate([row]), collate([timed_row(1)]))
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("second_per_grid_ts", [-1.0], r"second_per_grid_ts\[1\] = -1.0: must be finite"),
+        ("video_grid_thw", [[4, 3, 4]], r"video_grid_thw\[1\] = \[4, 3, 4\]: height and width"),
+        ("video_grid_thw", [[4, 0, 4]], r"video_grid_thw\[1\] = \[4, 0, 4\]: every size"),
+    ],
+)
+def test_an_error_of_one_clip_names_its_row(column: str, value: Any, words: str) -> None:
+    """The clip's place in the batch alone would have to be counted out."""
+    rows = [timed_row(1, second_per_grid_ts=1.0), row_of("qwen2_5_vl"), timed_row(1)]
+    bad = rows[2] | {"second_per_grid_ts": [1.0], column: value}
+    with pytest.raises(MRopeError, match=f"^row 2: {words}"):
+        MRopeCollator(None, example_spec("qwen2_5_vl"))([*rows[:2], bad])
+    assert re.match(words.replace("[1", "[0"), str(errors_of("qwen2_5_vl", bad)["check"]))
+
+
 NO_TOKENS: list[Any] = [[], [[]], np.array([], object), torch.empty(0), torch.empty(1, 0)]
 
 

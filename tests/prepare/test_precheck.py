@@ -422,3 +422,12 @@ def test_a_map_over_single_rows_is_named(form: str | None) -> None:
     with pytest.raises(MRopeError, match="call map with batched=True"):
         rows.map(check)
     assert rows.map(check, batched=True).with_format(None)["mrope_length"][:] == [2, 2]
+
+
+def test_lists_of_the_user_pass_through_numpys_format() -> None:
+    """An empty list is an array of floats then, which `datasets` does not write beside texts."""
+    rows = {"input_ids": [[7, 8], [9]], "tags": [["a", "b"], []], "weights": [[[1.0]], []]}
+    data = datasets.Dataset.from_dict(rows).with_format("numpy")
+    spec = MRopeSpec.from_config(example_config("qwen3_vl"), "transformers-5.23")
+    checked = data.map(Precheck(spec), batched=True).with_format(None)
+    assert checked["tags"][:] == rows["tags"] and checked["weights"][:] == rows["weights"]

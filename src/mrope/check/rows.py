@@ -18,7 +18,7 @@ from mrope.collate.collator import MRopeCollator
 from mrope.collate.read import Rows, read_arguments
 from mrope.collate.single_row import batch_of_row, measure, read_row
 from mrope.columns import COLUMNS, Columns, NewColumns, columns
-from mrope.errors import MRopeError, SpanMismatchError
+from mrope.errors import MRopeError, SpanMismatchError, without_row_0
 from mrope.positions.inputs import BatchInputs
 from mrope.positions.spans import token_types
 from mrope.spec.references import installed_transformers, resolve_reference
@@ -237,5 +237,5 @@ def _cause(error: Exception) -> str:
 
 def _message(error: Exception, index: int) -> str:
     """Return an error's message without "row 0", the row's index in its batch of one."""
-    text = str(error).removeprefix(f"row {index} of the dataset: ").removeprefix("row 0, ")
+    text = without_row_0(str(error).removeprefix(f"row {index} of the dataset: "))
     return text if isinstance(error, MRopeError) else f"{type(error).__name__}: {text}"

@@ -68,7 +68,7 @@ def to_grids(spec: MRopeSpec, inputs: BatchInputs) -> Grids:
     image, video = inputs.media["image"], inputs.media["video"]
     images, clips = len(image.size_N3), len(video.size_N3)
     tokens = rows * width
-    size_3G = _merged(spec, image.size_N3, video.size_N3, tokens)
+    size_3G = _merged(spec, image, video, tokens)
     if (clips and not row.video_keys) or row.still_images:
         _refuse_unknown_media(spec, image.size_N3, video.size_N3)
     frame_merge = int(spec.extra.get("temporal_merge_size", 1))
@@ -160,8 +160,9 @@ def spans_of_rows(
     return [sum(islice(spans, count)) for count in each]
 
 
-def _merged(spec: MRopeSpec, image_N3: IntArray, video_N3: IntArray, tokens: int) -> IntArray:
+def _merged(spec: MRopeSpec, image: Media, video: Media, tokens: int) -> IntArray:
     """Return frames, merged height and merged width of each grid, (3, G), images first."""
+    image_N3, video_N3 = image.size_N3, video.size_N3
     merge, images = spec.spatial_merge_size, len(image_N3)
     size_3G: IntArray = np.empty((3, images + len(video_N3)), np.int64)
     size_3G[:, :images] = image_N3.T
@@ -174,18 +175,21 @@ def _merged(spec: MRopeSpec, image_N3: IntArray, video_N3: IntArray, tokens: int
     # Less 1 and as unsigned numbers, those below 1 are the largest.
     outside = np.maximum.reduce((size_3G - 1).view(np.uint64), axis=None, initial=0) >= limit
     if outside or np.count_nonzero(merged_2G * merge != side_2G):
-        raise _wrong_size(size_3G, images, merge, limit, tokens)
+        raise _wrong_size(size_3G, image, video, merge, limit, tokens)
     side_2G[:] = merged_2G
     if spec.family_row.newlines:
         size_3G[2] += 1
     return size_3G
 
 
-def _wrong_size(size_3G: IntArray, images: int, merge: int, limit: int, tokens: int) -> MRopeError:
+def _wrong_size(
+    size_3G: IntArray, image: Media, video: Media, merge: int, limit: int, tokens: int
+) -> MRopeError:
     """Return the error for the first size below 1, not divisible, or beyond the batch."""
-    for ordinal, size in enumerate(size_3G.T.tolist()):
-        name = "image_grid_thw" if ordinal < images else "video_grid_thw"
-        where = f"{name}[{ordinal if ordinal < images else ordinal - images}] = {size}"
+    places = [(media, at) for media in (image, video) for at in range(len(media.size_N3))]
+    for (media, at), size in zip(places, size_3G.T.tolist(), strict=True):
+        name = "image_grid_thw" if media is image else "video_grid_thw"
+        where = f"{media.row_of(at)}{name}[{at}] = {size}"
         if min(size) < 1:
             return MRopeError(f"{where}: every size must be at least 1")
         if size[1] % merge or size[2] % merge:

@@ -68,6 +68,13 @@ class Media(NamedTuple):
     kept: BoolArray | None = None
     name: str = ""
 
+    def row_of(self, ordinal: int) -> str:
+        """Return "row 3: " for an image, clip or audio of that row; "" if it is unknown."""
+        count_B = self.count_B
+        if count_B is None or count_B.ndim != 1 or count_B.sum() != len(self.size_N3):
+            return ""
+        return f"row {int(count_B.cumsum().searchsorted(ordinal, side='right'))}: "
+
 
 _NO_MEDIA = dict.fromkeys(MODALITIES, Media())
 

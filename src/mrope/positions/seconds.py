@@ -43,7 +43,7 @@ def _video_steps(spec: MRopeSpec, clips: Media, grids: Grids) -> Steps:
     assert rate is not None  # the caller asked
     if clips.seconds_N is None:
         return np.full(videos, rate, np.int64)
-    seconds = _checked(clips.seconds_N, grids)
+    seconds = _checked(clips, clips.seconds_N, grids)
     if seconds.dtype.kind in "iu" or spec.conventions.whole_seconds:
         whole: Steps = rate * seconds.astype(np.int64)
         return whole
@@ -52,7 +52,7 @@ def _video_steps(spec: MRopeSpec, clips: Media, grids: Grids) -> Steps:
     return step.astype(clips.seconds_dtype)
 
 
-def _checked(seconds: Array, grids: Grids) -> Array:
+def _checked(clips: Media, seconds: Array, grids: Grids) -> Array:
     videos = len(grids.frames_N)
     if seconds.size == 0:
         seconds = np.empty(seconds.shape, np.int64)
@@ -71,7 +71,7 @@ def _checked(seconds: Array, grids: Grids) -> Array:
     if bad.any():
         video = int(bad.argmax())
         raise MRopeError(
-            f"{SECONDS}[{video}] = {seconds[video]}: must be finite, not negative, "
-            f"and keep the clip under {_MAX_SECONDS} seconds"
+            f"{clips.row_of(video)}{SECONDS}[{video}] = {seconds[video]}: must be finite, not "
+            f"negative, and keep the clip under {_MAX_SECONDS} seconds"
         )
     return seconds

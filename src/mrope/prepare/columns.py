@@ -102,7 +102,7 @@ def _writable(column: object, lists: bool) -> Any:
         return [None] * len(column)
     if column.dtype != np.object_:
         return column
-    if lists and any(isinstance(one, np.ndarray) and not one.size for one in column):
+    if any(isinstance(one, np.ndarray) and not one.size for one in column):
         # Beside lists of lists, `datasets` writes an empty array as a column of nulls.
         entries = [plain(one) for one in column]
         return [one.tolist() if isinstance(one, np.ndarray) else one for one in entries]

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from mrope.collate.single_row import measure, read_row
 from mrope.collate.values import axes_of, plain
 from mrope.columns import Columns, NewColumns
 from mrope.columns import columns as columns_of_kind
-from mrope.errors import MRopeError, SpanMismatchError
+from mrope.errors import MRopeError, SpanMismatchError, without_row_0
 from mrope.positions.rope_index import compute
 from mrope.prepare.columns import columns_of, is_frame, pixel_shape, pixels_of, with_added
 from mrope.spec.spec import MRopeSpec
@@ -33,7 +32,6 @@ ADDED = (LENGTH, PATCHES, SEGMENTS, PATCH_PAIRS)
 _READ = tuple(
     name for name in columns_of_kind("token", "item", "patch", "row", "batch") if name not in PIXELS
 )
-_OF_ROW_0 = re.compile(r"^row 0(, |: | )")
 # Columns that identify a row in an error where `map` does not give its index.
 NAMES = ("mrope_index", "index", "id")
 
@@ -182,7 +180,7 @@ def _of_dataset(
         )
     # The batch's row is always 0 and would mislead; the copy keeps the error's other attributes.
     named = copy.copy(error)
-    named.args = (f"{where}: {_OF_ROW_0.sub('', str(error))}",)
+    named.args = (f"{where}: {without_row_0(str(error))}",)
     if isinstance(named, SpanMismatchError):
         named.row = row if place is None else place
     return named
