@@ -200,3 +200,14 @@ def test_verl_needs_a_mask_of_zeros_and_ones() -> None:
         to_verl(batch | {"attention_mask": torch.tensor([[1, 1, 2], [1, 1, 0]])})
     with pytest.raises(MRopeError, match=r"needs attention_mask \(B, S\)"):
         to_verl({name: value for name, value in batch.items() if name != "attention_mask"})
+
+
+@pytest.mark.parametrize("form", ["lists", "array", "backwards"])
+def test_veomni_gets_masks_of_ids_in_every_form(form: str) -> None:
+    batch = flattened()
+    ids = batch["input_ids"].numpy()
+    forms = {"lists": ids.tolist(), "array": ids, "backwards": ids[:, ::-1].copy()[:, ::-1]}
+    found = to_veomni(batch | {"input_ids": forms[form]}, SPEC, PLAIN)
+    right = to_veomni(batch, SPEC, PLAIN)
+    for name in ("image_mask", "video_mask"):
+        assert torch.equal(found[name], right[name])

@@ -329,40 +329,36 @@ def _complete_seconds(
             any.
 
     Raises:
-        MRopeError: a row has seconds of more or less clips than it has, or others by each name.
+        MRopeError: a row has the seconds of another row's clips, or others by each name.
     """
-    of_names = [_seconds_of_rows(name, batch[name], rows, clips_B) for name in names]
+    of_names = [_seconds_of_rows(name, batch[name], rows) for name in names]
     if not all(of_names):
         return
-    parts = []
+    parts: list[torch.Tensor] = []
+    misfits: list[str] = []
     for row, clips in enumerate(clips_B):
-        own = [of_B[row] for of_B in of_names if row in of_B]
+        own = {name: of[row] for name, of in zip(names, of_names, strict=True) if row in of}
         if clips and not own and not ones:
             raise MRopeError(f"row {row}: no {names[0]}, which other rows of the batch have")
-        if len(own) > 1 and not torch.equal(*own):
+        if len(own) > 1 and not torch.equal(*own.values()):
             raise MRopeError(f"row {row}: {names[0]} and {names[1]} are both present and differ")
-        parts.append(own[0] if own else batch[names[0]].new_ones(clips))
-    if any(len(batch[name]) != sum(clips_B) for name in names):
+        parts.append(next(iter(own.values())) if own else batch[names[0]].new_ones(clips))
+        if len(parts[-1]) != clips:
+            size = f"{next(iter(own))} has {len(parts[-1])} values"
+            misfits.append(f"row {row}: {size}, but the row {clips} clips")
+    lengths, needed = [len(batch[name]) for name in names], sum(clips_B)
+    # Others are refused later, once it is known whether clips and tokens fit.
+    if misfits and needed in (*lengths, sum(map(len, parts))):
+        raise MRopeError(misfits[0])
+    if not misfits and lengths != [needed] * len(names):
         batch.update(dict.fromkeys(names, torch.cat(parts)))
 
 
-def _seconds_of_rows(
-    name: str, given: torch.Tensor, rows: Rows, clips_B: Sequence[int]
-) -> dict[int, torch.Tensor]:
-    """Return the seconds of each row that has some; {} if the inner function made or dropped any.
-
-    Raises:
-        MRopeError: a row has seconds of more or less clips than it has.
-    """
+def _seconds_of_rows(name: str, given: torch.Tensor, rows: Rows) -> dict[int, torch.Tensor]:
+    """Return the seconds of each row that has some; {} if the inner function made others."""
     counts = {row: len(one) for row, one in enumerate(rows.of(name) or ()) if one is not None}
     if given.ndim != 1 or sum(counts.values()) != len(given):
         return {}
-    for row, count in counts.items():
-        # Of one row the batch says as much.
-        if count != clips_B[row] and len(clips_B) > 1:
-            raise MRopeError(
-                f"row {row}: {name} has {count} values, but the row {clips_B[row]} clips"
-            )
     return dict(zip(counts, torch.split(given, [*counts.values()]), strict=True))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from mrope.collate.layouts import BATCH_FIRST, to_batch_layout
+from mrope.collate.values import as_tensor, plain
 from mrope.columns import Columns, NewColumns
 from mrope.errors import MRopeError
 from mrope.spec.spec import MRopeSpec
@@ -137,10 +138,9 @@ def to_veomni(batch: Columns, spec: MRopeSpec, vision: VisionSpec) -> NewColumns
     metadata: NewColumns = {}
     for modality in ("image", "video"):
         metadata |= _tower_metadata(modality, batch.get(f"{modality}_grid_thw"), vision)
-    masks = {
-        "image_mask": batch["input_ids"] == spec.image_token_id,
-        "video_mask": batch["input_ids"] == spec.video_token_id,
-    }
+    # An inner collate function may have left arrays or lists.
+    ids = as_tensor("input_ids", plain(batch["input_ids"]))
+    masks = {"image_mask": ids == spec.image_token_id, "video_mask": ids == spec.video_token_id}
     return {**batch, **masks} | ({"multimodal_metadata": metadata} if metadata else {})
 
 
