@@ -24,7 +24,8 @@ from hf.test_one_graph import (
     with_lora,
 )
 from mrope import MRopeError, load_config
-from mrope.hf import attach, compile_layers, detach
+from mrope.guard import SyncGuard
+from mrope.hf import SyncReport, attach, compile_layers, detach
 from mrope.hf.compiling import CompiledLoss
 from mrope.training.model import attach_and_compile
 from support.models import tiny_model
@@ -117,6 +118,27 @@ def test_detach_undoes_it_and_the_loss_takes_a_count_of_tokens() -> None:
 def test_a_model_that_is_not_attached_is_refused() -> None:
     with pytest.raises(MRopeError, match="is not attached"):
         compile_layers(tiny_model(FAMILY))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_syncs_of_a_compiled_model_are_counted(whole: bool) -> None:
+    """On a CPU the guard's modes keep dynamo out; under fullgraph it raises for that."""
+    model: Any = attach(model_of_depth(2, FAMILY))
+    batch = collate(FAMILY, examples_of(FAMILY), None, ONE_RUNG)
+    with fresh_dynamo() as counted:
+        if whole:
+            model.compile(fullgraph=True, dynamic=False, backend="eager")
+        else:
+            compile_layers(model, backend="eager")
+        with SyncReport(steps=1, warmup=1, quiet=True) as report:
+            for _ in range(3):
+                float(step(model, dict(batch))[0])
+                report.step()
+        assert (report.watched, report.count) == (1, 1)
+        assert counted["stats"]["unique_graphs"] > 0
+        with SyncGuard() as guard:
+            step(model, dict(batch))
+        assert guard.count == 0
 
 
 @pytest.mark.parametrize(

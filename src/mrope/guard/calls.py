@@ -247,9 +247,12 @@ def outer_calls() -> Calls | None:
 
 @contextlib.contextmanager
 def watching() -> Iterator[Calls]:
-    """Watch operators and calls for a block."""
+    """Watch operators and calls for a block; what was compiled runs as it was before."""
     calls = Calls()
-    with Operators(calls.found, calls.places), calls, _patched(calls):
+    # A graph is neither made nor entered under a dispatch mode, which torch's fullgraph raises for.
+    stance = getattr(torch.compiler, "set_stance", None)  # torch before 2.6 has none
+    uncompiled = stance("force_eager") if stance else contextlib.nullcontext()
+    with uncompiled, Operators(calls.found, calls.places), calls, _patched(calls):
         yield calls
 
 

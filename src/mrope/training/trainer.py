@@ -113,7 +113,7 @@ def run(
     trainer = StageTrainer(cfg, attach_and_compile(cfg, model), arguments, rows)
     calls = _count_rope_index(model) if watched else None
     trainer.keeps_losses = watched
-    report = _sync_report(cfg, trainer)
+    report = _sync_report(trainer)
     with warnings.catch_warnings(), _stopping(trainer) as stop:
         # Pinning is the default everywhere; without a device torch says so for every loader.
         warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no")
@@ -288,10 +288,10 @@ def _processing_class(cfg: Config, rows: RowDataset) -> Any:
         return auto.from_pretrained(folder, local_files_only=True)
 
 
-def _sync_report(cfg: Config, trainer: StageTrainer) -> SyncReport | None:
+def _sync_report(trainer: StageTrainer) -> SyncReport | None:
     """Watch some steps. On a CPU, where the guard slows them down, one; or none."""
     on_cuda = trainer.args.device.type == "cuda"
-    if not on_cuda and (trainer.args.world_size > 1 or cfg.model.compile):
+    if not on_cuda and trainer.args.world_size > 1:
         return None
     report = SyncReport(steps=10 if on_cuda else 1, warmup=2, quiet=True)
     trainer.add_callback(report)
