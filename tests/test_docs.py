@@ -75,6 +75,14 @@ def test_code_blocks_and_links_are_found() -> None:
     assert len(LINK.findall(readme)) > 5
 
 
+def test_installing_for_a_guide_keeps_the_build_of_torch() -> None:
+    lines = [
+        line for file in FILES for line in re.findall("pip install.*train.*", file.read_text())
+    ]
+    assert len(lines) >= 5
+    assert all("-c constraints.txt" in line for line in lines)
+
+
 def test_pages_are_few_and_short() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
     listed = re.findall(r": ([\w/-]+\.md)$", navigation.split("\nnot_in_nav:")[0], re.MULTILINE)
