@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mrope import Shapes
 from mrope.check.fit_shapes import propose_ladder
 from mrope.check.summary import Summary
 from mrope.spec import example_config
@@ -37,6 +38,8 @@ def proposed(folder: Folder, *words: str) -> tuple[dict[str, Any], dict[str, Any
 def test_the_demo_pads_less_than_eight_percent_in_eight_graphs(folder: Folder) -> None:
     printed, found = proposed(folder, "--max-tokens", "512")
     assert printed["rope"]["shapes"] == found["rope.shapes"]
+    in_code = folder.out.partition("# in code: ")[2].splitlines()[0]
+    assert eval(in_code, {"Shapes": Shapes}) == Shapes(**printed["rope"]["shapes"])
     assert found["token_padding"] < 0.08
     assert found["patch_padding"] < 0.08
     assert found["graphs"] <= 8

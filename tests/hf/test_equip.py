@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from mrope import MRopeCollator, MRopeError, MRopeSpec, VisionSpec
+from mrope import MRopeCollator, MRopeError, MRopeSpec, Shapes, VisionSpec
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import SyncReport, attach, equip
 from mrope.hf.attaching import is_attached
@@ -89,6 +89,10 @@ def test_options_of_the_stage_are_passed_on(tmp_path: Path) -> None:
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["position_ids"].shape[:2] == (4, 1)
     assert losses(trainer) == pytest.approx(losses(make(tmp_path)), abs=1e-5)
+    shapes: dict[str, Any] = {"tokens": [64, 128], "patches": [512]}
+    assert equip(make(tmp_path), quiet=True, shapes=shapes).data_collator.shapes == Shapes(**shapes)
+    with pytest.raises(TypeError, match="shapes must be of type Shapes, not list"):
+        equip(make(tmp_path), quiet=True, shapes=[64])
 
 
 def test_evaluation_takes_the_stage_too(tmp_path: Path) -> None:
@@ -159,8 +163,11 @@ def other_merge() -> MRopeCollator:
         ({"kind": Generates}, "makes its batches behind its collator"),
         ({"model_init": lambda: tiny_model("qwen3_vl")}, "makes a new model by model_init"),
         ({"data_collator": Numbers()}, "Numbers numbers tokens itself"),
-        ({"data_collator": other_merge()}, "is a MRopeCollator with spec="),
-        ({"data_collator": MRopeCollator(None, tiny_spec("qwen3_vl"))}, "with vision=None"),
+        ({"data_collator": other_merge()}, "give it spec=MRopeSpec.from_config.*alone; it has "),
+        (
+            {"data_collator": MRopeCollator(None, tiny_spec("qwen3_vl"))},
+            "give it vision=VisionSpec.from_config.model.config., or",
+        ),
         ({"accelerator_config": {"split_batches": True}}, "cut on their first dimension"),
         ({"model": torch.nn.Linear(2, 2)}, "holds 0 base models"),
     ],

@@ -120,6 +120,8 @@ def test_attach_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(MRopeError, match="Linear holds 0 base models of a known family"):
         attach(torch.nn.Linear(2, 2))
     pair = torch.nn.ModuleList([tiny_model("qwen2_vl"), tiny_model("qwen3_vl")])
+    with pytest.raises(MRopeError, match="dict is no model: give the model"):
+        attach(model_config("qwen3_vl"))  # type: ignore[type-var]
     with pytest.raises(MRopeError, match="ModuleList holds 2 base models"):
         attach(pair)
     with pytest.raises(MRopeError, match="too late: .* wrapped by DataParallel"):

@@ -161,7 +161,9 @@ def test_a_config_that_is_wrong_says_where(config: Any, message: str) -> None:
 
 
 def test_a_file_that_is_no_config_says_so(tmp_path: Path) -> None:
-    with pytest.raises(MRopeError, match="no model config at .*config.json"):
+    with pytest.raises(
+        MRopeError, match="no model config at .*config.json; give model.config, .*nothing is downl"
+    ):
         MRopeSpec.from_config(tmp_path, NEW)
     file = tmp_path / "config.json"
     file.write_text("[1]", encoding="utf-8")

@@ -87,7 +87,7 @@ def propose_ladder(cfg: Config, summary: Summary) -> Proposal:
 
 
 def print_proposal(proposal: Proposal, console: Console) -> None:
-    """Print rungs, padding and graphs, and the keys as YAML."""
+    """Print rungs, padding and graphs, and the keys as YAML and as Python."""
     ladder = proposal.ladder
     table = Table(title=f"fixed shapes, {proposal.batches}", show_header=False)
     for name, rungs, padding in (
@@ -100,6 +100,8 @@ def print_proposal(proposal: Proposal, console: Console) -> None:
     console.print(table)
     lines = "".join(f"    {name}: {value}\n" for name, value in proposal.keys.items())
     console.out(f"rope:\n  shapes:\n{lines}", end="", highlight=False)
+    arguments = ", ".join(f"{name}={value}" for name, value in proposal.keys.items())
+    console.out(f"# in code: Shapes({arguments})", highlight=False)
 
 
 def proposal_as_json(proposal: Proposal) -> NewColumns:

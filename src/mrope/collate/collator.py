@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -60,7 +60,7 @@ class MRopeCollator:
         layout: "model", `position_ids` (3|4, B, S), as models take them; "batch", (B, 3|4, S), for
             code that splits or joins batches on dim 0; see `mrope.collate.layouts`.
         shapes: pad every tensor up to a rung of a short ladder, so that one compiled graph serves
-            batches of all sizes; for attached models. See `Shapes`.
+            batches of all sizes; for attached models. See `Shapes`, or a mapping of its arguments.
         on_error: `SkipBad(...)`, or "skip" for its defaults: examples that cannot be collated are
             dropped, and the others collated as if they alone had been given. "raise": their error
             is raised.
@@ -92,7 +92,7 @@ class MRopeCollator:
         audio: AudioSpec | None = None,
         packing: Literal["flatten"] | Flatten | None = None,
         layout: Layout = "model",
-        shapes: Shapes | None = None,
+        shapes: Shapes | Columns | None = None,
         on_error: Literal["raise", "skip"] | SkipBad = "raise",
         **short_forms: object,
     ) -> None:
@@ -102,6 +102,9 @@ class MRopeCollator:
             raise TypeError(f"inner_collate must be callable, not {type(inner_collate).__name__}")
         if layout not in get_args(Layout):
             raise ValueError(f"layout must be one of 'model', 'batch', not {layout!r}")
+        if isinstance(shapes, Mapping):
+            shapes = Shapes(**shapes)
+        _check_types(vision, audio, shapes)
         if vision is not None:
             check_release(vision)
         if audio is not None:
@@ -232,3 +235,15 @@ class MRopeCollator:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner_collate!r}, {self.spec!r})"
+
+
+def _check_types(vision: object, audio: object, shapes: object) -> None:
+    """Raise for an option of another type, such as a model's config."""
+    kinds = {
+        "vision": (vision, VisionSpec),
+        "audio": (audio, AudioSpec),
+        "shapes": (shapes, Shapes),
+    }
+    for name, (value, kind) in kinds.items():
+        if not (value is None or isinstance(value, kind)):
+            raise TypeError(f"{name} must be of type {kind.__name__}, not {type(value).__name__}")

@@ -66,9 +66,9 @@ def attach(model: Model, strict: bool = True, attention: Attention = "auto") -> 
             model with sliding windows; or an unknown release of transformers under which the small
             model differs.
     """
+    base = base_model(model)
     _refuse_wrapped(model)
     _refuse_prompts(model)
-    base = base_model(model)
     if is_attached(base):
         raise MRopeError(
             f"{type(base).__name__} already has a forward of its own on the instance: it is "
@@ -151,8 +151,10 @@ def base_model(model: torch.nn.Module) -> Any:
     """Return the one module inside `model` that holds a vision tower and a language model.
 
     Raises:
-        MRopeError: there is none of a known family or more than one.
+        MRopeError: there is none of a known family or more than one; or no model at all.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise MRopeError(f"{type(model).__name__} is no model: give the model, a torch module")
     found = [module for module in model.modules() if is_base(module)]
     if len(found) != 1:
         raise MRopeError(

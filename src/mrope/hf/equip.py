@@ -196,8 +196,9 @@ def _refuse_other_model(
     for name, one, other in zip(("spec", "vision", "audio"), given, wanted, strict=True):
         if one != other:
             raise MRopeError(
-                f"the trainer's collator is a MRopeCollator with {name}={one}, but its model has "
-                f"{other}"
+                f"the trainer's collator is a MRopeCollator whose {name} is not the model's: give "
+                f"it {name}={other and type(other).__name__ + '.from_config(model.config)'}, or "
+                f"give equip the collate function alone; it has {one}, the model {other}"
             )
 
 

@@ -165,7 +165,10 @@ def _read_json(path: Path) -> Table:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise MRopeError(f"no model config at {file}") from None
+        raise MRopeError(
+            f"no model config at {file}; give model.config, or the local folder of a model "
+            "(nothing is downloaded from a hub)"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise MRopeError(f"cannot read the model config {file}: {error}") from error
     return _parse_json(text, str(file))
