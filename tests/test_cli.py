@@ -268,7 +268,13 @@ def test_a_config_without_a_tokenizer_says_so(command: Command, tmp_path: Path) 
     rows.write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n')
     model.write_text(json.dumps(example_config("qwen3_vl")))
     assert command("check", "--model", str(model), "--dataset", str(rows)) == 2
-    assert "no folder with a processor is given (data.processor), and the demo's has" in command.err
+    assert "no tokenizer_config.json beside the model's config" in command.err
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert command("check", "--model", str(model), "--dataset", str(rows)) == 2
+    assert f"{tmp_path}" in command.err and "processor" in command.err
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert command("check", "--model", str(model), "--dataset", "demo") == 2
+    assert "no processor is given (data.processor, or the model's folder), and" in command.err
 
 
 @pytest.mark.parametrize(("equal", "code"), [(True, 0), (False, 1)])

@@ -72,7 +72,7 @@ def test_a_processor_of_another_model_is_refused(tmp_path: Path) -> None:
         ("model.config.image_token_id=7", "has <.image_pad.> as 5, but the model's config says 7"),
         ("model.config.text_config.vocab_size=500", "has 512 entries, but vocab_size is 500"),
     ):
-        with pytest.raises(MRopeError, match=f"no folder with a processor is given .*{words}"):
+        with pytest.raises(MRopeError, match=f"no processor is given .*{words}"):
             load_rows(load_config(DEMO, [*changes, change]))
 
 

@@ -95,12 +95,18 @@ def open_conversations(cfg: Config, spec: MRopeSpec, model_config: Any) -> Conve
     """Return what prepares rows of `messages`; its processor is loaded, to find faults early.
 
     Raises:
-        MRopeError: the processor cannot be loaded, or is not the model's.
+        MRopeError: the processor cannot be loaded, or is not the model's; or a path of a model
+            without one. The demo's would fit many a model's ids, and count other tokens.
     """
     from mrope.training.conversations import Conversations
     from mrope.training.processor import check_processor
 
     folder = processor_folder(cfg)
+    if folder is None and isinstance(cfg.model.config, str) and cfg.data.source != "demo":
+        raise MRopeError(
+            f"no tokenizer_config.json beside the model's config, {cfg.model.config}: messages "
+            "need its processor; save it there, or give its folder as data.processor"
+        )
     vision = model_config.vision_config
     sides = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size"}
     sides["merge_size"] = "spatial_merge_size"
@@ -117,7 +123,7 @@ def open_conversations(cfg: Config, spec: MRopeSpec, model_config: Any) -> Conve
     )
     whose = f"the processor in {folder}"
     if folder is None:
-        whose = "no folder with a processor is given (data.processor), and the demo's"
+        whose = "no processor is given (data.processor, or the model's folder), and the demo's"
     check_processor(made.processor, whose, spec, model_config)
     return made
 
@@ -272,13 +278,14 @@ def _sizes_file(cfg: Config, conversations: Conversations | None) -> Path | None
 
 
 def processor_folder(cfg: Config) -> str | None:
-    """Return `data.processor`, or the model's folder if it holds a tokenizer, else None."""
+    """Return `data.processor`, or the config's folder if it holds a tokenizer, else None."""
     config = cfg.model.config
     if cfg.data.processor is not None:
         return cfg.data.processor
-    if isinstance(config, str) and (Path(config) / "tokenizer_config.json").is_file():
-        return config
-    return None
+    if not isinstance(config, str):
+        return None
+    folder = Path(config) if Path(config).is_dir() else Path(config).parent
+    return str(folder) if (folder / "tokenizer_config.json").is_file() else None
 
 
 def _tokenized(table: datasets.Dataset, spec: MRopeSpec) -> datasets.Dataset:
