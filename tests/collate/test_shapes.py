@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ def test_a_batch_of_text_has_a_rung_of_patches() -> None:
             [row([(8, 4)], text=0), row([(8, 8)], text=0)],
             "has 96 patches, above the top rung 64 .* row 1 with 64",
         ),
-        ([row([(2, 16)])], "of 32 patches is longer than shapes.longest=16"),
+        ([row([(2, 2)]), row([(2, 2)], [(1, 2, 16)])], "row 1: .* of 32 .* give Shapes longest=32"),
         ([row([(2, 2)] * 13)], "13 images and frames, but its rung .* borders for 12"),
         ([row(text=1)] * 10 + [row(text=0)] * 2, "has 12 examples, but its rung .* borders for 8"),
     ],
@@ -142,6 +143,18 @@ def test_a_batch_of_text_has_a_rung_of_patches() -> None:
 def test_what_is_above_the_ladder_is_named(rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(MRopeError, match=message):
         collate(rows, "flatten")
+
+
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [([row([(2, 2)] * 13)], "patches_per_segment"), ([row(text=0)] * 16, "tokens_per_example")],
+)
+def test_the_number_of_borders_that_is_named_is_enough(rows: Any, name: str) -> None:
+    with pytest.raises(MRopeError, match=f"smaller {name}, [0-9]+ or less") as raised:
+        collate(rows, "flatten")
+    named: Any = int(str(raised.value).split()[-3])
+    batch = collate(rows, "flatten", shapes=replace(SHAPES, **{name: named}))
+    assert batch["input_ids"].numel() == 32
 
 
 def test_a_rung_without_enough_borders_is_passed_over() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mrope import MRopeCollator, MRopeError, MRopeSpec, Shapes, VisionSpec
 from mrope.collate.padding import PaddingCollator
@@ -182,11 +182,23 @@ def test_what_would_differ_is_refused(
     assert trainer.data_collator is before
 
 
+class EquipsLate(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, *_: object, **_kwargs: object) -> None:
+        equip(self.trainer, quiet=True)
+
+
 def test_too_late_and_no_trainer(tmp_path: Path) -> None:
     trainer = make(tmp_path)
     trainer.model_wrapped = torch.nn.Sequential(trainer.model)
     with pytest.raises(MRopeError, match="has wrapped its model already"):
         equip(trainer)
+    trainer = make(tmp_path)
+    trainer.add_callback(EquipsLate(trainer))
+    with pytest.raises(MRopeError, match="too late: Trainer is training; call equip before train"):
+        trainer.train()
     with pytest.raises(MRopeError, match="takes a transformers Trainer"):
         equip(tiny_model("qwen3_vl"))
     with pytest.raises(MRopeError, match="give packing to that"):

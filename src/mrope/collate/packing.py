@@ -217,7 +217,8 @@ class OneRow:
         if examples >= most:  # one more is the padding
             raise MRopeError(
                 f"the batch has {examples} examples, but its rung of shapes.tokens has borders for "
-                f"{most - 1}; give Shapes a smaller tokens_per_example"
+                f"{most - 1}; give Shapes a smaller tokens_per_example, "
+                f"{rung // examples} or less"
             )
         return np.append(borders, np.full(most + 1 - len(borders), rung, np.int32))
 

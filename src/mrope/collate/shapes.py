@@ -128,10 +128,12 @@ def one_tower_call(
         # The padding is cut into segments of at most `longest`.
         lambda rung: frames - (patches - rung) // shapes.longest <= shapes.borders(rung),
     )
+    if grid_N3[:, 1:].prod(axis=1).max(initial=0) > shapes.longest:
+        raise MRopeError(_describe_long(located, shapes.longest, vision.spatial_merge_size))
     parts = take_pixels(batch, patches)
     for name in _TAKEN_UP:
         batch.pop(name, None)
-    tensors: NewColumns = {"grid_thw": _frames(grid_N3, vision, shapes.borders(rung))}
+    tensors: NewColumns = {"grid_thw": _frames(grid_N3, vision, shapes.borders(rung), rung)}
     tensors |= _padded(vision, tower_tensors(vision, grid_N3), shapes, rung)
     index, mask = _feature_index(located, placement, rung // vision.spatial_merge_size**2)
     tensors |= {"feature_index": index, "feature_mask": mask}
@@ -145,6 +147,20 @@ def _patches_of_rows(located: Located, merge: int) -> list[int]:
     tokens_B = np.bincount(row_T[located.kind_T != TEXT], minlength=located.inputs.shape[0])
     patches: list[int] = (tokens_B * merge**2).tolist()
     return patches
+
+
+def _describe_long(located: Located, longest: int, merge: int) -> str:
+    row_T = located.stream.row_D.repeat(located.stream.length_D)
+    # The rows of all merged tokens, in the order of the grids: images, then clips.
+    row_M = np.concatenate((row_T[located.kind_T == IMAGE], row_T[located.kind_T > IMAGE]))
+    grid_N3 = np.concatenate([located.inputs.media[name].size_N3 for name in ("image", "video")])
+    patch_N = grid_N3[:, 1:].prod(axis=1)
+    widest, item = int(patch_N.max()), int(patch_N.argmax())
+    row = row_M[grid_N3[:item].prod(axis=1).sum() // merge**2]
+    return (
+        f"row {row}: an image or frame of {widest} patches is longer than shapes.longest={longest};"
+        f" give Shapes longest={widest} or more, or the processor a smaller max_pixels"
+    )
 
 
 def _fill_rung(
@@ -162,13 +178,14 @@ def _fill_rung(
     return filled
 
 
-def _frames(grid_N3: IntArray, vision: VisionSpec, most: int) -> npt.NDArray[np.int64]:
+def _frames(grid_N3: IntArray, vision: VisionSpec, most: int, rung: int) -> npt.NDArray[np.int64]:
     """Return a grid (1, h, w) for each frame, and grids of one token for the padding."""
     frames_F3 = grid_N3.repeat(grid_N3[:, 0], axis=0)
     if len(frames_F3) > most:
         raise MRopeError(
             f"the batch has {len(frames_F3)} images and frames, but its rung of shapes.patches has "
-            f"borders for {most}; give Shapes a smaller patches_per_segment"
+            f"borders for {most}; give Shapes a smaller patches_per_segment, "
+            f"{rung // len(frames_F3)} or less"
         )
     merge = vision.spatial_merge_size
     rows_F3 = np.empty((most, 3), np.int64)
@@ -209,18 +226,14 @@ def _pad_borders(
     borders 0 8 12, longest 8, most 6, rung 32:  0 8 12 20 28 32 32
     """
     real = np.zeros(1, np.int32) if borders is None else borders
-    widest = int(np.diff(real).max(initial=0))
-    if widest > longest:
-        raise MRopeError(
-            f"an image or frame of {widest} patches is longer than shapes.longest={longest}"
-        )
     covering = np.arange(int(real[-1]) + longest, rung + longest, longest).clip(max=rung)
     covering = covering if real[-1] < rung else covering[:0]
     used = len(real) - 1 + len(covering)
     if used > most:
         raise MRopeError(
             f"the batch has {len(real) - 1} segments in {name}, but its rung of shapes.patches has "
-            f"borders for {most - len(covering)}; give Shapes a smaller patches_per_segment"
+            f"borders for {most - len(covering)}; give Shapes a smaller patches_per_segment, "
+            f"{rung // (len(real) - 1)} or less"
         )
     filled: npt.NDArray[np.int32] = np.full(most + 1, rung, np.int32)
     filled[: len(real)] = real

@@ -108,6 +108,8 @@ def _refuse_late(trainer: Trainer) -> None:
             f"too late: {type(trainer).__name__} has wrapped its model already; call equip before "
             "train"
         )
+    if trainer.is_in_train:  # its loader is made, over the collator that it had
+        raise MRopeError(f"too late: {type(trainer).__name__} is training; call equip before train")
     loader = trainer.accelerator.dataloader_config
     if trainer.args.n_gpu > 1 or loader.split_batches or loader.dispatch_batches:
         raise MRopeError(
