@@ -20,6 +20,7 @@ help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(READY): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): some minutes"
 	$(PYTHON) -m venv $(VENV)
 	# torch first and pinned, so that no later package pulls in another build.
 	$(BIN)/pip install --quiet -c constraints.txt torch
