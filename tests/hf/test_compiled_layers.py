@@ -120,6 +120,15 @@ def test_a_model_that_is_not_attached_is_refused() -> None:
         compile_layers(tiny_model(FAMILY))
 
 
+@pytest.mark.parametrize("packing", [None, "flatten"])
+def test_batches_without_fixed_shapes_are_refused_at_the_first(packing: Any) -> None:
+    model: Any = attach(model_of_depth(2, FAMILY))
+    compile_layers(model, backend="eager")
+    with pytest.raises(MRopeError, match="compiled for fixed shapes, and the batch has none"):
+        model(**collate(FAMILY, examples_of(FAMILY), packing, None))
+    attach(detach(model))(**collate(FAMILY, examples_of(FAMILY), packing, None))
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_syncs_of_a_compiled_model_are_counted(whole: bool) -> None:
     """On a CPU the guard's modes keep dynamo out; under fullgraph it raises for that."""

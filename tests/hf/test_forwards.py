@@ -85,6 +85,18 @@ def test_a_batch_without_positions_is_refused_and_strict_false_computes_them() -
     assert torch.equal(model(**batch).logits, expected)
 
 
+@pytest.mark.parametrize(
+    ("family", "lost"), [("qwen3_vl", "pixel_values"), ("qwen2_5_vl", "pixel_values_videos")]
+)
+def test_pixels_that_were_removed_are_missed(family: str, lost: str) -> None:
+    _, batch = make_batches(family)
+    model = attach(tiny_model(family))
+    del batch[lost]
+    with pytest.raises(MRopeError, match=f"_scatter_index without {lost}"):
+        model(**batch)
+    model(**tensor_collator(family)(tiny_examples(family, images=False, videos=False)))
+
+
 def test_only_the_instance_is_touched_and_detach_restores_it() -> None:
     model, other = tiny_model("qwen3_vl"), tiny_model("qwen3_vl")
     base_class, text_class = type(model.model), type(model.model.language_model)

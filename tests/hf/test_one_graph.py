@@ -118,6 +118,18 @@ def test_loss_and_gradients_are_those_without_padding(
         assert not text_alone or "visual" not in name or not grad.any()
 
 
+def test_pixels_that_were_removed_are_missed_and_a_model_that_is_not_attached_refuses() -> None:
+    batch = collate("qwen3_vl", examples_of("qwen3_vl"), None, SHAPES)
+    tokens = Shapes(tokens=SHAPES.tokens)
+    model: Any = tiny_model("qwen3_vl")
+    with pytest.raises(MRopeError, match=r"fixed shapes, and Qwen3VLModel is not attached"):
+        model(**batch)
+    model(**collate("qwen3_vl", examples_of("qwen3_vl"), None, tokens))
+    del batch["pixel_values"]
+    with pytest.raises(MRopeError, match="vision_feature_index without pixel_values"):
+        attach(model)(**batch)
+
+
 def test_garbage_that_is_gathered_would_be_seen() -> None:
     model: Any = attach(tiny_model("qwen3_vl").train())
     batch = collate("qwen3_vl", examples_of("qwen3_vl"), None, SHAPES)

@@ -22,7 +22,7 @@ from mrope.hf.towers import VISION_TOWERS
 _REMATERIALIZE = "remat_using_tags_for_fwd_loss_bwd_graph"  # older releases of torch have none
 
 
-def compile_parts(model: torch.nn.Module, base: object, options: NewColumns) -> None:
+def compile_parts(model: torch.nn.Module, base: Any, options: NewColumns) -> None:
     """Compile what `_parts` names, and the loss of the heads around the base model.
 
     Raises:
@@ -35,6 +35,7 @@ def compile_parts(model: torch.nn.Module, base: object, options: NewColumns) -> 
     for part in parts:
         part.compile(**options)
         part.mrope_compiled = True  # type: ignore[assignment]
+    base.mrope_compiled = True  # its forward refuses batches of other shapes
     for head in model.modules():
         if _computes_loss(head):
             head.loss_function = CompiledLoss(options)  # type: ignore[assignment]

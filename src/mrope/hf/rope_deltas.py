@@ -16,6 +16,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 from mrope.columns import NewColumns
+from mrope.errors import MRopeError
 from mrope.hf.generation import for_generate, of_the_stage, while_generating
 
 
@@ -26,6 +27,8 @@ def keep_rope_deltas() -> None:
     and towers are called, not their layers. A model without the attribute `rope_deltas`, and a call
     without that keyword, go on as before. `GenerationMixin.generate` is replaced too: given a batch
     of the stage, it takes of it what `for_generate` returns.
+
+    A model that is not attached raises a `MRopeError` for a batch of fixed shapes.
 
     Warns:
         UserWarning: a model is called with `rope_deltas` and without position ids: PEFT's prompt
@@ -41,6 +44,8 @@ def keep_rope_deltas() -> None:
             if _lacks_positions(self, args, inputs):
                 _warn_of_dropped_positions()
             self.rope_deltas = deltas
+        if inputs.get("vision_feature_mask") is not None and _keeps_deltas(type(self)):
+            _refuse_fixed_shapes(self)
         # Module's is looked up at each call: torch.fx replaces it for as long as it traces.
         return (own or torch.nn.Module.__call__)(self, *args, **inputs)
 
@@ -81,6 +86,15 @@ def _lacks_positions(self: object, args: tuple[Any, ...], inputs: NewColumns) ->
     """Whether position ids were dropped; an attached model raises, and says more."""
     given = args or inputs.get("position_ids") is not None  # by position they may be among others
     return not given and getattr(self, "mrope_strict", None) is None
+
+
+def _refuse_fixed_shapes(self: object) -> None:
+    """Raise for a model that does not know padding patches from images."""
+    if getattr(self, "mrope_strict", None) is None:
+        raise MRopeError(
+            f"the batch has fixed shapes, and {type(self).__name__} is not attached, which takes "
+            "no padding of patches: attach(model), or give the MRopeCollator no shapes"
+        )
 
 
 def _warn_of_dropped_positions() -> None:
