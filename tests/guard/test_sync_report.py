@@ -86,9 +86,19 @@ def test_the_recipe_leaves_nothing(tmp_path: Path) -> None:
     assert (watch.watched, watch.count) == (STEPS, 0)
 
 
-def test_copies_of_pageable_memory_stay(tmp_path: Path) -> None:
-    watch = train(report(), tmp_path, **RECIPE, dataloader_pin_memory=False)
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"dataloader_pin_memory": False}, "dataloader_pin_memory=True"),
+        ({"use_cpu": True}, "no use_cpu=True, which turns pinning off"),
+    ],
+)
+def test_copies_of_pageable_memory_stay(
+    options: dict[str, Any], advice: str, tmp_path: Path
+) -> None:
+    watch = train(report(), tmp_path, **RECIPE, **options)
     assert watch.by_kind().keys() == {"copy"}
+    assert {place.advice for place in watch.places} == {advice}
 
 
 def test_the_model_is_told_from_the_rest(tmp_path: Path) -> None:
@@ -120,10 +130,10 @@ def test_training_that_is_too_short_says_so(
     watch = SyncReport(steps=50, warmup=WARMUP)
     train(watch, tmp_path, max_steps=WARMUP + 1)
     assert watch.watched == 1
-    assert "syncs in 1 optimizer steps" in capsys.readouterr().out
+    assert "syncs in 1 optimizer step, " in capsys.readouterr().out
     assert train(report(), tmp_path, max_steps=1).judge is None
     assert (
-        str(train(report(), tmp_path, max_steps=1)) == "no step watched: 1 steps, 2 of them warm-up"
+        str(train(report(), tmp_path, max_steps=1)) == "no step watched: 1 step, 2 of them warm-up"
     )
 
 
@@ -272,6 +282,18 @@ def test_json_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().out
     assert "3 syncs in 3 optimizer steps, by the guard on a CPU" in printed
     assert str(watch).splitlines()[-1] == watch._title()
+
+
+def test_advice_stands_whole_below_a_table_of_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    watch = SyncReport(STEPS, WARMUP)
+    train(watch, tmp_path, attached=False)
+    printed = capsys.readouterr().out
+    below = " ".join(printed[printed.rindex("┘") :].split())
+    for advice in {place.advice for place in watch.places}:
+        assert f": {advice}" in below
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(0, 3), (1, -1)])

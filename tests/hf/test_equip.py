@@ -79,7 +79,9 @@ def test_five_lines_say_what_was_done(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(lines) == 5
     assert lines[0] == "mrope.hf.equip: Trainer"
     assert "PaddingCollator, with positions of qwen3_vl as transformers-5.23" in lines[1]
-    assert "Qwen3VLForConditionalGeneration attached; Qwen3VLVisionModel: " in lines[2]
+    parts = "Qwen3VLVisionModel and Qwen3VLTextModel "
+    assert f"Qwen3VLForConditionalGeneration attached; {parts}" in lines[2]
+    assert len(lines[2]) < 160
     assert "accelerator_config.non_blocking=True, logging_nan_inf_filter=False" in lines[3]
     assert lines[4] == "  still syncs: nothing known"
 
@@ -142,6 +144,10 @@ def test_a_loss_of_its_own_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     last = capsys.readouterr().out.splitlines()[-1]
     assert "compute_loss of Metrics may read metrics" in last
     assert "dataloader_pin_memory=False" in last
+    equip(make(tmp_path, use_cpu=True))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "use_cpu=True turned pinning off" in last
+    assert "dataloader_pin_memory" not in last
 
 
 class Generates(Trainer):  # type: ignore[misc]

@@ -98,14 +98,14 @@ _LOG = "a larger logging_steps"
 _TOKENS = 'include_num_input_tokens_seen="no"'
 _SFT_METRICS = "compute_loss = Trainer.compute_loss in a subclass: gives up TRL's metrics"
 _BARS = "prog_bar=False in self.log, a larger log_every_n_steps"
-_ACCELERATE = (
+ACCELERATE = (
     'non_blocking=True (Trainer: accelerator_config={"non_blocking": True}) with pinned memory'
 )
 _ATTACH = "attach(model), with the stage as collate function"
 
 KNOWN = (
     # Copies of the batch.
-    KnownPlace("accelerate/utils/operations.py", "send_to_device", "copy", _ACCELERATE),
+    KnownPlace("accelerate/utils/operations.py", "send_to_device", "copy", ACCELERATE),
     KnownPlace(_TRAINER, "_prepare_input", "copy", "let accelerate copy: see send_to_device"),
     KnownPlace("utilities/apply_func.py", "batch_to", "copy", "DataLoader(pin_memory=True)"),
     KnownPlace("mrope/training/step.py", "to_device", "copy", "dataloader.pin_memory: true"),
@@ -138,6 +138,18 @@ _TRAINERS = (
     "/lightning/",
     "/pytorch_lightning/",
 )
+
+
+def unpinned(args: Any) -> str | None:
+    """Return what lets transformers' Trainer pin its batches, which its arguments keep it from.
+
+    `use_cpu=True` turns `dataloader_pin_memory` off, beside no GPU as well.
+    """
+    if args.dataloader_pin_memory:
+        return None
+    return (
+        "no use_cpu=True, which turns pinning off" if args.use_cpu else "dataloader_pin_memory=True"
+    )
 
 
 def find_place(op: str, stack: Stack) -> SyncPlace:

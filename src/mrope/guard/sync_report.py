@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,15 @@ from transformers import TrainerCallback
 
 from mrope.errors import MRopeError
 from mrope.guard import Judge, LoaderRecord, watching_loop
-from mrope.guard.sync_places import Kind, Stack, SyncPlace, find_place, place_cells
+from mrope.guard.sync_places import (
+    ACCELERATE,
+    Kind,
+    Stack,
+    SyncPlace,
+    find_place,
+    place_cells,
+    unpinned,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,6 +34,10 @@ _JUDGES: dict[Judge, str] = {
 
 
 _MOST_ROWS = 8  # of one part; `as_dict` has all
+
+
+def _steps(count: int, kind: str = "") -> str:
+    return f"{count} {kind}step{'' if count == 1 else 's'}"
 
 
 class SyncReport(TrainerCallback):  # type: ignore[misc]
@@ -109,9 +122,10 @@ class SyncReport(TrainerCallback):  # type: ignore[misc]
         elif self._done == self.warmup + self.steps:
             self._finish()
 
-    def on_train_begin(self, _args: Any, state: Any, *_: Any, **_kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, *_: Any, **_kwargs: Any) -> None:
         """Start anew; called by the `Trainer`."""
         self._arm()
+        self._pinning = unpinned(args) if args.accelerator_config.non_blocking else None
         self._prints = state.is_world_process_zero
 
     def on_step_end(self, *_: object, **_kwargs: object) -> None:
@@ -127,6 +141,7 @@ class SyncReport(TrainerCallback):  # type: ignore[misc]
         self.judge, self.watched, self._done = None, 0, 0
         self.places.clear()
         self._prints = self._pending = True
+        self._pinning = None
         self._loaders = LoaderRecord()
         self._armed.enter_context(self._loaders.recording())
         if self.warmup == 0:
@@ -136,7 +151,10 @@ class SyncReport(TrainerCallback):  # type: ignore[misc]
         self.judge = self._watch.enter_context(watching_loop(self._found, self._loaders))
 
     def _found(self, op: str, stack: Stack) -> None:
-        self.places[find_place(op, stack)] += 1
+        place = find_place(op, stack)
+        if self._pinning and place.advice == ACCELERATE:
+            place = replace(place, advice=self._pinning)
+        self.places[place] += 1
 
     def _close(self) -> None:
         self._watch.close()
@@ -195,22 +213,26 @@ class SyncReport(TrainerCallback):  # type: ignore[misc]
 
     def _title(self) -> str:
         if self.judge is None:
-            return f"no step watched: {self._done} steps, {self.warmup} of them warm-up"
-        return f"{self.count} syncs in {self.watched} optimizer steps, {_JUDGES[self.judge]}"
+            return f"no step watched: {_steps(self._done)}, {self.warmup} of them warm-up"
+        return f"{self.count} syncs in {_steps(self.watched, 'optimizer ')}, {_JUDGES[self.judge]}"
 
     def table(self, width: int = 80) -> Table:
         """Return a rich table: the parts of the loop, and the places of each with most syncs.
+
+        What removes them stands below, a line for each number in the last column.
 
         Args:
             width: columns of the terminal; in a narrow one a place takes two lines.
         """
         from rich.table import Table
 
-        table = Table(title=self._title())
+        table = Table(title=self._title(), caption_justify="left", caption_style="none")
         for heading in ("part", "where", "what", "per step", "removed by"):
             # Folded, not cut: logs are 80 columns wide, and names of settings must stay whole.
             table.add_column(heading, overflow="fold", no_wrap=heading == "where")
-        rows = [(kind, row) for kind in self.by_kind() for row in self._rows(kind)]
+        advice: dict[str, str] = {}
+        rows = [(kind, row) for kind in self.by_kind() for row in self._rows(kind, advice)]
+        table.caption = "\n".join(f"{number}: {one}" for one, number in advice.items())
         cells = place_cells([row[1] for _, row in rows], width)
         for kind, total in self.by_kind().items():
             for (of, (part, _, *rest)), cell in zip(rows, cells, strict=True):
@@ -220,14 +242,14 @@ class SyncReport(TrainerCallback):  # type: ignore[misc]
         table.add_row("in all", "", "", self._each(self.count), "")
         return table
 
-    def _rows(self, kind: Kind) -> Iterator[tuple[str, ...]]:
+    def _rows(self, kind: Kind, advice: dict[str, str]) -> Iterator[tuple[str, ...]]:
+        """Yield the rows of a part of the loop, and give each advice a number in `advice`."""
         places = [(place, n) for place, n in self.places.most_common() if place.kind == kind]
-        last = ""
         for place, count in places[:_MOST_ROWS]:
-            # Repeated in every row of a plain model, it would hide the rest.
-            advice = place.advice if place.advice != last else ""
-            last = place.advice
-            yield kind, place.where, place.op, self._each(count), advice
+            if place.advice:
+                advice.setdefault(place.advice, str(len(advice) + 1))
+            number = advice.get(place.advice, "")
+            yield kind, place.where, place.op, self._each(count), number
         rest = places[_MOST_ROWS:]
         if rest:
             each = self._each(sum(count for _, count in rest))

@@ -224,7 +224,9 @@ def _apply_settings(trainer: Trainer) -> list[str]:
 def _left(trainer: Trainer, base: PreTrainedModel) -> Iterator[str]:
     """Yield what still syncs and is the user's to change."""
     args = trainer.args
-    if not args.dataloader_pin_memory:
+    if args.use_cpu and not args.dataloader_pin_memory:
+        yield "use_cpu=True turned pinning off: leave it out where you count syncs"
+    elif not args.dataloader_pin_memory:
         yield "dataloader_pin_memory=False makes each copy of a tensor wait"
     if args.logging_steps < 10:
         yield f"logging_steps={args.logging_steps:g} reads two numbers at each log"
@@ -249,7 +251,11 @@ def _describe(
     collate = trainer.data_collator
     towers = "vision and audio" if collate.audio else "vision"
     names = " and ".join(dict.fromkeys(type(one).__name__ for one in models))
-    attention = explain_attention(trainer.model).replace("\n", "; ")
+    parts: dict[str, list[str]] = {}
+    for line in explain_attention(trainer.model).splitlines():
+        part, how = line.split(": ", 1)
+        parts.setdefault(how, []).append(part)
+    attention = "; ".join(f"{' and '.join(those)} {how}" for how, those in parts.items())
     return "\n".join(
         (
             f"mrope.hf.equip: {type(trainer).__name__}",
