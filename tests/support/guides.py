@@ -19,9 +19,9 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from integration.common import build_processor
-from mrope.training.demo.dataset import photographs
 from mrope.training.demo.tokenizer import build_tokenizer
 from support.models import model_config
+from support.saved import save_dataset
 
 FOLDER = Path(__file__).parents[2] / "docs" / "start"
 GUIDES = sorted(page.stem for page in FOLDER.glob("*.md"))
@@ -52,8 +52,7 @@ def make_workspace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     # Without torchvision transformers cannot build the processor of videos, and so none.
     monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: build_processor("demo"))
-    rows = photographs(30).filter(lambda row: not row["videos"]).remove_columns(["videos", "fps"])
-    rows.save_to_disk("train")
+    save_dataset("train")
 
 
 def run_guide(guide: str) -> list[Example]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForImageTextToText, Qwen3VLProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mrope.training.demo.dataset import photographs
 from mrope.training.demo.tokenizer import CHAT_TEMPLATE, build_tokenizer
@@ -49,7 +49,7 @@ def save_model(
     image = transformers.Qwen2VLImageProcessor(**sizes)
     video = transformers.Qwen3VLVideoProcessor(**sizes)
     tokenizer = build_tokenizer()
-    processor = Qwen3VLProcessor(image, tokenizer, video, chat_template=CHAT_TEMPLATE)
+    processor = transformers.Qwen3VLProcessor(image, tokenizer, video, chat_template=CHAT_TEMPLATE)
     processor.save_pretrained(folder)
     return folder
 
@@ -98,3 +98,14 @@ def save_rows(folder: Path, count: int = 30, scale: int = 1) -> tuple[Path, Path
     for file, lines in zip(files, (parts, marks), strict=True):
         file.write_text("\n".join(map(json.dumps, lines)) + "\n", "utf-8")
     return files
+
+
+def save_dataset(folder: str) -> None:
+    """Save the rows that the guides read."""
+    rows = photographs(30).filter(lambda row: not row["videos"]).remove_columns(["videos", "fps"])
+    rows.save_to_disk(folder)
+
+
+if __name__ == "__main__":
+    save_model(Path("small"))
+    save_dataset("train")
