@@ -102,7 +102,7 @@ def _judge_examples(rng: random.Random, spec: MRopeSpec, kind: str) -> Judged:
     if kind == UNDAMAGED and verdict != EXACT:
         raise WrongError(f"an undamaged batch was refused: {verdict}")
     if verdict == EXACT:
-        _same_in_other_rows(spec, before, after, rows)
+        _same_in_other_rows(spec, before, after, rows | _between(examples, damaged, rows))
     _skip(spec, examples, damaged, rows)
     return after, verdict
 
@@ -122,6 +122,22 @@ def _damage(
     name = rng.choice(sorted(names))
     examples[row][name], examples[other][name] = examples[other][name], examples[row][name]
     return {row, other}
+
+
+def _between(
+    examples: list[dict[str, Any]], damaged: list[dict[str, Any]], rows: set[int]
+) -> set[int]:
+    """Return the rows between two that swapped sizes, if one of them had more than the other.
+
+    Sizes of a merged batch have no borders of rows: those between take what belongs to another,
+    which only the collator can see, by the examples.
+    """
+    moved = any(
+        len(examples[row][name]) != len(damaged[row][name])
+        for row in rows
+        for name in set(SIZES) & set(examples[row]) & set(damaged[row])
+    )
+    return set(range(min(rows), max(rows))) if moved else set()
 
 
 def _counts(rng: random.Random, spec: MRopeSpec, examples: list[dict[str, Any]]) -> Arguments:

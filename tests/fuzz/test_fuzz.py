@@ -182,10 +182,7 @@ class TestFound:
     @pytest.mark.parametrize(
         ("example", "words"),
         [
-            (
-                {"input_ids": "text"},
-                "row 0: input_ids is ragged, or holds something other than numbers",
-            ),
+            ({"input_ids": "text"}, r"row 0: input_ids must be \(n,\) or \(1, n\), not \(\)"),
             (
                 {"input_ids": [[1, 2], [3]]},
                 "row 0: input_ids is ragged, or holds something other than numbers",
@@ -198,3 +195,17 @@ class TestFound:
     def test_examples_that_are_no_numbers(self, example: Any, words: str) -> None:
         with pytest.raises(MRopeError, match=words):
             PaddingCollator()([example, {"input_ids": [7], "image_grid_thw": [1, 2, 2]}])
+
+    def test_seconds_of_rows_around_another(self) -> None:
+        """The batch has as many as before, and the row between has one of another row's."""
+        spec = spec_of(("qwen2_5_omni_thinker", "transformers-5.17"))
+        assert judge(random.Random("0 6842 1"), spec, "a neighbour's sizes") == EXACT
+        clip = [101, VIDEO, VIDEO, 98]
+        row = {"input_ids": clip, "video_grid_thw": [[2, 2, 2]], "second_per_grid_ts": [2.0]}
+        three = {
+            "input_ids": [*clip, *clip, *clip],
+            "video_grid_thw": [[2, 2, 2]] * 3,
+            "second_per_grid_ts": [2.0],
+        }
+        with pytest.raises(MRopeError, match="row 0: second_per_grid_ts has 1 values, but the row"):
+            MRopeCollator(None, spec)([three, row, row | {"second_per_grid_ts": [0.5, 1.0, 4.0]}])
