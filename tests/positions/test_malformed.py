@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mrope import MRopeCollator, MRopeError, MRopeSpec, SpanMismatchError, rope_index
 from mrope.spec.families import NO_TOKEN
@@ -217,7 +219,9 @@ def test_other_bad_input(change: dict[str, Any], message: str) -> None:
         ([float("nan")], r"second_per_grid_ts\[0\] = nan: must be finite"),
         ([float("inf")], r"second_per_grid_ts\[0\] = inf: must be finite"),
         ([1e30], r"second_per_grid_ts\[0\] = 1e\+30: must be finite"),
-        (np.array([0.5], np.float16), "float32, float64 or integers, not float16"),
+        (np.array([0.5], np.float16), "second_per_grid_ts is float16, too coarse"),
+        (torch.tensor([0.5], dtype=torch.bfloat16), "second_per_grid_ts is bfloat16, too coarse"),
+        ([np.float16(0.5)], "float32, float64 or integers, not float16"),
         (["half"], "float32, float64 or integers, not <U4"),
     ],
 )
@@ -234,6 +238,26 @@ def test_seconds_are_not_looked_at_in_families_without_timed_videos() -> None:
     plain = rope_index(spec, [[101, 103]], video_grid_thw=[[1, 2, 2]])[0]
     given = rope_index(spec, [[101, 103]], None, None, [[1, 2, 2]], [0.5])[0]
     np.testing.assert_array_equal(plain, given)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "paddleocr_vl", "KeyeVL"])
+def test_half_precision_is_refused_by_every_reader_whatever_the_family(family: str) -> None:
+    """Readers of rows do not know whether a family is timed: `rope_index` took what they refused."""
+    spec = MRopeSpec.from_config(example_config(family))
+    row = {
+        "input_ids": torch.tensor([spec.vision_start_token_id, spec.video_token_id]),
+        "video_grid_thw": torch.tensor([[1, 2, 2]]),
+    }
+    batch = row | {"input_ids": row["input_ids"][None]}
+    readers: list[Callable[[dict[str, Any]], object]] = [
+        lambda seconds: rope_index(spec, **(batch | seconds)),
+        lambda seconds: MRopeCollator(lambda _: batch | seconds, spec)([]),
+        lambda seconds: MRopeCollator(None, spec)([row | seconds]),
+    ]
+    for read in readers:
+        read({"second_per_grid_ts": torch.ones(1)})
+        with pytest.raises(MRopeError, match="second_per_grid_ts is float16, too coarse"):
+            read({"second_per_grid_ts": torch.ones(1).half()})
 
 
 def test_a_row_never_takes_its_neighbours_grid_when_examples_carry_their_own() -> None:

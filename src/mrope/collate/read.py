@@ -23,7 +23,6 @@ from mrope.collate.values import (
     check_numbers,
     joined_images,
     read_value,
-    refuse_half_precision,
 )
 from mrope.columns import (
     COLUMNS,
@@ -39,6 +38,7 @@ from mrope.positions.inputs import (
     SECONDS,
     length_error,
     reads_types,
+    refuse_half_precision,
 )
 from mrope.positions.spans import token_types
 from mrope.spec.families import find_family

@@ -16,7 +16,7 @@ import torch
 from mrope.arrays import Array
 from mrope.columns import COLUMNS, Column, Columns
 from mrope.errors import MRopeError
-from mrope.positions.inputs import refuse_stacked_grids
+from mrope.positions.inputs import refuse_half_precision, refuse_stacked_grids
 
 # What numpy and torch hold numbers in.
 _NUMBERS = (torch.Tensor, np.ndarray, np.generic)
@@ -105,18 +105,6 @@ def as_tensor(name: str, value: object) -> torch.Tensor:
         ) from error
     check_numbers(name, tensor)
     return tensor
-
-
-def refuse_half_precision(name: str, value: object) -> None:
-    """Refuse numbers that were rounded to half precision: frames would share positions.
-
-    Raises:
-        MRopeError: a tensor or array of float16 or bfloat16.
-    """
-    dtype = getattr(value, "dtype", None)
-    if dtype is not None and dtype.itemsize == 2 and "float" in str(dtype):
-        kind = str(dtype).removeprefix("torch.")
-        raise MRopeError(f"{name} is {kind}, too coarse to number tokens by; keep it float32")
 
 
 def plain(value: Any) -> Any:

@@ -166,9 +166,11 @@ def _as_media(spec: MRopeSpec, given: Columns, seconds_dtype: npt.DTypeLike) -> 
             of["count_B"] = as_integers(name, values, "how many grids each row has")
         elif column.means == "kept":
             of["kept"] = as_array(name, values, "a bool for each token of the clips") != 0
-        elif column.means == "seconds" and (timed or name in row.inputs):
-            seconds = as_array(name, values, "seconds of each video")
-            of["seconds_N"], of["seconds_dtype"] = seconds, seconds_dtype
+        elif column.means == "seconds":
+            refuse_half_precision(name, values)
+            if timed or name in row.inputs:
+                seconds = as_array(name, values, "seconds of each video")
+                of["seconds_N"], of["seconds_dtype"] = seconds, seconds_dtype
     if _IN_BATCH.isdisjoint(row.inputs):
         return _NO_MEDIA | {modality: Media(**of) for modality, of in fields.items()}
     merged = {modality: _merged(modality, of, given) for modality, of in fields.items()}
@@ -264,6 +266,20 @@ def refuse_stacked_grids(name: str, axes: int, value: Any) -> None:
             f"{name} must have shape (N, 3), not {(*np.shape(value),)}. Likely cause: the grids of "
             "several rows were stacked (torch.stack, default_collate); concatenate them on dim 0."
         )
+
+
+def refuse_half_precision(name: str, value: object) -> None:
+    """Refuse numbers that were rounded to half precision: frames would share positions.
+
+    Whether or not a family reads them: readers of rows do not know the family.
+
+    Raises:
+        MRopeError: a tensor or array of float16 or bfloat16.
+    """
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and dtype.itemsize == 2 and "float" in str(dtype):
+        kind = str(dtype).removeprefix("torch.")
+        raise MRopeError(f"{name} is {kind}, too coarse to number tokens by; keep it float32")
 
 
 @lru_cache(maxsize=64)
