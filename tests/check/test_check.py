@@ -253,7 +253,7 @@ BROKEN: list[tuple[Row, str, str]] = [
     ),
     (
         {**GOOD, "input_ids": [7, None, 8]},
-        "input_ids must hold integers, not float32: token ids",
+        "input_ids must hold integers, not float32",
         "input_ids must hold integers",
     ),
     (

@@ -228,7 +228,7 @@ def _cause(error: Exception) -> str:
         return "position ids differ from transformers"
     if not isinstance(error, MRopeError):
         return f"the row cannot be read: {type(error).__name__}"
-    text = re.sub(r"^row \d+ of the dataset: ", "", str(error))
+    text = without_row_0(re.sub(r"^row \d+ of the dataset: ", "", str(error)))
     if found := re.search(r" Likely cause: (.*)\.$", text, re.DOTALL):
         text = found[1]
     # Drop what differs between rows: [1, 3, 2] and 'a.png' become [N, N, N] and '...'.
