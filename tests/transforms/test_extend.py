@@ -200,6 +200,42 @@ def test_a_turn_that_does_not_fit_its_grid() -> None:
         extend(spec, positions, deltas, [[[5], cut]])
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"])
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            {"second_per_grid_ts": [1.0, 2.0, 0.5]},
+            "second_per_grid_ts has 3 values, but the turn has 2 clips",
+        ),
+        ({"second_per_grid_ts": 1.0}, "second_per_grid_ts has 1 values"),
+        ({"use_audio_in_video": [False] * 3}, "use_audio_in_video has 3 values"),
+        ({"second_per_grid_ts": np.ones(2, np.float16)}, "second_per_grid_ts is float16"),
+        ({"second_per_grid_ts": [[1.0], [1.0, 2.0]]}, "second_per_grid_ts is ragged"),
+        ({"video_grid_thw": [[[1, 2, 2]] * 2]}, r"video_grid_thw must have shape \(N, 3\)"),
+    ],
+)
+def test_a_turn_whose_seconds_are_not_one_for_each_clip(
+    changed: dict[str, Any], words: str, family: str
+) -> None:
+    """A turn behind it that has one less made the sum right, and the clips took each other's."""
+    spec = example_spec(family)
+    if not set(changed) & {"second_per_grid_ts", "video_grid_thw", *spec.family_row.inputs}:
+        return
+    ids = np.array([[7, 8]] * 2)
+    positions, deltas = rope_index(spec, ids)
+    clip = [101, 103, 98]
+    sizes = {"video_grid_thw": [[1, 2, 2]] * 2, "second_per_grid_ts": [1.0, 2.0]}
+    turn = {"input_ids": [*clip, *clip, 9], **sizes}
+    one = {"input_ids": [*clip, 9], "video_grid_thw": [[1, 2, 2]], "second_per_grid_ts": []}
+    extend(spec, positions, deltas, [[5], [turn]], input_ids=ids)
+    short = one | {"video_grid_thw": [[1, 2]], "second_per_grid_ts": [1.0]}
+    with pytest.raises(MRopeError, match="video_grid_thw of the turns cannot be concatenated"):
+        extend(spec, positions, deltas, [[5], [turn, short]], input_ids=ids)
+    with pytest.raises(MRopeError, match=f"row 1: {words}"):
+        extend(spec, positions, deltas, [[5], [turn | changed, one]], input_ids=ids)
+
+
 @pytest.mark.parametrize("family", ["qwen3_omni_moe_thinker", "hunyuan_vl"])
 def test_families_that_need_the_prompt(family: str) -> None:
     spec = example_spec(family)

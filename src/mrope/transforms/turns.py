@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mrope.arrays import IntArray, as_integers
+from mrope.arrays import IntArray, as_array, as_integers
+from mrope.collate.read import read_column
 from mrope.columns import COLUMNS, Columns, NewColumns, columns, count_key
-from mrope.errors import MRopeError
+from mrope.errors import MRopeError, counted
+from mrope.positions.inputs import SECONDS
 from mrope.spec.families import NO_TOKEN
 from mrope.spec.spec import MRopeSpec
 
@@ -183,22 +185,41 @@ def _read_row(
                 _refuse_sampled(spec, row, tokens, sum(map(len, ids)))
             tokens = as_text(spec, tokens)
         ids.append(tokens)
-        for name, value in _media_of(spec, turn) if given else ():
+        for name, value in _media_of(spec, row, turn).items() if given else ():
             media.setdefault(name, []).append(value)
     return np.concatenate(ids), media
 
 
-def _media_of(spec: MRopeSpec, turn: Columns) -> Iterator[tuple[str, Any]]:
-    """Yield the sizes of a turn by name, and flags that each clip may have for itself."""
-    for name in columns("item", "batch"):
-        column = COLUMNS[name]
-        if column.kind == "batch" and column.modality and name in spec.family_row.inputs:
-            clips = sum(
-                len(turn.get(one, ())) for one in columns("item", modality="video", means="size")
+def _media_of(spec: MRopeSpec, row: int, turn: Columns) -> NewColumns:
+    """Return the sizes of a turn by name, and flags that each clip may have for itself.
+
+    Raises:
+        MRopeError: an item that `read_column` refuses, or other seconds or flags than clips.
+    """
+    media = {name: turn[name] for name in columns("item", "batch") if turn.get(name) is not None}
+    try:
+        for name in media.keys() & set(columns("item")):
+            value = read_column(name, media[name])
+            if value is None and np.ndim(media[name]) == 0:
+                del media[name]  # a null
+                continue
+            # An empty table stays: the batch has images then, if none in this turn.
+            media[name] = as_array(name, media[name] if value is None else value, "numbers")
+    except MRopeError as error:
+        raise MRopeError(f"row {row}: {error}") from None
+    clips = sum(len(media.get(one, ())) for one in columns("item", modality="video", means="size"))
+    for name in columns("batch", modality="video"):
+        if name in spec.family_row.inputs:
+            flags = np.asarray(media.get(name, False))
+            media[name] = flags if flags.ndim else flags.repeat(clips)
+    of_clips = {*spec.family_row.inputs, *((SECONDS,) if spec.family_row.timed else ())}
+    for name in (SECONDS, *columns("batch", modality="video")):
+        if name in media.keys() & of_clips and len(media[name]) != clips:
+            raise MRopeError(
+                f"row {row}: {name} has {len(media[name])} values, but the turn has "
+                f"{counted(clips, 'clip')}"
             )
-            yield name, np.broadcast_to(np.asarray(turn.get(name, False)), clips)
-        elif name in turn:
-            yield name, turn[name]
+    return media
 
 
 def _turns_of(turns: Any) -> Iterator[Any]:
@@ -230,7 +251,10 @@ def _join(rows: list[dict[str, list[Any]]]) -> tuple[NewColumns, dict[str, Array
         parts = [row.get(name, []) for row in rows]
         flat = [np.asarray(one) for row in parts for one in row]
         column = COLUMNS[name]
-        media[name] = np.concatenate(flat) if column.modality else flat[0].item()
+        try:
+            media[name] = np.concatenate(flat) if column.modality else flat[0].item()
+        except ValueError as error:
+            raise MRopeError(f"{name} of the turns cannot be concatenated: {error}") from error
         if column.means == "size":
             counts[count_key(str(column.modality))] = np.array(
                 [sum(len(one) for one in row) for row in parts]
