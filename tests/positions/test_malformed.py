@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mrope import MRopeCollator, MRopeError, MRopeSpec, SpanMismatchError, rope_index
-from mrope.spec.families import NO_TOKEN
+from mrope.spec.families import FAMILIES, NO_TOKEN
 from mrope.spec.references import REFERENCES
 from mrope.spec.spec import example_config
 from support.batches import SPAN_ROWS
@@ -258,6 +258,17 @@ def test_half_precision_is_refused_by_every_reader_whatever_the_family(family: s
         read({"second_per_grid_ts": torch.ones(1)})
         with pytest.raises(MRopeError, match="second_per_grid_ts is float16, too coarse"):
             read({"second_per_grid_ts": torch.ones(1).half()})
+
+
+@pytest.mark.parametrize("family", [one for one, row in FAMILIES.items() if not row.video_keys])
+def test_a_token_is_no_placeholder_that_the_family_does_not_have(family: str) -> None:
+    """A spec says -1 for such a placeholder; -1 in a row was a video without a grid."""
+    spec = MRopeSpec.from_config(example_config(family))
+    counts = {"images_per_sample": [0]} if family == "glm_image" else {}
+    expected = rope_index(spec, [[7, 8, 9]], [[1, 1, 1]], **counts)
+    actual = rope_index(spec, [[7, -1, 9]], [[1, 1, 1]], **counts)
+    for ours, theirs in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_row_never_takes_its_neighbours_grid_when_examples_carry_their_own() -> None:

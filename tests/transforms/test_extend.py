@@ -253,6 +253,17 @@ def test_families_that_need_the_prompt(family: str) -> None:
             extend(spec, positions, deltas, [[tool], [tool]], input_ids=ids, **sizes)
 
 
+@pytest.mark.parametrize("reference", ["transformers-4.57", "transformers-5.23"])
+def test_tokens_that_are_no_placeholder_of_the_family(reference: str) -> None:
+    """A family without videos has -1 for their placeholder: one in a row is text."""
+    spec = example_spec("isaac", reference)
+    prompt, mask, turn = [0, 7, 8, -1], [0, 1, 1, 1], {"input_ids": [9, -1, 8]}
+    positions, deltas = rope_index(spec, [prompt], [mask])
+    whole = rope_index(spec, [[*prompt, 9, -1, 8]], [[*mask, 1, 1, 1]])
+    given: dict[str, Any] = {"attention_mask": [mask], "input_ids": [prompt]}
+    assert_equal(extend(spec, positions, deltas, [[turn]], **given), whole, 0)
+
+
 def test_families_that_do_not_decode_text() -> None:
     positions = np.zeros((3, 1, 1), np.int64)
     for family in SILENT:

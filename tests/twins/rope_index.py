@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mrope import MRopeSpec
+from mrope.spec.families import NO_TOKEN
 from support.custom import SLOW
 from twins.published import PUBLISHED
 
@@ -46,7 +47,7 @@ def slow_rope_index(spec: MRopeSpec, batch: dict[str, Any]) -> tuple[Any, Any]:
 
 def _number_row(spec: MRopeSpec, tokens: list[int], spans: dict[int, list[Any]]) -> list[Any]:
     if spec.family in PUBLISHED:
-        media = {token: _taken(grids) for token, grids in spans.items()}
+        media = {token: _taken(grids) for token, grids in spans.items() if token != NO_TOKEN}
         published: list[Any] = PUBLISHED[spec.family](spec, tokens, media)
         return published
     numbers: list[tuple[int, int, int]] = []
@@ -54,7 +55,7 @@ def _number_row(spec: MRopeSpec, tokens: list[int], spans: dict[int, list[Any]])
     at = 0
     while at < len(tokens):
         kind = _kind(spec, tokens, at)
-        if kind not in spans:
+        if kind not in spans or kind == NO_TOKEN:
             numbers.append((cursor, cursor, cursor))
             cursor, at = cursor + 1, at + 1
             continue

@@ -79,8 +79,13 @@ def token_kinds(spec: MRopeSpec, stream: Stream) -> npt.NDArray[np.uint8]:
 
 @lru_cache(maxsize=64)
 def _column(*token_ids: int) -> npt.NDArray[np.int64]:
-    """Return token ids as (n, 1), to be compared with a whole stream in one call."""
-    return np.array(token_ids, np.int64)[:, None]
+    """Return token ids as (n, 1), to be compared with a whole stream in one call.
+
+    A placeholder that the family does not have is `NO_TOKEN`, -1, which rows may hold as text.
+    """
+    ids = np.array(token_ids, np.int64)[:, None]
+    ids[ids == NO_TOKEN] = np.iinfo(np.int64).min
+    return ids
 
 
 def token_types(spec: MRopeSpec, input_ids: IntArray) -> npt.NDArray[np.int64]:
