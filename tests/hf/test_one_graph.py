@@ -338,12 +338,6 @@ def test_rungs_of_tokens_alone_are_for_unmodified_models_too(attached: bool, pac
     assert (model(**batch).loss - want).abs() < 1e-5
 
 
-def test_an_unmodified_model_does_not_take_rungs_of_patches() -> None:
-    batch = collate("qwen3_vl", examples_of("qwen3_vl"), None, SHAPES)
-    with pytest.raises(AttributeError):  # it looks for grids of images, which vary in number
-        tiny_model("qwen3_vl")(**batch)
-
-
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("packing", [None, "flatten"])
 def test_a_compiled_step_has_no_sync(packing: Any) -> None:
