@@ -8,10 +8,6 @@ config is what the framework's own command line takes, as JSON, which is YAML to
 
 from __future__ import annotations
 
-from integration.on_cpu import decode_by_pillow, import_torchvision, replace_torchaudio
-
-import_torchvision()
-
 import importlib
 import json
 import os
@@ -23,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 
+from integration.on_cpu import decode_by_pillow, replace_torchaudio
 from mrope.hf import SyncReport
 
 STEPS, WARMUP, WATCHED = 6, 2, 3
