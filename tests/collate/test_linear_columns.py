@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -14,11 +16,20 @@ def test_two_segments() -> None:
     found = linear_columns(np.array([3, 2]))
     assert found["linear_places"].tolist() == [[0, 1, 2, 0, 1]]
     assert found["linear_chunks"].tolist() == [[0, 0], [1, 0]]
-    assert found["linear_slots"].tolist() == [0, 1, 2, 3, 4]
-    assert found["linear_shape"] == [2, 3]
+    assert found["linear_slots"].tolist() == [0, 1, 2, CHUNK, CHUNK + 1]
+    assert found["linear_shape"] == [2, CHUNK]
 
 
-def test_fixed_shapes_put_padding_behind_each_segment() -> None:
+def test_short_segments_share_a_row() -> None:
+    found = linear_columns(np.array([CHUNK, 2, 3 * CHUNK]))
+    assert found["linear_shape"] == [2, 3 * CHUNK]
+    # The longest fills the first row; 64 tokens and the empty slot behind them take two chunks.
+    second, third = 3 * CHUNK, 5 * CHUNK
+    slots = [*range(second, second + CHUNK), third, third + 1, *range(3 * CHUNK)]
+    assert found["linear_slots"].tolist() == slots
+
+
+def test_fixed_shapes_have_an_empty_slot_between_segments() -> None:
     found = linear_columns(np.array([CHUNK, 2]), most=3)
     assert found["linear_slots"].tolist() == [*range(CHUNK), 2 * CHUNK, 2 * CHUNK + 1]
     assert found["linear_shape"] == [1, CHUNK * (1 + 3)]
@@ -26,28 +37,53 @@ def test_fixed_shapes_put_padding_behind_each_segment() -> None:
     assert found["linear_chunks"].tolist() == [[0, 0], [1, 0], [1, 2], [1, 2]]
 
 
+@pytest.mark.parametrize("longest", [3 * CHUNK, 40 * CHUNK])
 @pytest.mark.parametrize("seed", range(20))
-def test_as_a_loop_finds_them(seed: int) -> None:
+def test_as_a_loop_finds_them(seed: int, longest: int) -> None:
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, 3 * CHUNK, rng.integers(1, 9))
-    most = len(lengths) + int(rng.integers(3))
-    free, fixed = linear_columns(lengths), linear_columns(lengths, most)
-    chunks = [[at, one] for at, n in enumerate(lengths) for one in range(-(-n // CHUNK))]
+    lengths = rng.integers(1, longest, rng.integers(1, 40))
+    lengths[rng.random(len(lengths)) < 0.2] = CHUNK * int(rng.integers(1, 4))
+    tail = int(rng.integers(longest))
+    segments = [*lengths.tolist(), tail][: len(lengths) + (tail > 0)]
+    most = len(segments) + int(rng.integers(3))
+    free, fixed = linear_columns(lengths, tail), linear_columns(lengths, tail, most)
+    chunks = [[at, one] for at, n in enumerate(segments) for one in range(-(-n // CHUNK))]
     assert free["linear_chunks"].tolist() == chunks
     assert fixed["linear_chunks"][: len(chunks)].tolist() == chunks
     for segment, chunk in fixed["linear_chunks"][len(chunks) :]:
-        assert chunk * CHUNK >= lengths[segment]
-    total = int(lengths.sum())
-    assert len(fixed["linear_chunks"]) == total // CHUNK + most
-    rows, width = fixed["linear_shape"]
-    taken = np.full(rows * width + 1, -1)
-    taken[fixed["linear_slots"]] = np.arange(len(lengths)).repeat(lengths)
-    begin = 0
-    for at, length in enumerate(lengths):
-        slots = fixed["linear_slots"][begin : begin + length]
-        assert slots[0] % CHUNK == 0 and (np.diff(slots) == 1).all()
-        assert taken[slots[-1] + 1] == -1, f"no padding behind segment {at}"
+        assert chunk * CHUNK >= segments[segment]
+    assert len(fixed["linear_chunks"]) == sum(segments) // CHUNK + most
+    check_slots(free, segments)
+    check_slots(fixed, segments, tail > 0)
+
+
+def check_slots(columns: Any, segments: list[int], loose: bool = False) -> None:
+    """Each segment lies in one row, begins a chunk and has nothing in front; the last may lie loose."""
+    rows, width = columns["linear_shape"]
+    slots = columns["linear_slots"]
+    assert len(set(slots.tolist())) == len(slots) == sum(segments)
+    assert slots.min() >= 0 and slots.max() < rows * width
+    taken, begin = set(slots.tolist()), 0
+    for length in segments[: len(segments) - loose]:
+        own = slots[begin : begin + length]
+        assert own[0] % CHUNK == 0 and (np.diff(own) == 1).all()
+        assert own[0] // width == own[-1] // width
+        assert own[0] % width == 0 or own[0] - 1 not in taken, "a state runs into the segment"
         begin += length
+
+
+@pytest.mark.parametrize("longest", [100, 900, 3000])
+def test_fixed_shapes_differ_by_the_longest_example_alone(longest: int) -> None:
+    shapes = set()
+    for seed in range(50):
+        rng, lengths = np.random.default_rng(seed), [longest]
+        while len(lengths) < 31 and sum(lengths) < 7000:
+            lengths.append(int(rng.integers(1, longest + 1)))
+        lengths = lengths if sum(lengths) <= 8192 else lengths[:-1]
+        tail = 8192 - sum(lengths)
+        found = linear_columns(np.array(lengths), tail, 32)
+        shapes.add(tuple(found["linear_shape"]))
+    assert len(shapes) == 1
 
 
 def test_only_families_with_linear_layers_get_them() -> None:

@@ -249,6 +249,27 @@ def test_layers_compile_without_kernels(packing: Any) -> None:
             torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_one_graph_more_where_an_example_is_wider(request: Any, has_kernels: bool) -> None:
+    """Kernels read no rows of a padded call; without them each width of its rows has a graph."""
+    if has_kernels:
+        request.getfixturevalue("kernels")
+    model: Any = attach(model_of_depth(2, FAMILY))
+    rungs = replace(RUNGS, tokens=(2560,), tokens_per_example=640)
+    shapes, graphs = [], []
+    with fresh_dynamo() as counted, torch.no_grad():
+        compile_layers(model, backend="eager")
+        for lengths in ([40, 90], [60, 300], [1100, 20]):
+            batch = collate(FAMILY, rows_of(lengths), "flatten", rungs)
+            shapes.append(batch["linear_shape"])
+            loss = model(**dict(batch)).loss
+            graphs.append(counted["stats"]["unique_graphs"])
+            plain = collate(FAMILY, rows_of(lengths), None, None)
+            assert (loss - model_of_depth(2, FAMILY)(**plain).loss).abs() < 1e-5
+    assert shapes[0] == shapes[1] != shapes[2]
+    assert graphs[0] == graphs[1] == graphs[2] - (not has_kernels)
+
+
 def test_the_operator_is_sound(kernels: SimpleNamespace) -> None:
     torch.manual_seed(0)
     query, key = (torch.randn(1, 9, 2, 4, requires_grad=True) for _ in range(2))

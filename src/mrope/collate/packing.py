@@ -200,7 +200,8 @@ class OneRow:
             longest = placement.width
             borders = self._fixed(borders, len(located.stream.row_D), longest)
         if self.linear:
-            added |= linear_columns(length_D, None if self.shapes is None else len(borders) - 1)
+            most = None if self.shapes is None else len(borders) - 1
+            added |= linear_columns(located.stream.length_D, placement.tail, most)
         return added | {
             "cu_seq_lens_q": borders,
             "cu_seq_lens_k": borders.copy(),
