@@ -1,10 +1,12 @@
 """Measure Qwen3.5 on a GPU with flash-linear-attention, or compare its gradients there.
 
     PYTHONPATH=src:tests python -m measure.linear step configs/bench/qwen3_5-short.yaml --json FILE
+    PYTHONPATH=src:tests python -m measure.linear step CONFIG model.attn_implementation=flash_attention_2
     PYTHONPATH=src:tests python -m measure.linear compile 3/14 configs/bench/qwen3_5-short.yaml --steps 2
     PYTHONPATH=src:tests python -m measure.linear check [tiny]
 
-`step` is `mrope bench step`, whose words follow it. flash-linear-attention refuses Triton 3.4 to 3.7 on
+`step` is `mrope bench step`, whose words follow it; flash_attention_2 is torch's own copy of the kernel,
+behind transformers' own path. flash-linear-attention refuses Triton 3.4 to 3.7 on
 Hopper in the backward pass, for wrong gradients (its #640). The refusal is lifted here, so `check` must
 be read beside every figure: it compares losses and gradients of a flattened row with those of its examples
 one by one, under the same kernels, and with the plain model in float32 on the CPU, by transformers'
@@ -24,7 +26,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -39,8 +41,10 @@ from mrope.cli.bench import bench_app
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach, compile_layers, detach
 from mrope.training.step import to_device
+from support.flash import flash_attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FLASH = "model.attn_implementation=flash_attention_2"
 BENCHED_MS = {"warmup": 5, "rep": 20}
 HEADS, WIDTH, HIDDEN, LAYERS = 2, 32, 128, 4
 Batch = dict[str, Any]
@@ -241,7 +245,8 @@ def main(what: str, *words: str) -> None:
     if what == "check":
         check("tiny" in words)
     else:
-        bench_app(["step", *words])
+        with flash_attention() if FLASH in words else nullcontext():
+            bench_app(["step", *words])
 
 
 if __name__ == "__main__":
