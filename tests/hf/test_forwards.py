@@ -153,7 +153,9 @@ def test_gradient_checkpointing(family: str) -> None:
     model = tiny_model(family).train()
     model.gradient_checkpointing_enable()
     theirs = step(model, plain_batch)
-    assert_same_step(step(attach(model), batch), theirs)
+    # Linear layers without kernels add up in another order than transformers' reference.
+    atol = 1e-6 if family == "qwen3_5" else 0.0
+    assert_same_step(step(attach(model), batch), theirs, atol)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")

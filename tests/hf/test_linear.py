@@ -20,6 +20,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
 from hf.test_one_graph import SHAPES, collate, examples_of, fresh_dynamo, model_of_depth, step
 from hf.test_replaced_forwards import doubled
 from mrope import MRopeError
+from mrope.collate.linear_columns import GAP
 from mrope.hf import attach, compile_layers, fused
 from mrope.hf.linear import _convolve
 from support.models import tiny_examples, tiny_model
@@ -111,7 +112,7 @@ def test_the_convolution_is_rounded_where_the_plain_model_rounds() -> None:
     weight: Any = layer.conv1d.weight.squeeze(1)
     own = inspect.unwrap(causal_conv1d_fn)
     wanted = own(states.mT, weight, layer.conv1d.bias, layer.activation).mT
-    apart = _convolve(layer, states, {}) != wanted
+    apart = _convolve(layer, states, {"linear_places": torch.arange(90)[None]}) != wanted
     # Not 0 everywhere: float32 may add up the taps in another order.
     assert apart.float().mean() < 0.01
 
@@ -123,6 +124,14 @@ def test_a_foreign_forward_and_fixed_shapes_are_refused(monkeypatch: pytest.Monk
     attach(model)
     with pytest.raises(MRopeError, match="runs segment by segment"):
         model(**collate(FAMILY, examples_of(FAMILY), "flatten", SHAPES))
+
+
+def test_a_convolution_that_looks_over_the_gap_is_refused() -> None:
+    model = tiny_model(FAMILY)
+    layer: Any = next(m for m in model.modules() if hasattr(m, "conv1d"))
+    layer.conv1d.kernel_size = (GAP + 2,)
+    with pytest.raises(MRopeError, match="convolutions of 10 tokens"):
+        attach(model)(**collate(FAMILY, examples_of(FAMILY), "flatten", None))
 
 
 def test_a_row_of_another_collator_is_refused() -> None:

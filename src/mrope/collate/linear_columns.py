@@ -2,8 +2,8 @@
 
 Such a layer carries a state along the row, and has a convolution over a few tokens in front. Both
 start anew at each segment. Kernels of flash-linear-attention take the row in chunks of 64 tokens,
-given a list of the chunks; without one they ask the device how long each segment is. The reference
-of transformers knows no borders: the segments are laid out for it in rows of one padded call.
+given a list of the chunks; without one they ask the device how long each segment is. A rule in
+torch alone knows no borders: the segments are laid out for it in rows of one padded call.
 
 Shape suffixes: D segments, the padding of the row included, T tokens of the row, C chunks, E
 examples.
@@ -17,7 +17,10 @@ from mrope.arrays import IntArray, within
 from mrope.columns import NewColumns
 
 CHUNK = 64
-"""Tokens of a chunk, in flash-linear-attention and in the reference of transformers."""
+"""Tokens of a chunk, in flash-linear-attention and in transformers' reference."""
+
+GAP = 8
+"""Empty slots between two segments of a row, as many as a convolution looks back, or more."""
 
 _LEAST_WIDTH = 1024
 """Width of the narrowest padded call of fixed shapes, in tokens: one that most examples fit in."""
@@ -37,8 +40,8 @@ def linear_columns(length_E: IntArray, tail: int = 0, most: int | None = None) -
           flash-linear-attention's `chunk_indices`. With fixed shapes C is the most that a row of
           this width can have, and the chunks that it does not have lie behind the last segment.
         - `linear_slots` int64 (T,): where each token stands in the padded call, whose rows and
-          width are `linear_shape`, two ints. A segment begins a chunk, fits in a row, and has an
-          empty slot in front, unless it begins the row. Without fixed shapes the width is that of
+          width are `linear_shape`, two ints. A segment begins a chunk, fits in a row, and has `GAP`
+          empty slots in front, unless it begins the row. Without fixed shapes the width is that of
           the longest segment; with them 1,024 times a power of two, and the rows are as many as
           any examples of that width can need.
 
@@ -56,7 +59,7 @@ def linear_columns(length_E: IntArray, tail: int = 0, most: int | None = None) -
         slots_T = start_D.repeat(length_D) + places_T
     else:
         chunks_C2 = _fill(chunks_C2, len(places_T), most)
-        slots_T, rows, width = _lay_out_fixed(length_E, places_T, len(chunks_C2))
+        slots_T, rows, width = _lay_out_fixed(length_E, places_T, most)
     return {
         "linear_places": places_T.astype(np.int32)[None],
         "linear_chunks": chunks_C2.astype(np.int32),
@@ -71,7 +74,7 @@ def _lay_out(length_D: IntArray, chunks: int) -> tuple[IntArray, int, int]:
     Returns:
         The slot of each segment's first token, the number of rows and their width in tokens.
     """
-    taken: list[int] = []  # chunks of each row, the one of the empty slot behind a segment included
+    taken: list[int] = []  # chunks of each row, with the gap behind its last segment
     start_D = np.empty(len(length_D), np.int64)
     for segment in np.argsort(-length_D, kind="stable").tolist():
         length = int(length_D[segment])
@@ -80,13 +83,11 @@ def _lay_out(length_D: IntArray, chunks: int) -> tuple[IntArray, int, int]:
         if row == len(taken):
             taken.append(0)
         start_D[segment] = CHUNK * (row * chunks + taken[row])
-        taken[row] += length // CHUNK + 1
+        taken[row] += -(-(length + GAP) // CHUNK)
     return start_D, len(taken), CHUNK * chunks
 
 
-def _lay_out_fixed(
-    length_E: IntArray, places_T: IntArray, most_chunks: int
-) -> tuple[IntArray, int, int]:
+def _lay_out_fixed(length_E: IntArray, places_T: IntArray, most: int) -> tuple[IntArray, int, int]:
     """Put examples into rows of a fixed width, and padding into slots that are free.
 
     Padding is no segment here: it may be longer than every example, and nothing reads its output.
@@ -94,7 +95,7 @@ def _lay_out_fixed(
     Args:
         length_E: tokens of each example.
         places_T: places of the tokens, those of the padding last.
-        most_chunks: the most that a row of so many tokens can have.
+        most: how many examples there can be.
 
     Returns:
         As `_lay_out`, but the slot of each token.
@@ -102,6 +103,8 @@ def _lay_out_fixed(
     width = _LEAST_WIDTH
     while width < length_E.max():
         width *= 2
+    # The last token of an example, and of its gap, can begin a chunk.
+    most_chunks = (len(places_T) + most * (GAP + CHUNK - 1)) // CHUNK
     chunks = min(width // CHUNK, most_chunks)
     # An example that does not fit into a row has, with what stands there, more chunks than it.
     rows = 2 * (most_chunks // (chunks + 1)) + 1
@@ -111,8 +114,7 @@ def _lay_out_fixed(
     slots_T[:tokens] = start_E.repeat(length_E) + places_T[:tokens]
     free = np.ones(rows * width, bool)
     free[slots_T[:tokens]] = False
-    # The slot in front of an example stays empty, and ends the state of what stands there.
-    free[start_E - 1] = False
+    free[start_E[:, None] - np.arange(1, GAP + 1)] = False
     slots_T[tokens:] = np.flatnonzero(free)[: len(places_T) - tokens]
     return slots_T, rows, width
 

@@ -7,16 +7,17 @@ and as many operators run for many segments as for few.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from mrope.collate.linear_columns import GAP
 from mrope.columns import LINEAR_KEYS, NewColumns
 from mrope.errors import MRopeError
 from mrope.hf import fused
 from mrope.hf.attention import modelling_of
+from mrope.hf.delta_rule import gated_delta_rule
 from mrope.hf.methods import foreign_on_class
 
 # The borders of the whole row; a layer that is given borders raises where it has no kernels.
@@ -41,7 +42,7 @@ def mix_segments(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch
     segments = {name: kwargs.pop(name, None) for name in LINEAR_KEYS}
     borders = {name: kwargs.pop(name) for name in _BORDERS if name in kwargs}
     if segments["linear_slots"] is None:
-        if _compiles_apart(self, kwargs):
+        if _computes_here(self, hidden_states, kwargs):
             masked = _mask_padding(hidden_states, kwargs.get("attention_mask"))
             return _mix(self, masked, {})
         return _own(self, hidden_states, **kwargs, **borders)
@@ -73,13 +74,14 @@ def _foreign_forward(cls: type) -> str | None:
     return foreign_on_class(cls, "forward")
 
 
-def _compiles_apart(self: object, kwargs: NewColumns) -> bool:
-    """Whether to compile whole rows as segments are: a graph cannot hold the layer's own kernels.
+def _computes_here(self: object, hidden_states: torch.Tensor, kwargs: NewColumns) -> bool:
+    """Whether to compute whole rows as segments are, not by the layer's own forward.
 
-    flash-linear-attention's functions are marked as not to be compiled.
+    A graph cannot hold the kernels of flash-linear-attention, whose functions are marked as not to
+    be compiled; without them the layer's own rule is slower than ours.
     """
     return (
-        torch.compiler.is_compiling()
+        (torch.compiler.is_compiling() or not fused.can_run(hidden_states))
         and kwargs.get("cache", kwargs.get("cache_params")) is None
         and _foreign_forward(type(self)) is None
     )
@@ -96,23 +98,53 @@ def _mix(self: Any, hidden_states: torch.Tensor, segments: NewColumns) -> torch.
         hidden_states: (B, S, hidden); with segments (1, T, hidden).
         segments: what `linear_columns` adds, and `cu_seqlens`; empty: each row is one.
     """
-    shape = hidden_states.shape[:2]
-    mixed = _convolve(self, self.in_proj_qkv(hidden_states), segments)
-    query, key, value = torch.split(mixed, [self.key_dim, self.key_dim, self.value_dim], dim=-1)
-    query, key = (one.reshape(*shape, -1, self.head_k_dim) for one in (query, key))
-    value = value.reshape(*shape, -1, self.head_v_dim)
+    states = self.in_proj_qkv(hidden_states)
     beta = self.in_proj_b(hidden_states).sigmoid()
     gate = self.in_proj_a(hidden_states).float()
     decay = -self.A_log.float().exp() * _softplus(gate + self.dt_bias)
-    parts = (query, key, value, decay, beta)
     if fused.can_run(hidden_states):
-        out = fused.delta_rule(*parts, segments)
+        mixed = _convolve(self, states, segments)
+        out = fused.delta_rule(*_split(self, mixed), decay, beta, segments)
     else:
-        out = _reference_rule(self, parts, segments)
+        out = _mix_padded(self, states, decay, beta, segments)
     z = self.in_proj_z(hidden_states)
     normed = self.norm(out.reshape(-1, self.head_v_dim), z.reshape(-1, self.head_v_dim))
-    result: torch.Tensor = self.out_proj(normed.reshape(*shape, -1))
+    result: torch.Tensor = self.out_proj(normed.reshape(*hidden_states.shape[:2], -1))
     return result
+
+
+def _mix_padded(
+    self: Any,
+    states: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+    segments: NewColumns,
+) -> torch.Tensor:
+    """Run convolution and rule in torch alone, the segments of a row in one padded call."""
+    slots = segments.get("linear_slots")
+    if slots is None:
+        return gated_delta_rule(*_split(self, _convolve(self, states, {})), decay, beta)
+    if self.conv1d.kernel_size[0] - 1 > GAP:
+        raise MRopeError(
+            f"packing='flatten' is not supported for convolutions of {self.conv1d.kernel_size[0]} "
+            f"tokens without flash-linear-attention: segments are {GAP} tokens apart; pad"
+        )
+    # An empty slot forgets the state before it, and writes nothing to it.
+    rows, width = segments["linear_shape"]
+    states, decay, beta = (
+        _lay_out(one, slots, rows, width, fill)
+        for one, fill in ((states, 0), (decay, _FORGET), (beta, 0))
+    )
+    out = gated_delta_rule(*_split(self, _convolve(self, states, {})), decay, beta)
+    return out.flatten(0, 1).index_select(0, slots)[None]
+
+
+def _split(self: Any, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return query, key and value (B, S, heads, d) of what the convolution gives."""
+    query, key, value = torch.split(mixed, [self.key_dim, self.key_dim, self.value_dim], dim=-1)
+    rows = mixed.shape[:2]
+    query, key = (one.reshape(*rows, -1, self.head_k_dim) for one in (query, key))
+    return query, key, value.reshape(*rows, -1, self.head_v_dim)
 
 
 def _softplus(values: torch.Tensor) -> torch.Tensor:
@@ -128,14 +160,17 @@ def _softplus(values: torch.Tensor) -> torch.Tensor:
 
 def _convolve(self: Any, states: torch.Tensor, segments: NewColumns) -> torch.Tensor:
     """Return the layer's short convolution of states (B, S, channels), with its activation."""
-    convolution = self.conv1d
+    convolution, places = self.conv1d, segments.get("linear_places")
     weight, bias = convolution.weight.squeeze(1), convolution.bias
     if fused.can_convolve(states, self.activation):
         return fused.convolve(states, weight, bias, self.activation, segments)
-    # Rounded before the activation, as transformers' own convolution is.
-    mixed = _taps(states, weight, bias, segments.get("linear_places")).to(states.dtype)
+    if places is None and not torch.compiler.is_compiling():
+        mixed = convolution(states.mT.to(weight.dtype))[..., : states.shape[1]].mT
+    else:
+        # Rounded before the activation, as transformers' own convolution is.
+        mixed = _taps(states, weight, bias, places).to(states.dtype)
     result: torch.Tensor = modelling_of(self).ACT2FN[self.activation](mixed)
-    return result
+    return result.to(states.dtype)
 
 
 def _taps(
@@ -157,33 +192,6 @@ def _taps(
             before = torch.where((places >= back)[..., None], before, 0)
         mixed = mixed + before * weight[:, last - back]
     return mixed if bias is None else mixed + bias
-
-
-def _reference_rule(
-    self: object, parts: tuple[torch.Tensor, ...], segments: NewColumns
-) -> torch.Tensor:
-    """Return the gated delta rule by transformers' reference, in one padded call.
-
-    Args:
-        parts: query and key (B, S, key heads, d), value (B, S, heads, d), decay and beta
-            (B, S, heads); of one row where it has segments.
-    """
-    query, key, value, decay, beta = parts
-    sharing = value.shape[2] // key.shape[2]
-    if sharing > 1:  # releases before 5.24 do so in front of their reference
-        query, key = (one.repeat_interleave(sharing, dim=2) for one in (query, key))
-    slots = segments.get("linear_slots")
-    if slots is not None:
-        rows, width = segments["linear_shape"]
-        # Padding forgets the state before it, so that the next segment of a row begins with none.
-        query, key, value, decay, beta = (
-            _lay_out(one, slots, rows, width, fill)
-            for one, fill in ((query, 0), (key, 0), (value, 0), (decay, _FORGET), (beta, 0))
-        )
-    rule = inspect.unwrap(modelling_of(self).torch_chunk_gated_delta_rule)
-    out: torch.Tensor
-    out, _ = rule(query, key, value, g=decay, beta=beta, use_qk_l2norm_in_kernel=True)
-    return out if slots is None else out.flatten(0, 1).index_select(0, slots)[None]
 
 
 def _lay_out(
