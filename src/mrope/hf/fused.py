@@ -19,6 +19,11 @@ _RULE = "fla.ops.gated_delta_rule", "chunk_gated_delta_rule"
 _HALVES = "fla.ops.gated_delta_rule.chunk", "ChunkGatedDeltaRuleFunction"
 _CONVOLUTION = "fla.modules.causal_conv1d", "causal_conv1d"
 _ACTIVATIONS = ("silu", "swish")
+# The package keeps what it computes from a tensor of borders by the tensor's identity. A CUDA graph
+# would replay it for other borders, which are written to the same tensor.
+_UNSAFE: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
 
 
 # A constant under torch.compile, which cannot trace an import.
@@ -150,7 +155,7 @@ def _run_forward(
     return context, _find(_HALVES).forward(context, **given)[0]
 
 
-@torch.library.custom_op("mrope::delta_rule", mutates_args=())
+@torch.library.custom_op("mrope::delta_rule", mutates_args=(), **_UNSAFE)
 def delta_rule_operator(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -169,7 +174,7 @@ def _(_query: object, _key: object, value: torch.Tensor, *_others: object) -> to
     return torch.empty_like(value, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("mrope::delta_rule_backward", mutates_args=())
+@torch.library.custom_op("mrope::delta_rule_backward", mutates_args=(), **_UNSAFE)
 def delta_rule_backward(
     gradient: torch.Tensor,
     query: torch.Tensor,
