@@ -149,6 +149,7 @@ COLUMNS: dict[str, Column] = {
     "segment_sizes": Column("derived", of_part=False),
     **{key: Column("derived", of_part=False) for key in LINEAR_KEYS},
     "has_padding": Column("derived", of_part=False),
+    "padded_behind": Column("derived", of_part=False),
     "moe_text_index": Column("derived", of_part=False),
     "moe_vision_index": Column("derived", of_part=False),
 }

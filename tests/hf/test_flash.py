@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
+from hf.test_linear import Operators
 from hf.test_packed_models import ATOL, LINEAR, collator, difference, logits_alone, mixed_examples
+from mrope import MRopeCollator, VisionSpec
 from mrope.collate.packing import Flatten
-from mrope.hf import attach
+from mrope.collate.padding import PaddingCollator
+from mrope.hf import attach, inputs
+from mrope.hf.attention import has_layers
 from mrope.training.step import guarded_step
 from support.flash import flash_attention
-from support.models import MODEL_FAMILIES, media_of, tiny_model
+from support.models import MODEL_FAMILIES, media_of, model_config, tiny_model, tiny_spec
 
 FAMILIES = [family for family in MODEL_FAMILIES if family not in LINEAR]
 
@@ -44,6 +50,46 @@ def test_an_attached_model_does_not_sync(family: str) -> None:
         model = attach(tiny_model(family, "flash_attention_2").train())
         sites = guarded_step(model, batch).sites
     assert [site for site in sites if not site.file.endswith("flash.py")] == []
+
+
+def padded(family: str, side: Literal["left", "right"]) -> MRopeCollator:
+    vision = VisionSpec.from_config(model_config(family))
+    return MRopeCollator(PaddingCollator(padding_side=side), tiny_spec(family), vision)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_rows_padded_behind_are_not_unpadded(family: str, side: Literal["left", "right"]) -> None:
+    """Unpadding asks the device; in front of its tokens padding has to go."""
+    examples = mixed_examples(family, media_of(family)[0])
+    batch = padded(family, side)(examples)
+    expected = logits_alone(tiny_model(family, "sdpa"), family, examples)
+    valid = batch["attention_mask"].bool()
+    with flash_attention():
+        model = attach(tiny_model(family, "flash_attention_2").train())
+        with torch.no_grad():
+            logits = model(**dict(batch)).logits
+        sites = guarded_step(model, batch).sites
+    assert (logits[valid] - expected).abs().max() < ATOL
+    syncs = [site for site in sites if not site.file.endswith("flash.py")]
+    indexed = has_layers(model.config.get_text_config(), "indexed_attention")
+    assert bool(syncs) is (side == "left" or indexed)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_fast_kernel_gets_no_mask_for_padding_behind(
+    side: Literal["left", "right"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = mixed_examples("qwen3_vl", media_of("qwen3_vl")[0])
+    batch = padded("qwen3_vl", side)(examples)
+    expected = logits_alone(tiny_model("qwen3_vl"), "qwen3_vl", examples)
+    model = attach(tiny_model("qwen3_vl"))
+    monkeypatch.setattr(inputs, "can_attend", lambda tensor: True)
+    with Operators() as operators, torch.no_grad():
+        logits = model(**dict(batch)).logits
+    assert (logits[batch["attention_mask"].bool()] - expected).abs().max() < ATOL
+    masked = any("bitwise_and" in name for name in operators.count)  # of causal order and padding
+    assert masked is (side == "left")
 
 
 def test_without_its_borders_the_examples_leak() -> None:

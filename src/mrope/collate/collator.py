@@ -210,6 +210,7 @@ class MRopeCollator:
         if self.shapes is not None and self.shapes.patches:
             return added | one_tower_call(self.vision, located, batch, self.shapes, placement)
         added["has_padding"] = placement.gaps
+        added["padded_behind"] = placement.behind
         for modality in ("image", "video"):
             added |= vision_columns(self.vision, modality, located, placement)
         if batch.get(EXPERT_TYPES) is not None:

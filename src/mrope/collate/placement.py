@@ -35,6 +35,7 @@ class Placement(NamedTuple):
             place for each of these. None: all are.
         tail: tokens of the padding segment at the end of one row.
         gaps: whether padding stands in the rows that only a mask tells from tokens.
+        behind: whether there is padding, all of it behind the tokens of its row.
 
     Example:
         Rows of 2 and 3 tokens in a batch that is 4 wide:
@@ -52,6 +53,7 @@ class Placement(NamedTuple):
     kept_K: IntArray | None = None
     tail: int = 0
     gaps: bool = False
+    behind: bool = False
 
     def put(self, values_T: Values, fill: float) -> Values:
         """Lay values of tokens, (T, ...), out as (rows, width, ...), with `fill` at padding.
@@ -136,11 +138,19 @@ class Padded:
         rows, width = located.inputs.shape
         valid_BS = located.stream.valid_BS
         place_T = None if valid_BS is None else np.flatnonzero(valid_BS)
+        # Tokens with padding in front.
+        late_BS = None if valid_BS is None else valid_BS[:, :-1] < valid_BS[:, 1:]
+        behind = late_BS is not None and not late_BS.any()
         if self.shapes is None:
-            return Placement(rows, width, place_T, gaps=valid_BS is not None)
+            return Placement(rows, width, place_T, gaps=late_BS is not None, behind=behind)
         lengths = [width] * rows if valid_BS is None else valid_BS.sum(axis=1).tolist()
         rung = choose_rung("tokens", self.shapes.tokens, width, lengths)
-        _refuse_left_padding(valid_BS)
+        if late_BS is not None and not behind:
+            raise MRopeError(
+                f"row {late_BS.any(axis=1).argmax()}: shapes needs padding on the right, where a "
+                "causal mask hides it; give the inner collate function padding_side='right', or "
+                "packing='flatten'"
+            )
         place_T = np.arange(rows * width) if place_T is None else place_T
         # Row 1 of 4 tokens, index 6: its token 2, which has index 10 in rows of 8.
         place_T = place_T + place_T // max(width, 1) * (rung - width)
@@ -183,12 +193,3 @@ class Padded:
         for axis, values_T in zip(out, positions_AT, strict=True):
             axis[place_T] = values_T
         return out.reshape(axes, rows, width)
-
-
-def _refuse_left_padding(valid_BS: BoolArray | None) -> None:
-    if valid_BS is not None and (valid_BS[:, :-1] < valid_BS[:, 1:]).any():
-        row = int((valid_BS[:, :-1] < valid_BS[:, 1:]).any(axis=1).argmax())
-        raise MRopeError(
-            f"row {row}: shapes needs padding on the right, where a causal mask hides it; give the "
-            "inner collate function padding_side='right', or packing='flatten'"
-        )

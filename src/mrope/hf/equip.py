@@ -237,7 +237,10 @@ def _left(trainer: Trainer, base: PreTrainedModel) -> Iterator[str]:
         yield f"compute_loss of {owner.__name__} may read metrics at each step"
     flash = text_model(base).mrope_attention == "flash"
     if flash and trainer.data_collator.packing is None:
-        yield "flash attention unpads padded rows by a mask: give equip packing='flatten'"
+        yield (
+            "flash attention unpads rows that are padded in front by a mask: pad behind, or give "
+            "equip packing='flatten'"
+        )
 
 
 def _describe(

@@ -9,7 +9,9 @@ import torch
 
 from mrope.columns import COLUMNS, LINEAR_KEYS, NewColumns, columns, tower_key
 from mrope.errors import MRopeError
+from mrope.hf.attention import has_layers, is_flash
 from mrope.hf.generation import is_generating
+from mrope.hf.varlen import can_attend
 
 Tensors = MutableMapping[str, Any]
 
@@ -179,17 +181,33 @@ def asked_of_towers(inputs: Tensors) -> NewColumns:
     return {name: inputs[name] for name in names if inputs.get(name) is not None}
 
 
-def take_mask(inputs: Tensors) -> Any:
+def take_mask(inputs: Tensors, config: object, embeds: torch.Tensor) -> Any:
     """Remove the attention mask from `inputs`; return it where it matters, else None.
 
-    A padding mask (B, S) matters if the worker found padding. Whatever else stands in its place, a
-    mask of four dimensions or a dict, is the user's own, and is what the model attends by.
+    A padding mask (B, S) matters if the worker found padding; behind the tokens of its row, only to
+    kernels that are no faster without it, since no token attends to what comes later. Flash
+    attention would unpad by it, a sync. Whatever else stands in its place, a mask of four
+    dimensions or a dict, is the user's own, and is what the model attends by.
+
+    Args:
+        inputs: the batch.
+        config: the text model's.
+        embeds: (B, S, hidden).
     """
     mask = inputs.pop("attention_mask", None)
+    if not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+        return mask
     # Whether a mask on the device holds a 0 is known on the device alone; asking is a sync. The
     # worker built the mask, so it sends the answer along.
-    is_padding = isinstance(mask, torch.Tensor) and mask.ndim == 2
-    return None if is_padding and not inputs["has_padding"] else mask
+    if not inputs["has_padding"]:
+        return None
+    hidden = (
+        inputs.get("padded_behind", False)
+        and cache_of(inputs) is None  # which later tokens would find the padding in
+        and (is_flash(config) or can_attend(embeds))
+        and not has_layers(config, "indexed_attention")  # whose blocks of keys may hold both
+    )
+    return None if hidden else mask
 
 
 def drop_unread(inputs: Tensors) -> None:

@@ -48,7 +48,7 @@ _MULTIPLIED = ("conv", "linear_attention")
 
 def run_rope(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
     """Run a text model with M-RoPE on embeddings (B, S, hidden)."""
-    mask = take_mask(inputs)
+    mask = take_mask(inputs, text.config, embeds)
     drop_unread(inputs)
     if inputs.get("seq_idx") is not None:
         packed = packed_mask(text, embeds, inputs)
@@ -136,10 +136,11 @@ def run_pooled(text: object, embeds: torch.Tensor, inputs: Tensors) -> Any:
 
 
 def _run_under(make_masks: Masks, text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
-    mask = take_mask(inputs)
+    config = _own_config(text)
+    mask = take_mask(inputs, config, embeds)
     drop_unread(inputs)
     if not isinstance(mask, dict):
-        mask = make_masks(_own_config(text), embeds, mask, cache_of(inputs))
+        mask = make_masks(config, embeds, mask, cache_of(inputs))
     with _masks_as_given(text, mask):
         return text(inputs_embeds=embeds, attention_mask=mask, **inputs)
 
@@ -160,7 +161,7 @@ def causal_mask(
         None without padding: the text model then makes what its layers and a cache need, which is
         no sync. With padding a mask made on the device, (B, 1, S, keys); where layers
         differ, a dict by their kind. Flash attention takes the 2-D mask, and syncs to unpad with
-        it.
+        it, which `take_mask` spares rows that are padded behind their tokens.
     """
     if padding_mask is None or padding_mask.ndim != 2 or is_flash(config):
         return padding_mask
