@@ -73,6 +73,18 @@ def check_slots(columns: Any, segments: list[int], loose: bool = False) -> None:
         begin += length
 
 
+def test_examples_that_leave_rows_half_empty_take_more_rows() -> None:
+    """Of 15 examples of 520 tokens none shares a row with another."""
+    lengths, most = np.full(15, 520), 32
+    tail = 8192 - int(lengths.sum())
+    found = linear_columns(lengths, tail, most)
+    rows, width = found["linear_shape"]
+    assert width == 1024 and rows >= 15
+    check_slots(found, [*lengths.tolist(), tail], loose=True)
+    fewer = linear_columns(np.full(15, 400), 8192 - 6000, most)["linear_shape"]
+    assert fewer == [11, 1024]
+
+
 @pytest.mark.parametrize("longest", [100, 900, 3000])
 def test_fixed_shapes_differ_by_the_longest_example_alone(longest: int) -> None:
     shapes = set()

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
-from mrope.hf.delta_rule import gated_delta_rule
+from mrope.hf.delta_rule import chunk_states, gated_delta_rule
 
 reference = inspect.unwrap(torch_chunk_gated_delta_rule)
 
@@ -98,3 +98,12 @@ def test_work_grows_with_the_chunks_and_not_with_their_square() -> None:
             numbers.append(written.numbers)
         grown[name] = numbers[1] / numbers[0]
     assert grown["own"] < 2.05 < 2.5 < grown["reference"]
+
+
+def test_the_operator_is_sound() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    new, read, key = (torch.randn(3, 2, 64, d, generator=drawn) for d in (8, 4, 4))
+    parts = (new, read / 64, key, torch.rand(3, 2, 1, 1, generator=drawn))
+    torch.library.opcheck(chunk_states, tuple(one.requires_grad_() for one in parts))
+    precise = [one.detach().double().requires_grad_() for one in parts]
+    assert torch.autograd.gradcheck(chunk_states, precise)

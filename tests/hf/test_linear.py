@@ -21,7 +21,8 @@ from hf.test_one_graph import SHAPES, collate, examples_of, fresh_dynamo, model_
 from hf.test_replaced_forwards import doubled
 from mrope import MRopeError
 from mrope.collate.linear_columns import GAP
-from mrope.hf import attach, compile_layers, fused
+from mrope.hf import attach, compile_layers, fused, linear, text
+from mrope.hf.delta_rule import gated_delta_rule
 from mrope.hf.linear import _convolve
 from support.models import tiny_examples, tiny_model
 
@@ -115,6 +116,29 @@ def test_the_convolution_is_rounded_where_the_plain_model_rounds() -> None:
     apart = _convolve(layer, states, {"linear_places": torch.arange(90)[None]}) != wanted
     # Not 0 everywhere: float32 may add up the taps in another order.
     assert apart.float().mean() < 0.01
+
+
+def test_padded_steps_can_run_the_rule_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU without kernels they do, where a step has no cache: the rule fills none."""
+    ran: list[int] = []
+
+    def rule(*parts: torch.Tensor) -> torch.Tensor:
+        ran.append(1)
+        return gated_delta_rule(*parts)
+
+    model: Any = attach(tiny_model(FAMILY).train())
+    batch = collate(FAMILY, examples_of(FAMILY), None, None)
+    want, wanted = step(model, dict(batch))
+    for module in (linear, text):
+        monkeypatch.setattr(module, "lacks_kernels", lambda states: True)
+    monkeypatch.setattr(linear, "gated_delta_rule", rule)
+    loss, grads = step(model, dict(batch))
+    assert ran
+    assert (loss - want).abs() < 1e-6
+    for name, grad in wanted.items():
+        torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-6, msg=name)
+    with torch.no_grad():
+        assert model(**dict(batch), use_cache=True).past_key_values is not None
 
 
 def test_a_foreign_forward_and_fixed_shapes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,8 +42,8 @@ def linear_columns(length_E: IntArray, tail: int = 0, most: int | None = None) -
         - `linear_slots` int64 (T,): where each token stands in the padded call, whose rows and
           width are `linear_shape`, two ints. A segment begins a chunk, fits in a row, and has `GAP`
           empty slots in front, unless it begins the row. Without fixed shapes the width is that of
-          the longest segment; with them 1,024 times a power of two, and the rows are as many as
-          any examples of that width can need.
+          the longest segment; with them 1,024 times a power of two, and the rows have a quarter
+          more slots than there are tokens, or what any examples of that width can need.
 
     Example: segments of 3 and 2 tokens
 
@@ -106,9 +106,12 @@ def _lay_out_fixed(length_E: IntArray, places_T: IntArray, most: int) -> tuple[I
     # The last token of an example, and of its gap, can begin a chunk.
     most_chunks = (len(places_T) + most * (GAP + CHUNK - 1)) // CHUNK
     chunks = min(width // CHUNK, most_chunks)
+    start_E, taken, width = _lay_out(length_E, chunks)
     # An example that does not fit into a row has, with what stands there, more chunks than it.
-    rows = 2 * (most_chunks // (chunks + 1)) + 1
-    start_E, _, width = _lay_out(length_E, chunks)
+    most_rows = 2 * (most_chunks // (chunks + 1)) + 1
+    # Most batches need less: a quarter more slots than tokens.
+    usual = -(-5 * len(places_T) // (4 * width)) + 1
+    rows = usual if taken <= usual < most_rows else most_rows
     tokens = int(length_E.sum())
     slots_T = np.empty(len(places_T), np.int64)
     slots_T[:tokens] = start_E.repeat(length_E) + places_T[:tokens]

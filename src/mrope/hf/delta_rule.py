@@ -11,6 +11,8 @@ chunk.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional
 
@@ -74,9 +76,9 @@ def _run(
     beta_NGC1: torch.Tensor,
 ) -> torch.Tensor:
     """Run the rule on chunks; decay is added up from each chunk's first token on."""
-    later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=key_NGCD.device).triu(1)
+    hidden = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=key_NGCD.device).triu(1)
     # Masked in the log: the exponential of what is above the diagonal could overflow.
-    between = (decay_NGC1 - decay_NGC1.mT).masked_fill(later, float("-inf")).exp()
+    between = (decay_NGC1 - decay_NGC1.mT).masked_fill(hidden, float("-inf")).exp()
     weighted = key_NGCD * beta_NGC1
     system = (weighted @ key_NGCD.mT) * between
     so_far = decay_NGC1.exp()
@@ -84,32 +86,91 @@ def _run(
     solved = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True)
     new, read = solved.split((value_NGCD.shape[-1], key_NGCD.shape[-1]), -1)
     last = decay_NGC1[:, :, -1:]
-    written, from_state = _scan(
-        new, read, query_NGCD * so_far, key_NGCD * (last - decay_NGC1).exp(), last.exp()
+    written, states = chunk_states(
+        new.contiguous(), read.contiguous(), key_NGCD * (last - decay_NGC1).exp(), last.exp()
     )
     within = (query_NGCD @ key_NGCD.mT) * between
-    return within @ written + from_state
+    result: torch.Tensor = within @ written + (query_NGCD * so_far) @ states
+    return result
 
 
-def _scan(
-    new: torch.Tensor,
-    read: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    kept: torch.Tensor,
+@torch.library.custom_op("mrope::chunk_states", mutates_args=())
+def chunk_states(
+    new: torch.Tensor, read: torch.Tensor, key: torch.Tensor, kept: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Carry the state (G, D, D) from chunk to chunk.
+    """Carry the state from chunk to chunk, each of which takes what it reads from what is new.
+
+    An operator, so that a graph has one node for all chunks, and the backward few calls for each.
+
+    Args:
+        new: (N, G, C, D), float32, as all.
+        read: (N, G, C, d), keys that read the state before a chunk.
+        key: (N, G, C, d), keys that write the state behind it.
+        kept: (N, G, 1, 1), the share of the state that a chunk keeps.
 
     Returns:
-        What each chunk writes, and what its queries find in the state before it; (N, G, C, D).
+        - written (N, G, C, D): new - read @ state.
+        - states (N, G, d, D), before each chunk: 0, then kept * state + key.mT @ written.
     """
-    state = new.new_zeros(new.shape[1], key.shape[-1], new.shape[-1])
-    written, found = [], []
-    # Unbound at once: the backward of an index into a chunk would fill a tensor for all of them.
-    for new_GCD, read_GCD, query_GCD, key_GCD, kept_G11 in zip(
-        *(one.unbind() for one in (new, read, query, key, kept)), strict=True
-    ):
-        written.append(new_GCD - read_GCD @ state)
-        found.append(query_GCD @ state)
-        state = torch.baddbmm(state * kept_G11, key_GCD.mT, written[-1])
-    return torch.stack(written), torch.stack(found)
+    written = new.clone()
+    states = new.new_zeros(*new.shape[:2], key.shape[-1], new.shape[-1])
+    for chunk in range(len(new)):
+        if chunk:
+            torch.mul(states[chunk - 1], kept[chunk - 1], out=states[chunk])
+            states[chunk].baddbmm_(key[chunk - 1].mT, written[chunk - 1])
+        written[chunk].baddbmm_(read[chunk], states[chunk], alpha=-1)
+    return written, states
+
+
+@chunk_states.register_fake
+def _(
+    new: torch.Tensor, _read: object, key: torch.Tensor, _kept: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(new), new.new_empty(*new.shape[:2], key.shape[-1], new.shape[-1])
+
+
+@torch.library.custom_op("mrope::chunk_states_backward", mutates_args=())
+def chunk_states_backward(
+    of_written: torch.Tensor,
+    of_states: torch.Tensor,
+    read: torch.Tensor,
+    key: torch.Tensor,
+    kept: torch.Tensor,
+    written: torch.Tensor,
+    states: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of new, read, key and kept, given those of written and states."""
+    total = of_written.clone(memory_format=torch.contiguous_format)
+    later = torch.zeros_like(states)  # gradients of the states behind each chunk
+    for chunk in reversed(range(len(total))):
+        total[chunk].baddbmm_(key[chunk], later[chunk])
+        if chunk:
+            torch.addcmul(of_states[chunk], later[chunk], kept[chunk], out=later[chunk - 1])
+            later[chunk - 1].baddbmm_(read[chunk].mT, total[chunk], alpha=-1)
+    of_kept = (states * later).sum((-2, -1), keepdim=True)
+    return total, (total @ states.mT).neg_(), written @ later.mT, of_kept
+
+
+@chunk_states_backward.register_fake
+def _(
+    of_written: torch.Tensor,
+    _: object,
+    read: torch.Tensor,
+    key: torch.Tensor,
+    kept: torch.Tensor,
+    *_saved: object,
+) -> tuple[torch.Tensor, ...]:
+    shapes = (of_written, read, key, kept)
+    return tuple(one.new_empty(one.shape) for one in shapes)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[1:], *output)
+
+
+def _backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    result: tuple[torch.Tensor, ...] = chunk_states_backward(*gradients, *ctx.saved_tensors)
+    return result
+
+
+chunk_states.register_autograd(_backward, setup_context=_save)

@@ -74,14 +74,22 @@ def _foreign_forward(cls: type) -> str | None:
     return foreign_on_class(cls, "forward")
 
 
+def lacks_kernels(states: torch.Tensor) -> bool:
+    """Whether linear layers on this device run their slower rule, and ours is to replace it.
+
+    On a CPU theirs runs all the same: a padded step equals the plain model's there to the last bit.
+    """
+    return states.is_cuda and not fused.can_run(states)
+
+
 def _computes_here(self: object, hidden_states: torch.Tensor, kwargs: NewColumns) -> bool:
     """Whether to compute whole rows as segments are, not by the layer's own forward.
 
     A graph cannot hold the kernels of flash-linear-attention, whose functions are marked as not to
-    be compiled; without them the layer's own rule is slower than ours.
+    be compiled.
     """
     return (
-        (torch.compiler.is_compiling() or not fused.can_run(hidden_states))
+        (torch.compiler.is_compiling() or lacks_kernels(hidden_states))
         and kwargs.get("cache", kwargs.get("cache_params")) is None
         and _foreign_forward(type(self)) is None
     )

@@ -24,6 +24,7 @@ from mrope.columns import LINEAR_KEYS, NewColumns
 from mrope.errors import MRopeError
 from mrope.hf.attention import ONLY_CAUSAL, TEXT_ATTENTION, has_layers, is_flash
 from mrope.hf.inputs import Tensors, cache_of, drop_unread, take_mask
+from mrope.hf.linear import lacks_kernels
 from mrope.hf.varlen import can_attend
 
 Masks = Callable[[Any, torch.Tensor, torch.Tensor | None, Any], Any]
@@ -50,6 +51,10 @@ def run_rope(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
     """Run a text model with M-RoPE on embeddings (B, S, hidden)."""
     mask = take_mask(inputs, text.config, embeds)
     drop_unread(inputs)
+    trains = text.training and torch.is_grad_enabled() and cache_of(inputs) is None
+    if trains and has_layers(text.config, "linear_attention") and lacks_kernels(embeds):
+        # Nobody decodes from a training step, and a cache is filled by the slower rule alone.
+        inputs.setdefault("use_cache", False)
     if inputs.get("seq_idx") is not None:
         packed = packed_mask(text, embeds, inputs)
         mask = packed if mask is None else mask
