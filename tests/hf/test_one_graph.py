@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
@@ -190,6 +191,16 @@ def test_forward_and_backward_compile_to_one_graph(family: str) -> None:
             for one, other in zip(grads.values(), wanted.values(), strict=True):
                 assert torch.allclose(one, other, atol=2e-6)
         assert counted["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="an older torch may not quote the error")
+def test_the_error_of_a_graph_says_what_its_batch_lacks() -> None:
+    model: Any = attach(model_of_depth(2, "qwen3_vl"))
+    compiled: Any = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    batch = collate("qwen3_vl", examples_of("qwen3_vl"), None, ONE_RUNG)
+    del batch["vision_feature_index"]
+    with fresh_dynamo(), pytest.raises(Unsupported, match="pixels without vision_feature_index"):
+        compiled(**batch)
 
 
 # Qwen4-Exp's layers attend to the keys that its indexer selects: always under a mask.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from mrope.columns import Columns, NewColumns, columns
 from mrope.errors import MRopeError
@@ -13,7 +12,8 @@ from mrope.errors import MRopeError
 _ADDED = frozenset(columns("derived"))
 # What batches of one flattened row, and of fixed shapes, have.
 _NO_PROMPTS = ("seq_idx", "vision_feature_mask")
-_GENERATING = ContextVar("_GENERATING", default=False)
+# How many calls of `generate` run. Not a ContextVar, which `torch.compile` cannot read.
+_generating = 0
 
 
 def for_generate(batch: Columns) -> NewColumns:
@@ -51,13 +51,14 @@ def of_the_stage(batch: Columns) -> bool:
 @contextmanager
 def while_generating() -> Iterator[None]:
     """Let attached models take batches that no stage has made: `generate` numbers its own."""
-    token = _GENERATING.set(True)
+    global _generating
+    _generating += 1
     try:
         yield
     finally:
-        _GENERATING.reset(token)
+        _generating -= 1
 
 
 def is_generating() -> bool:
     """Whether `generate` is running, which without a cache gives pixels and sound at each step."""
-    return _GENERATING.get()
+    return _generating > 0

@@ -68,7 +68,8 @@ def is_precomputed(self: Any, inputs: Tensors, audio: bool) -> bool:
     decoding = cache_of(inputs) is not None and inputs.get("position_ids") is not None
     lost = _lost(inputs)
     varies = getattr(self, "mrope_compiled", False) and modalities not in ([], ["vision"])
-    if (lost or varies) and self.mrope_strict and not decoding and not is_generating():
+    refuses = self.mrope_strict and not decoding and not is_generating()
+    if (lost or varies) and refuses:
         _refuse_wrong(lost)
     missing = _missing(inputs, modalities)
     # What its own forward encodes: audio without tensors, and all of a tower that takes none.
@@ -89,7 +90,7 @@ def is_precomputed(self: Any, inputs: Tensors, audio: bool) -> bool:
                 "model's own forward"
             )
         return audio or not sound
-    if self.mrope_strict and not decoding and not is_generating():
+    if refuses:
         _refuse_missing(inputs, modalities, missing, missing_audio)
     return False
 
