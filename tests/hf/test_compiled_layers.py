@@ -28,11 +28,14 @@ from mrope.guard import SyncGuard
 from mrope.hf import SyncReport, attach, compile_layers, detach
 from mrope.hf.compiling import CompiledLoss
 from mrope.training.model import attach_and_compile
+from support.attachable import make_model, without_labels
 from support.models import tiny_model
 
 # dynamo looks at the gradient of a layer's input, which is no leaf.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 FAMILY = "qwen3_vl"
+# Beside their layers: a convolution or a norm of torch's own; modules that take sizes; crops.
+TOWERS = ("glm4v", "video_llama_3", "cosmos3_edge", "hunyuan_vl", "hy_v4_vl", "minicpmv4_7")
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -127,6 +130,18 @@ def test_batches_without_fixed_shapes_are_refused_at_the_first(packing: Any) -> 
     with pytest.raises(MRopeError, match="compiled for fixed shapes, and the batch has none"):
         model(**collate(FAMILY, examples_of(FAMILY), packing, None))
     attach(detach(model))(**collate(FAMILY, examples_of(FAMILY), packing, None))
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_towers_of_all_kinds_compile(family: str) -> None:
+    """Images and clips of every size at once, each shape of which has a graph."""
+    model = attach(make_model(family), strict=False)
+    _, batch = without_labels(family)
+    with fresh_dynamo() as counted, torch.inference_mode():
+        want = model(**dict(batch)).logits
+        compile_layers(model, backend="eager")
+        assert torch.equal(model(**batch).logits, want)
+        assert counted["stats"]["unique_graphs"] > 2
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -6,6 +6,7 @@ layers stays between them: the hooks of FSDP2, gradient checkpointing.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,9 +76,12 @@ def _parts(base: Any) -> Iterator[torch.nn.Module]:
 
 
 def _computes(module: torch.nn.Module) -> bool:
-    """Whether a module has more to fuse than a table to look up, or angles to make once."""
+    """Whether a module has operators to fuse, and tensors alone decide its shapes."""
     has_weights = next(module.parameters(), None) is not None
-    return has_weights and not isinstance(module, torch.nn.Embedding)
+    # One operator, which torch compiles as part of another module alone; under fullgraph it raises.
+    is_torchs = type(module).__module__.startswith("torch.nn.")
+    takes_sizes = "grid_thw" in inspect.signature(type(module).forward).parameters
+    return has_weights and not is_torchs and not takes_sizes
 
 
 def _computes_loss(module: torch.nn.Module) -> bool:
