@@ -118,6 +118,20 @@ def test_detach_undoes_it_and_the_loss_takes_a_count_of_tokens() -> None:
         assert all(layer._compiled_call_impl is None for layer in layers)
 
 
+def test_what_a_user_compiled_stays() -> None:
+    model: Any = attach(model_of_depth(2, FAMILY))
+    own = [model, model.model, model.model.language_model.layers[0]]
+    for module in own:
+        module.compile(backend="eager")
+    calls = [module._compiled_call_impl for module in own]
+    compile_layers(model, backend="eager")
+    later = model.model.language_model.layers[1]
+    later.compile(backend="eager")
+    calls.append(later._compiled_call_impl)
+    detach(model)
+    assert [module._compiled_call_impl for module in (*own, later)] == calls
+
+
 def test_a_model_that_is_not_attached_is_refused() -> None:
     with pytest.raises(MRopeError, match="is not attached"):
         compile_layers(tiny_model(FAMILY))
@@ -179,7 +193,7 @@ def test_the_config_says_how(
 ) -> None:
     modes: list[Any] = []
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **options: modes.append((self, options))
+        torch, "compile", lambda call, **options: modes.append((call.__self__, options))
     )
     ladder = "rope.shapes={tokens: [256], patches: [512], longest: 256}"
     options = ["rope.vision=true", "model.attach=true", f"model.compile={value}", ladder]

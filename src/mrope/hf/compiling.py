@@ -7,7 +7,7 @@ layers stays between them: the hooks of FSDP2, gradient checkpointing.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from mrope.errors import MRopeError
 from mrope.hf.thinkers import text_model
 from mrope.hf.towers import VISION_TOWERS
 
+Call = Callable[..., object]
 _REMATERIALIZE = "remat_using_tags_for_fwd_loss_bwd_graph"  # older releases of torch have none
 
 
@@ -34,8 +35,7 @@ def compile_parts(model: torch.nn.Module, base: Any, options: NewColumns) -> Non
         raise MRopeError(f"{type(base).__name__} has no layers to compile one by one")
     options = {**options, "fullgraph": True, "dynamic": False}
     for part in parts:
-        part.compile(**options)
-        part.mrope_compiled = True  # type: ignore[assignment]
+        part._compiled_call_impl = CompiledPart(part, options)  # noqa: SLF001 - as its `compile`
     base.mrope_compiled = True  # its forward refuses batches of other shapes
     for head in model.modules():
         if _computes_loss(head):
@@ -49,16 +49,40 @@ def compile_parts(model: torch.nn.Module, base: Any, options: NewColumns) -> Non
 
 def is_compiled(model: torch.nn.Module) -> bool:
     """Whether parts of a model were compiled by `compile_parts`."""
-    return any("mrope_compiled" in vars(module) for module in model.modules())
+    return any(isinstance(_call_of(module), CompiledPart) for module in model.modules())
 
 
 def forget_compiled(model: torch.nn.Module) -> None:
-    """Undo `compile_parts`."""
+    """Undo `compile_parts`, and nothing that was compiled otherwise."""
     for module in model.modules():
-        if vars(module).pop("mrope_compiled", False):
-            module._compiled_call_impl = None  # noqa: SLF001 - `compile` has no way back
+        vars(module).pop("mrope_compiled", None)
+        if isinstance(call := _call_of(module), CompiledPart):
+            module._compiled_call_impl = call.former  # noqa: SLF001 - `compile` has no way back
         if isinstance(vars(module).get("_loss_function"), CompiledLoss):
             del module._loss_function  # noqa: SLF001 - where transformers' setter puts it
+
+
+def _call_of(module: torch.nn.Module) -> Call | None:
+    """Return what `compile` has put in place of a module's call."""
+    call: Call | None = module._compiled_call_impl  # noqa: SLF001 - no public name
+    return call
+
+
+class CompiledPart:
+    """The call of a module as one graph.
+
+    Args:
+        module: the module; what was in the place of its call is `former`.
+        options: of `torch.compile`.
+    """
+
+    def __init__(self, module: torch.nn.Module, options: NewColumns) -> None:
+        self.former = _call_of(module)
+        self._compiled: Call = torch.compile(module._call_impl, **options)  # noqa: SLF001
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Call the graph."""
+        return self._compiled(*args, **kwargs)
 
 
 def _parts(base: Any) -> Iterator[torch.nn.Module]:
