@@ -118,6 +118,16 @@ def test_detach_undoes_it_and_the_loss_takes_a_count_of_tokens() -> None:
         assert all(layer._compiled_call_impl is None for layer in layers)
 
 
+def test_generate_runs_layers_as_they_were() -> None:
+    model: Any = attach(model_of_depth(2, FAMILY)).eval()
+    prompt = {"input_ids": torch.tensor([[7, 8, 9]]), "max_new_tokens": 12, "do_sample": False}
+    want = model.generate(**prompt)
+    with fresh_dynamo() as counted:
+        compile_layers(model, backend="eager")
+        assert torch.equal(model.generate(**prompt), want)
+        assert not counted["stats"]["unique_graphs"]
+
+
 def test_what_a_user_compiled_stays() -> None:
     model: Any = attach(model_of_depth(2, FAMILY))
     own = [model, model.model, model.model.language_model.layers[0]]

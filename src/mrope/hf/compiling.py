@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mrope.columns import NewColumns
 from mrope.errors import MRopeError
+from mrope.hf.generation import is_generating
 from mrope.hf.thinkers import text_model
 from mrope.hf.towers import VISION_TOWERS
 
@@ -69,7 +70,9 @@ def _call_of(module: torch.nn.Module) -> Call | None:
 
 
 class CompiledPart:
-    """The call of a module as one graph.
+    """The call of a module as one graph, and as it was while `generate` runs.
+
+    Each token of a row makes the cache longer: there would be a graph for each.
 
     Args:
         module: the module; what was in the place of its call is `former`.
@@ -78,11 +81,12 @@ class CompiledPart:
 
     def __init__(self, module: torch.nn.Module, options: NewColumns) -> None:
         self.former = _call_of(module)
-        self._compiled: Call = torch.compile(module._call_impl, **options)  # noqa: SLF001
+        self._own: Call = module._call_impl  # noqa: SLF001
+        self._compiled: Call = torch.compile(self._own, **options)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        """Call the graph."""
-        return self._compiled(*args, **kwargs)
+        """Call the graph, or the module."""
+        return (self._own if is_generating() else self._compiled)(*args, **kwargs)
 
 
 def _parts(base: Any) -> Iterator[torch.nn.Module]:
