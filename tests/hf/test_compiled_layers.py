@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from hf.test_one_graph import (
 )
 from mrope import MRopeError, load_config
 from mrope.guard import SyncGuard
-from mrope.hf import SyncReport, attach, compile_layers, detach
+from mrope.hf import SyncReport, attach, compile_layers, compiling, detach
 from mrope.hf.compiling import CompiledLoss
 from mrope.training.model import attach_and_compile
 from support.attachable import make_model, without_labels
@@ -148,18 +150,40 @@ def test_a_model_that_is_not_attached_is_refused() -> None:
 
 
 @pytest.mark.parametrize("packing", [None, "flatten"])
-def test_batches_without_fixed_shapes_are_refused_at_the_first(packing: Any) -> None:
-    model: Any = attach(model_of_depth(2, FAMILY))
-    compile_layers(model, backend="eager")
-    with pytest.raises(MRopeError, match="compiled for fixed shapes, and the batch has none"):
-        model(**collate(FAMILY, examples_of(FAMILY), packing, None))
-    attach(detach(model))(**collate(FAMILY, examples_of(FAMILY), packing, None))
+def test_without_rungs_few_shapes_are_taken(packing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_MOST_SHAPES", 1)
+    model: Any = attach(model_of_depth(1, FAMILY))
+    one, other = (collate(FAMILY, examples_of(FAMILY, seed), packing, None) for seed in range(2))
+    with fresh_dynamo() as counted, torch.inference_mode():
+        want = model(**dict(one)).logits
+        compile_layers(model, backend="eager")
+        graphs = []
+        for _ in range(2):
+            assert torch.equal(model(**dict(one)).logits, want)
+            graphs.append(counted["stats"]["unique_graphs"])
+        assert graphs[0] == graphs[1]
+        with pytest.raises(MRopeError, match="for each shape of a batch, and this is number 2"):
+            model(**dict(other))
+        model(**collate(FAMILY, examples_of(FAMILY), packing, ONE_RUNG))
+        copy.deepcopy(model)(**dict(other))
+        attach(detach(model))(**dict(other))
+
+
+def test_a_ladder_may_have_more_rungs_than_torch_compiles_a_function_for() -> None:
+    model: Any = attach(model_of_depth(1, FAMILY))
+    examples = examples_of(FAMILY)
+    with fresh_dynamo() as counted, torch.inference_mode():
+        compile_layers(model, backend="eager")
+        for width in range(128, 128 + 9 * 16, 16):
+            rung = replace(ONE_RUNG, tokens=(width,))
+            model(**collate(FAMILY, examples, None, rung))
+        assert counted["stats"]["unique_graphs"] > 9
 
 
 @pytest.mark.parametrize("family", TOWERS)
 def test_towers_of_all_kinds_compile(family: str) -> None:
     """Images and clips of every size at once, each shape of which has a graph."""
-    model = attach(make_model(family), strict=False)
+    model = attach(make_model(family))
     _, batch = without_labels(family)
     with fresh_dynamo() as counted, torch.inference_mode():
         want = model(**dict(batch)).logits
@@ -203,7 +227,11 @@ def test_the_config_says_how(
 ) -> None:
     modes: list[Any] = []
     monkeypatch.setattr(
-        torch, "compile", lambda call, **options: modes.append((call.__self__, options))
+        torch,
+        "compile",
+        lambda call, recompile_limit=8, **options: modes.append(
+            (call.__self__, options | {"limit": recompile_limit})
+        ),
     )
     ladder = "rope.shapes={tokens: [256], patches: [512], longest: 256}"
     options = ["rope.vision=true", "model.attach=true", f"model.compile={value}", ladder]
@@ -212,4 +240,5 @@ def test_the_config_says_how(
     compiled = [module for module, _ in modes]
     assert (model in compiled) is whole
     assert (model.model.language_model.layers[0] in compiled) is layers
-    assert all(options["fullgraph"] and not options["dynamic"] for _, options in modes)
+    want = {"fullgraph": True, "dynamic": False, "limit": 256}
+    assert all(options == want for _, options in modes)

@@ -49,7 +49,7 @@ from mrope.errors import MRopeError
 from mrope.guard import SyncGuard
 from mrope.hf import attach, compile_layers, detach
 from mrope.hf.attaching import base_model
-from mrope.hf.compiling import is_compiled
+from mrope.hf.compiling import is_compiled, one_graph_a_shape
 from mrope.prepare.work import WorkModel
 from mrope.spec.spec import MRopeSpec
 from mrope.training.config import build_collator, load_config
@@ -225,7 +225,7 @@ def _prepared(
     if variant == "layers":
         compile_layers(model)
     elif variant == "compiled":
-        run = torch.compile(model, fullgraph=True, dynamic=False)
+        run = torch.compile(model, **one_graph_a_shape())
     try:
         yield collate, run
     finally:

@@ -120,8 +120,9 @@ def compile_layers(model: Model, **options: object) -> Model:
     FSDP2 wrap the model; gradient checkpointing may be enabled before or after.
 
     Args:
-        model: attached, PEFT models too. The batches that it is given must have fixed shapes:
-            `MRopeCollator(shapes=...)`.
+        model: attached, PEFT models too. Each shape of a batch is compiled for: give the collator
+            `MRopeCollator(shapes=...)`, or images of one size in rows of one length. A strict model
+            raises for the ninth shape of batches without rungs.
         options: of `torch.compile`, such as `backend`; "fullgraph" and "dynamic" are given.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Compile an attached model layer by layer, for batches of fixed shapes.
+"""Compile an attached model layer by layer, for batches of few shapes.
 
 Equal layers share a graph, so that a model compiles in the time of a few layers, and what wraps
 layers stays between them: the hooks of FSDP2, gradient checkpointing.
@@ -18,10 +18,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 from mrope.hf.generation import is_generating
+from mrope.hf.inputs import Tensors, modalities_of
 from mrope.hf.thinkers import text_model
 from mrope.hf.towers import VISION_TOWERS
 
 Call = Callable[..., object]
+_MOST_GRAPHS = 256  # of a function, which is also the most that torch allows in all
+# Images of one size in rows of one length have few: of training, of evaluation, and the last batch
+# of each. As many as torch compiles a function for by itself.
+_MOST_SHAPES = 8
 _REMATERIALIZE = "remat_using_tags_for_fwd_loss_bwd_graph"  # older releases of torch have none
 
 
@@ -34,10 +39,10 @@ def compile_parts(model: torch.nn.Module, base: Any, options: NewColumns) -> Non
     parts = list(_parts(base))
     if not any(isinstance(part, GradientCheckpointingLayer) for part in parts):
         raise MRopeError(f"{type(base).__name__} has no layers to compile one by one")
-    options = {**options, "fullgraph": True, "dynamic": False}
+    options = options | one_graph_a_shape()
     for part in parts:
         part._compiled_call_impl = CompiledPart(part, options)  # noqa: SLF001 - as its `compile`
-    base.mrope_compiled = True  # its forward refuses batches of other shapes
+    base.mrope_shapes = set()
     for head in model.modules():
         if _computes_loss(head):
             head.loss_function = CompiledLoss(options)  # type: ignore[assignment]
@@ -48,6 +53,47 @@ def compile_parts(model: torch.nn.Module, base: Any, options: NewColumns) -> Non
         setattr(functorch_config, _REMATERIALIZE, False)
 
 
+def one_graph_a_shape() -> NewColumns:
+    """Return options of `torch.compile` for a graph without breaks for each shape of its inputs.
+
+    Kernels for known sizes are faster, and a ladder has few. But torch compiles a function 8 times,
+    and raises at the ninth: kinds of layers share a function, and each has a graph for each rung,
+    in training and in evaluation.
+    """
+    options: NewColumns = {"fullgraph": True, "dynamic": False}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {**options, "recompile_limit": _MOST_GRAPHS}
+    # Older releases of torch have one number for the whole process.
+    config: Any = torch._dynamo.config  # noqa: SLF001
+    config.cache_size_limit = max(config.cache_size_limit, _MOST_GRAPHS)
+    return options
+
+
+def refuse_many_shapes(base: Any, inputs: Tensors) -> None:
+    """Raise where the layers would be compiled for one more shape of batches without rungs.
+
+    Raises:
+        MRopeError: the model is strict, and has met `_MOST_SHAPES` of them.
+    """
+    met = getattr(base, "mrope_shapes", None)
+    if met is None or is_generating() or modalities_of(inputs) == ["vision"]:
+        return
+    met.add(
+        tuple(
+            one.shape if isinstance(one, torch.Tensor) else str(one)
+            for one in inputs.values()
+            if isinstance(one, (torch.Tensor, list))
+        )
+    )
+    # A deep copy of the model has met the same shapes, and is not compiled.
+    if len(met) > _MOST_SHAPES and base.mrope_strict and is_compiled(base):
+        raise MRopeError(
+            f"the layers of this model are compiled for each shape of a batch, and this is number "
+            f"{len(met)}: give the MRopeCollator, or equip, shapes=Shapes(...) with rungs of "
+            "tokens and patches"
+        )
+
+
 def is_compiled(model: torch.nn.Module) -> bool:
     """Whether parts of a model were compiled by `compile_parts`."""
     return any(isinstance(_call_of(module), CompiledPart) for module in model.modules())
@@ -56,7 +102,7 @@ def is_compiled(model: torch.nn.Module) -> bool:
 def forget_compiled(model: torch.nn.Module) -> None:
     """Undo `compile_parts`, and nothing that was compiled otherwise."""
     for module in model.modules():
-        vars(module).pop("mrope_compiled", None)
+        vars(module).pop("mrope_shapes", None)
         if isinstance(call := _call_of(module), CompiledPart):
             module._compiled_call_impl = call.former  # noqa: SLF001 - `compile` has no way back
         if isinstance(vars(module).get("_loss_function"), CompiledLoss):

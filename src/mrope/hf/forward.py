@@ -22,6 +22,7 @@ from transformers.utils import can_return_tuple
 
 from mrope.collate.layouts import to_model_layout
 from mrope.columns import Columns, NewColumns
+from mrope.hf.compiling import refuse_many_shapes
 from mrope.hf.inputs import Tensors, is_precomputed, modalities_of, token_embeddings
 from mrope.hf.outputs import Encoded, own_output
 from mrope.hf.rows import Row, row_of
@@ -36,13 +37,14 @@ def attached_forward(self: Any, **inputs: Any) -> Any:
     A batch without what the stage adds goes to the model's own forward.
 
     Raises:
-        MRopeError: such a batch has media, and the model is strict.
+        MRopeError: such a batch has media, and the model is strict; or as `refuse_many_shapes`.
     """
     if getattr(self, "mrope_strict", None) is None:
         # Detached beneath a wrapper that goes on to call this forward.
         return type(self).forward(self, **inputs)
     inputs = dict(to_model_layout(inputs))
     inputs |= given_by_head(inputs)
+    refuse_many_shapes(self, inputs)
     row = row_of(self.config.model_type)
     if not is_precomputed(self, inputs, row.audio):
         return type(self).forward(self, **inputs)

@@ -60,17 +60,19 @@ def is_precomputed(self: Any, inputs: Tensors, audio: bool) -> bool:
         audio: whether its audio tower takes tensors of the stage.
 
     Raises:
-        MRopeError: it does not, its pixels or sound were removed, or its shapes vary and the layers
-            are compiled, and the model is strict; or it has vision tensors alone.
+        MRopeError: it does not, or its pixels or sound were removed, and the model is strict; or it
+            has vision tensors alone.
     """
     modalities = modalities_of(inputs)
     # Whoever decodes computes position ids and prefills a cache: no collator made the batch.
     decoding = cache_of(inputs) is not None and inputs.get("position_ids") is not None
     lost = _lost(inputs)
-    varies = getattr(self, "mrope_compiled", False) and modalities not in ([], ["vision"])
     refuses = self.mrope_strict and not decoding and not is_generating()
-    if (lost or varies) and refuses:
-        _refuse_wrong(lost)
+    if lost and refuses:
+        raise MRopeError(
+            f"an attached model got {lost[0]} without {lost[1]}, and would train without what its "
+            "placeholder tokens stand for: remove nothing of a batch behind the MRopeCollator"
+        )
     missing = _missing(inputs, modalities)
     # What its own forward encodes: audio without tensors, and all of a tower that takes none.
     sound = inputs.get(SOUND) is not None
@@ -105,19 +107,6 @@ def _lost(inputs: Tensors) -> tuple[str, str] | None:
         if index is not None and index.numel() and inputs.get(source) is None:
             return key, source
     return None
-
-
-def _refuse_wrong(lost: tuple[str, str] | None) -> None:
-    """Raise for a batch without pixels or sound that its tokens stand for, or of varying shapes."""
-    if lost is not None:
-        raise MRopeError(
-            f"an attached model got {lost[0]} without {lost[1]}, and would train without what its "
-            "placeholder tokens stand for: remove nothing of a batch behind the MRopeCollator"
-        )
-    raise MRopeError(
-        "the layers of this model are compiled for fixed shapes, and the batch has none: give "
-        "the MRopeCollator, or equip, shapes=Shapes(...) with rungs of patches"
-    )
 
 
 def _missing(inputs: Tensors, modalities: list[str]) -> list[str]:

@@ -72,6 +72,7 @@ def attach_and_compile(cfg: Config, model: torch.nn.Module) -> torch.nn.Module:
     if not cfg.model.attach or not cfg.rope.enabled:
         return model
     from mrope.hf import attach, compile_layers
+    from mrope.hf.compiling import one_graph_a_shape
 
     attach(model, attention=cfg.model.attention)
     if not cfg.model.compile:
@@ -79,8 +80,7 @@ def attach_and_compile(cfg: Config, model: torch.nn.Module) -> torch.nn.Module:
     # Most trainings are short, or wrap layers: by FSDP2, or gradient checkpointing.
     if cfg.model.compile in (True, "layers"):
         return compile_layers(model)
-    # Without dynamic shapes: a ladder has few, and kernels for known sizes are faster.
-    model.compile(fullgraph=True, dynamic=False)
+    model.compile(**one_graph_a_shape())
     return model
 
 
