@@ -24,7 +24,7 @@ from mrope.prepare.budgets import Cost, Lengths, read_budgets, read_work
 from mrope.prepare.planning import EpochPlan, Planner
 from mrope.prepare.ranks import find_rank
 from mrope.prepare.saved import find_states
-from mrope.prepare.with_accelerate import teach_accelerate
+from mrope.prepare.with_accelerate import patch_accelerate
 
 Earlier = tuple[tuple[int, int], ...]
 """(ranks, steps): how many ranks took how many steps of an epoch, before others went on."""
@@ -142,7 +142,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self.epoch = 0
         self._made: tuple[Any, EpochPlan] | None = None
         self.resumed: Columns | None = None
-        teach_accelerate(TokenBudgetSampler)
+        patch_accelerate(TokenBudgetSampler)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, and so the order, of later iterators, as in `DistributedSampler`."""

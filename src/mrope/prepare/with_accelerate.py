@@ -73,11 +73,14 @@ class EpochsInTurn(Sampler[list[int]]):
             skipped = max(skipped - steps, 0)
 
 
-def teach_accelerate(kind: type[TokenBudgetSampler]) -> None:
-    """Let accelerate take loaders over samplers of this kind as they are, if it is loaded.
+def patch_accelerate(kind: type[TokenBudgetSampler]) -> None:
+    """Replace `Accelerator.prepare_data_loader`: loaders over samplers of this kind keep batches.
 
-    Replaces `Accelerator.prepare_data_loader`, once in a process; other loaders go on as before.
+    Once in a process, if accelerate is loaded; other loaders go on as before.
     """
+    # Of the class, since a sampler sees neither the loader that is made over it nor the accelerator
+    # of a `Trainer`. accelerate asks a sampler for no leave to deal its batches out; a loader that
+    # says that it is prepared (`_is_accelerate_prepared`) is left alone, its device included.
     accelerator = getattr(sys.modules.get("accelerate.accelerator"), "Accelerator", None)
     if accelerator is None or hasattr(accelerator.prepare_data_loader, "mrope_own"):
         return
