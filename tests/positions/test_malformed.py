@@ -240,8 +240,17 @@ def test_seconds_are_not_looked_at_in_families_without_timed_videos() -> None:
     np.testing.assert_array_equal(plain, given)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"second_per_grid_ts": torch.ones(1).half()}, "second_per_grid_ts is float16, too coarse"),
+        ({"second_per_grid_ts": [[0.5], [0.5, 1.0]]}, "second_per_grid_ts is ragged"),
+    ],
+)
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "paddleocr_vl", "KeyeVL"])
-def test_half_precision_is_refused_by_every_reader_whatever_the_family(family: str) -> None:
+def test_seconds_are_refused_by_every_reader_whatever_the_family(
+    wrong: dict[str, Any], words: str, family: str
+) -> None:
     """Readers of rows do not know whether a family is timed: `rope_index` took what they refused."""
     spec = MRopeSpec.from_config(example_config(family))
     row = {
@@ -256,8 +265,27 @@ def test_half_precision_is_refused_by_every_reader_whatever_the_family(family: s
     ]
     for read in readers:
         read({"second_per_grid_ts": torch.ones(1)})
-        with pytest.raises(MRopeError, match="second_per_grid_ts is float16, too coarse"):
-            read({"second_per_grid_ts": torch.ones(1).half()})
+        with pytest.raises(MRopeError, match=words):
+            read(wrong)
+
+
+@pytest.mark.parametrize(
+    ("types", "words"),
+    [
+        ([[0, 0], [0]], "mm_token_type_ids is ragged"),
+        (np.zeros((1, 3)), "mm_token_type_ids must hold integers"),
+        (np.zeros((1, 2), np.int64), r"mm_token_type_ids has shape \(1, 2\)"),
+    ],
+)
+def test_types_are_refused_by_every_reader_whatever_the_family(types: Any, words: str) -> None:
+    """GLM-Image's processor writes types of its own, which its rule does not read."""
+    spec = MRopeSpec.from_config(example_config("glm_image"))
+    batch: dict[str, Any] = {"input_ids": torch.tensor([[7, 8, 9]]), "images_per_sample": [0]}
+    with pytest.raises(MRopeError, match=words):
+        rope_index(spec, **batch, mm_token_type_ids=types)
+    collate = MRopeCollator(lambda _: batch | {"mm_token_type_ids": types}, spec)
+    with pytest.raises(MRopeError, match=words):
+        collate([])
 
 
 @pytest.mark.parametrize("family", [one for one, row in FAMILIES.items() if not row.video_keys])

@@ -130,13 +130,12 @@ def check_inputs(
     if ids.ndim != 2:
         raise MRopeError(f"input_ids must have shape (B, S), not {ids.shape}")
     rows, width = ids.shape
-    types = None
-    if "mm_token_type_ids" in given and reads_types(spec):
-        types = as_integers(
-            "mm_token_type_ids", given["mm_token_type_ids"], "0 text, 1 image, 2 video"
-        )
+    types = given.get("mm_token_type_ids")
+    if types is not None:
+        types = as_integers("mm_token_type_ids", types, "0 text, 1 image, 2 video")
         if types.shape != ids.shape:
             raise length_error("mm_token_type_ids", types.shape, ids.shape)
+        types = types if reads_types(spec) else None
     mask = given.get("attention_mask")
     return BatchInputs(
         input_ids=ids,
@@ -167,9 +166,11 @@ def _as_media(spec: MRopeSpec, given: Columns, seconds_dtype: npt.DTypeLike) -> 
         elif column.means == "kept":
             of["kept"] = as_array(name, values, "a bool for each token of the clips") != 0
         elif column.means == "seconds":
+            # Whatever the family, as readers of rows do.
             refuse_half_precision(name, values)
+            is_array = isinstance(values, np.ndarray)
+            seconds = values if is_array else as_array(name, values, "seconds of each video")
             if timed or name in row.inputs:
-                seconds = as_array(name, values, "seconds of each video")
                 of["seconds_N"], of["seconds_dtype"] = seconds, seconds_dtype
     if _IN_BATCH.isdisjoint(row.inputs):
         return _NO_MEDIA | {modality: Media(**of) for modality, of in fields.items()}
