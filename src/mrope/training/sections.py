@@ -312,7 +312,7 @@ class Config(_Section):
             ),
             (
                 rope.enabled and model.compile and not fixed,
-                "model.compile needs rope.shapes: each batch would compile anew",
+                "model.compile needs rope.shapes with patches: each shape would compile anew",
             ),
             (
                 loader.max_tokens is not None and rope.packing is None,
