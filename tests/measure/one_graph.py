@@ -105,19 +105,14 @@ def measure_case(case: str, options: list[str]) -> None:
     without_sync("attached", lambda: step(model, whole[0]))
     without_sync("attached, fixed shapes", lambda: step(model, same[0]))
     if {"layers", "only"} & {*options}:
-        losses["layers"] = measure_layers(model, same)
+        losses["layers"] = measure_compiled("layers compiled", compile_layers(model), same)
+        attach(detach(model))
+        torch._dynamo.reset()
     if "only" in options:
         print("losses of two batches:", losses, flush=True)
         return
-    before, start = counters["stats"]["unique_graphs"], time.perf_counter()
     compiled: Any = torch.compile(model, fullgraph=True, dynamic=False)
-    step(compiled, same[0])
-    torch.cuda.synchronize()
-    print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
-    measure("compiled", lambda number: step(compiled, same[number % BATCHES]))
-    losses["compiled"] = [step(compiled, batch).item() for batch in same[:2]]
-    without_sync("compiled", lambda: step(compiled, same[1]))
-    print(f"graphs for {BATCHES} batches: {counters['stats']['unique_graphs'] - before}")
+    losses["compiled"] = measure_compiled("compiled", compiled, same)
     losses["captured by hand"] = measure_capture(compiled, same)
     torch.cuda.empty_cache()  # of the graph's pool
     print("losses of two batches:", losses, flush=True)
@@ -125,19 +120,16 @@ def measure_case(case: str, options: list[str]) -> None:
     torch._dynamo.reset()
 
 
-def measure_layers(model: Any, batches: list[Batch]) -> list[float]:
-    """Measure an attached model compiled layer by layer; return the losses of two batches."""
+def measure_compiled(name: str, run: Any, batches: list[Batch]) -> list[float]:
+    """Measure what compiles at its first step; return the losses of two batches."""
     before, start = counters["stats"]["unique_graphs"], time.perf_counter()
-    compile_layers(model)
-    step(model, batches[0])
+    step(run, batches[0])
     torch.cuda.synchronize()
-    print(f"layers compiled in {time.perf_counter() - start:.0f} s", flush=True)
-    measure("layers compiled", lambda number: step(model, batches[number % BATCHES]))
-    losses = [step(model, batch).item() for batch in batches[:2]]
-    without_sync("layers compiled", lambda: step(model, batches[1]))
+    print(f"{name} in {time.perf_counter() - start:.0f} s", flush=True)
+    measure(name, lambda number: step(run, batches[number % BATCHES]))
+    losses = [step(run, batch).item() for batch in batches[:2]]
+    without_sync(name, lambda: step(run, batches[1]))
     print(f"graphs for {BATCHES} batches: {counters['stats']['unique_graphs'] - before}")
-    attach(detach(model))
-    torch._dynamo.reset()
     return losses
 
 
