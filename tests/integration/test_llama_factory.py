@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from integration.on_cpu import replace_torchaudio
-from integration.trainer_main import STEPS, run
+from integration.trainer_main import ARGUMENTS, compare
 from mrope.errors import MRopeError
 from support.saved import save_model, save_rows
 
@@ -40,7 +40,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     _, rows = save_rows(folder / "rows")
     table = {"rows": {"file_name": rows.name, **COLUMNS}}
     (rows.parent / "dataset_info.json").write_text(json.dumps(table), "utf-8")
-    return {
+    return ARGUMENTS | {
         "module": THEIRS,
         "model_name_or_path": str(save_model(folder / "model")),
         "stage": "sft",
@@ -51,20 +51,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "dataset": "rows",
         "val_size": 0.2,
         "cutoff_len": 2048,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "max_steps": STEPS,
-        "eval_strategy": "steps",
-        "eval_steps": STEPS,
-        "save_strategy": "no",
-        "logging_steps": 500,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "dataloader_num_workers": 1,
-        "report_to": "none",
-        "output_dir": str(folder / "out"),
         "overwrite_output_dir": True,
-        "seed": 0,
     }
 
 
@@ -80,12 +67,9 @@ def test_losses_are_equal_and_nothing_syncs(
     changed: dict[str, Any], before: int, config: dict[str, Any], tmp_path: Path
 ) -> None:
     config = config | changed
-    plain = run("LLaMA-Factory", config, tmp_path)
-    equipped = run("LLaMA-Factory", config | {"module": OURS}, tmp_path)
-    assert plain["eval"]
-    for name in ("losses", "eval"):
-        assert equipped[name] == pytest.approx(plain[name], rel=2e-7)
-    assert plain["syncs"]["per_step"] == before and equipped["syncs"]["per_step"] == 0
+    equipped = config | {"module": OURS}
+    syncs = compare("LLaMA-Factory", config, equipped, tmp_path, rel=2e-7)
+    assert [one["per_step"] for one in syncs] == [before, 0]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from integration.trainer_main import STEPS, assert_equal_losses, run
+from integration.trainer_main import ARGUMENTS, compare
 from mrope.errors import MRopeError
 from support.saved import save_model, save_rows
 
@@ -27,7 +27,7 @@ WHOLE = {"freeze_vit": False, "freeze_aligner": False}
 def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("ms-swift")
     _, rows = save_rows(folder / "rows")
-    return {
+    return ARGUMENTS | {
         "model": str(save_model(folder / "model")),
         "model_type": "qwen3_vl",
         "template": "qwen3_vl",
@@ -36,22 +36,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "torch_dtype": "float32",
         "attn_impl": "sdpa",
         "max_length": 2048,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
         "gradient_accumulation_steps": 1,
-        "max_steps": STEPS,
-        "eval_strategy": "steps",
-        "eval_steps": STEPS,
-        "save_strategy": "no",
-        "logging_steps": 500,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
         "warmup_ratio": 0,
-        "dataloader_num_workers": 1,
         "check_model": False,
-        "report_to": "none",
-        "output_dir": str(folder / "out"),
-        "seed": 0,
     }
 
 
@@ -64,14 +51,11 @@ def test_losses_are_equal_and_four_syncs_are_left(
     tuner: dict[str, Any], before: int, config: dict[str, Any], tmp_path: Path
 ) -> None:
     config = config | tuner
-    plain = run("ms-swift", config, tmp_path)
     (tmp_path / "plugin.py").write_text(PLUGIN, "utf-8")
     plugin = {"external_plugins": str(tmp_path / "plugin.py"), "callbacks": "mrope"}
-    equipped = run("ms-swift", config | plugin, tmp_path)
-    assert plain["eval"]
-    assert_equal_losses(plain, equipped)
-    assert plain["syncs"]["per_step"] == before and equipped["syncs"]["per_step"] == 4
-    functions = {place["function"] for place in equipped["syncs"]["places"]}
+    plain, equipped = compare("ms-swift", config, config | plugin, tmp_path)
+    assert plain["per_step"] == before and equipped["per_step"] == 4
+    functions = {place["function"] for place in equipped["places"]}
     assert functions == {"prepare_logits_to_keep", "compute_acc", "clip_grad_norm_"}
 
 

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -23,6 +24,25 @@ from integration.on_cpu import decode_by_pillow, replace_torchaudio
 from mrope.hf import SyncReport
 
 STEPS, WARMUP, WATCHED = 6, 2, 3
+# Keys that all three configs have.
+SCHEDULE = {
+    "max_steps": STEPS,
+    "eval_steps": STEPS,
+    "save_strategy": "no",
+    "logging_steps": 500,
+    "learning_rate": 1e-3,
+    "output_dir": "out",
+    "seed": 0,
+}
+# And those of configs that name transformers' own arguments.
+ARGUMENTS = SCHEDULE | {
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "eval_strategy": "steps",
+    "lr_scheduler_type": "constant",
+    "dataloader_num_workers": 1,
+    "report_to": "none",
+}
 ROOT = Path(__file__).parents[2]
 
 
@@ -101,10 +121,19 @@ def run(kind: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return result
 
 
-def assert_equal_losses(plain: dict[str, Any], equipped: dict[str, Any]) -> None:
-    """Compare each step's and each evaluation's loss, to the last bit."""
-    assert equipped["losses"] == plain["losses"]
-    assert equipped["eval"] == plain["eval"]
+def compare(
+    kind: str, plain: dict[str, Any], equipped: dict[str, Any], folder: Path, rel: float = 0.0
+) -> list[dict[str, Any]]:
+    """Train by both configs, compare each step's and each evaluation's loss, and return the syncs.
+
+    Args:
+        rel: relative difference of losses; 0: they are equal to the last bit.
+    """
+    one, other = (run(kind, config, folder) for config in (plain, equipped))
+    assert one["eval"]
+    for name in ("losses", "eval"):
+        assert other[name] == pytest.approx(one[name], rel=rel, abs=0)
+    return [one["syncs"], other["syncs"]]
 
 
 if __name__ == "__main__":
