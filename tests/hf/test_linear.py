@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -301,6 +303,36 @@ def test_one_graph_more_where_an_example_is_wider(request: Any, has_kernels: boo
             assert (loss - model_of_depth(2, FAMILY)(**plain).loss).abs() < 1e-5
     assert shapes[0] == shapes[1] != shapes[2]
     assert graphs[0] == graphs[1] == graphs[2] - (not has_kernels)
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "refused"),
+    [
+        ((9, 0), "3.3.1", False),
+        ((9, 0), "3.4.0", True),
+        ((9, 0), "3.6.0+git1", True),
+        ((9, 0), "3.7.0", True),
+        ((9, 0), "3.7.1", False),
+        ((9, 0), "3.10.0", False),
+        ((8, 0), "3.6.0", False),
+        ((10, 0), "3.6.0", False),
+    ],
+)
+def test_where_the_package_refuses(
+    capability: tuple[int, int], triton: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its gradients are wrong, training takes the rule in torch, and says so once."""
+    monkeypatch.setattr(fused, "_find", lambda names: print)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    fused._is_refused.cache_clear()
+    tensor: Any = SimpleNamespace(is_cuda=True)
+    with pytest.warns(UserWarning, match="#640") if refused else nullcontext():
+        assert fused.can_run(tensor) is not refused
+    assert fused.can_run(tensor) is not refused
+    with torch.no_grad():
+        assert fused.can_run(tensor)
+    fused._is_refused.cache_clear()
 
 
 def test_the_operator_is_sound(kernels: SimpleNamespace) -> None:

@@ -7,7 +7,8 @@
 
 `step` is `mrope bench step`, whose words follow it; flash_attention_2 is torch's own copy of the kernel,
 behind transformers' own path. flash-linear-attention refuses Triton 3.4 to 3.7 on
-Hopper in the backward pass, for wrong gradients (its #640). The refusal is lifted here, so `check` must
+Hopper in the backward pass, for wrong gradients (its #640), and attached models then run in torch. Both
+are lifted here, so `check` must
 be read beside every figure: it compares losses and gradients of a flattened row with those of its examples
 one by one, under the same kernels, and with the plain model in float32 on the CPU, by transformers'
 reference; `tiny` runs on a CPU.
@@ -39,7 +40,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from mrope import MRopeCollator, MRopeSpec, Shapes, VisionSpec
 from mrope.cli.bench import bench_app
 from mrope.collate.padding import PaddingCollator
-from mrope.hf import attach, compile_layers, detach
+from mrope.hf import attach, compile_layers, detach, fused
 from mrope.training.step import to_device
 from support.flash import flash_attention
 
@@ -56,6 +57,7 @@ def prepare_kernels(part: tuple[int, int] | None) -> str:
         return "without flash-linear-attention"
     fla, triton = importlib.import_module("fla"), importlib.import_module("triton")
     importlib.import_module("fla.ops.common.chunk_o").TRITON_ABOVE_3_4_0 = False  # type: ignore[attr-defined]
+    fused._is_refused = lambda: False
     testing: Any = importlib.import_module("triton.testing")
     testing.do_bench = partial(testing.do_bench, **BENCHED_MS)
     if part is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mrope.hf.fused import find_refusal
 from mrope.hf.varlen import HAS_KERNEL
 
 if TYPE_CHECKING:
@@ -22,11 +23,8 @@ def list_slow_parts(cfg: Config | None = None) -> Iterator[str]:
     Args:
         cfg: a training config, whose settings are looked at too; None: the machine alone.
     """
-    if _has_linear_layers(cfg) and importlib.util.find_spec("fla") is None:
-        yield (
-            "flash-linear-attention is not installed: linear layers (Qwen3.5) run as plain torch "
-            "operations, chunk by chunk; pip install flash-linear-attention"
-        )
+    if _has_linear_layers(cfg):
+        yield from _linear_layers()
     if torch.__version__.startswith("2.9."):
         yield (
             f"torch {torch.__version__} runs the Conv3d of patch embeddings slowly in half "
@@ -38,6 +36,16 @@ def list_slow_parts(cfg: Config | None = None) -> Iterator[str]:
             "call attention once for each run of equal frames; install torch 2.10 or later"
         )
     yield from _memory(cfg)
+
+
+def _linear_layers() -> Iterator[str]:
+    if importlib.util.find_spec("fla") is None:
+        yield (
+            "flash-linear-attention is not installed: linear layers (Qwen3.5) run as plain torch "
+            "operations, chunk by chunk; pip install flash-linear-attention"
+        )
+    elif torch.cuda.is_available() and (why := find_refusal()) is not None:
+        yield why
 
 
 def _memory(cfg: Config | None) -> Iterator[str]:

@@ -9,7 +9,10 @@ call the two halves of the package's autograd function, since no autograd runs w
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
+import re
+import warnings
 from functools import cache
 from typing import Any
 
@@ -44,7 +47,39 @@ def _find(function: tuple[str, str]) -> Any:
 
 def can_run(tensor: torch.Tensor) -> bool:
     """Whether the package's delta rule takes what a layer computes from this tensor."""
-    return tensor.is_cuda and _has(_RULE)
+    if not (tensor.is_cuda and _has(_RULE)):
+        return False
+    return not (torch.is_grad_enabled() and _is_refused())
+
+
+# A constant under torch.compile, which cannot trace an import.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
+def _is_refused() -> bool:
+    """Whether the package raises in the backward here; warn if it does."""
+    why = find_refusal()
+    if why is not None:
+        warnings.warn(why, stacklevel=2)
+    return why is not None
+
+
+def find_refusal() -> str | None:
+    """Return why the package, which is installed, does not train on this GPU, or None."""
+    triton: Any = importlib.import_module("triton")
+    wrong = refuses(torch.cuda.get_device_capability(), triton.__version__)
+    if not wrong or importlib.util.find_spec("tilelang") is not None:
+        return None
+    return (
+        f"flash-linear-attention refuses to train on Hopper with Triton {triton.__version__}, for "
+        "wrong gradients (its #640): attached linear layers run in torch; install Triton 3.7.1, or "
+        "tilelang"
+    )
+
+
+def refuses(capability: tuple[int, int], triton: str) -> bool:
+    """Whether gradients of the package's kernels are wrong: on Hopper, by Triton 3.4 to 3.7.0."""
+    release = tuple(int(part) for part in re.findall(r"\d+", triton)[:3])
+    return capability[0] == 9 and (3, 4) <= release < (3, 7, 1)
 
 
 def can_convolve(tensor: torch.Tensor, activation: str) -> bool:
