@@ -10,24 +10,38 @@ import torch
 pytest.importorskip("transformers")
 
 from hf.test_linear import Operators
-from hf.test_packed_models import ATOL, LINEAR, collator, difference, logits_alone, mixed_examples
+from hf.test_packed_models import (
+    ATOL,
+    LINEAR,
+    PACKED,
+    collator,
+    difference,
+    logits_alone,
+    mixed_examples,
+)
 from mrope import MRopeCollator, VisionSpec
-from mrope.collate.packing import Flatten
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach, inputs
 from mrope.hf.attention import has_layers
 from mrope.training.step import guarded_step
 from support.flash import flash_attention
-from support.models import MODEL_FAMILIES, media_of, model_config, tiny_model, tiny_spec
+from support.models import (
+    MODEL_FAMILIES,
+    PLAIN_FAMILIES,
+    media_of,
+    model_config,
+    tiny_model,
+    tiny_spec,
+)
 
-FAMILIES = [family for family in MODEL_FAMILIES if family not in LINEAR]
+FAMILIES = [one for one in PACKED if one in (*MODEL_FAMILIES, *PLAIN_FAMILIES)]
 
 
 @pytest.mark.parametrize("multiple", [1, 16])
-@pytest.mark.parametrize("family", MODEL_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_logits_are_those_of_each_example_alone(family: str, multiple: int) -> None:
     examples = mixed_examples(family, media_of(family)[0])
-    batch = collator(family, packing=Flatten(pad_to_multiple_of=multiple))(examples)
+    batch = collator(family, packing="flatten", pad_to_multiple_of=multiple)(examples)
     expected = logits_alone(tiny_model(family, "sdpa"), family, examples)
     with flash_attention() as calls:
         model = tiny_model(family, "flash_attention_2")
@@ -42,7 +56,7 @@ def test_the_logits_are_those_of_each_example_alone(family: str, multiple: int) 
     assert {call["longest"] for call in text} == {batch["max_length_q"]}
 
 
-@pytest.mark.parametrize("family", MODEL_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_attached_model_does_not_sync(family: str) -> None:
     """The replacement of the kernel reads the borders back once a call; nothing else syncs."""
     batch = collator(family, packing="flatten")(mixed_examples(family, media_of(family)[0]))

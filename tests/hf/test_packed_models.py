@@ -12,13 +12,15 @@ pytest.importorskip("transformers")
 from hf import test_omni_forwards as omni
 from mrope import MRopeCollator, MRopeSpec
 from mrope.collate.packing import Flatten
-from mrope.hf import attach, detach
+from mrope.hf import attach, attention, detach, text, varlen
 from mrope.hf.rows import ROWS
-from mrope.spec import FAMILIES
+from mrope.spec.families import Family, find_family
 from mrope.towers import AudioSpec, VisionSpec
 from mrope.training.step import guarded_step
+from support.flash import by_segment
 from support.models import (
     LIVE_FAMILIES,
+    PLAIN_FAMILIES,
     media_of,
     model_config,
     tiny_examples,
@@ -27,14 +29,28 @@ from support.models import (
 )
 
 ATOL = 1e-4
-LINEAR = ("qwen3_5", "qwen3_5_moe", "qwen4_exp")
-PACKED = [family for family in LIVE_FAMILIES if FAMILIES[family].packs and family in ROWS]
+LINEAR = ("qwen3_5", "qwen3_5_moe", "qwen4_exp", "lfm3_vl")
+
+
+def family_row(family: str) -> Family:
+    row = find_family(family)
+    assert row is not None
+    return row
+
+
+PACKED = [
+    family
+    for family in (*LIVE_FAMILIES, *PLAIN_FAMILIES)
+    if family_row(family).packs and family in ROWS
+]
 CASES = [(family, media) for family in PACKED for media in media_of(family)]
 Media = dict[str, bool]
 
 
 def collator(family: str, **options: Any) -> MRopeCollator:
     vision = VisionSpec.from_config(model_config(family))
+    if options.get("packing") == "flatten":
+        options["attached"] = family_row(family).leaks
     return MRopeCollator(None, tiny_spec(family), vision, **options)
 
 
@@ -65,7 +81,7 @@ def test_the_logits_are_those_of_each_example_alone(
     family: str, media: Media, attention: str, multiple: int
 ) -> None:
     examples = mixed_examples(family, media)
-    batch = collator(family, packing=Flatten(pad_to_multiple_of=multiple))(examples)
+    batch = collator(family, packing="flatten", pad_to_multiple_of=multiple)(examples)
     assert batch["input_ids"].shape[1] % multiple == 0
     model = tiny_model(family, attention)
     expected = logits_alone(model, family, examples)
@@ -114,7 +130,9 @@ def test_a_leak_would_be_seen(family: str, media: Media) -> None:
     borders = [name for name in batch if name.startswith(("cu_seq_lens", "max_length", "seq_idx"))]
     for name in borders:
         del batch[name]
-    batch["position_ids"] = batch["position_ids"][1:]
+    positions = batch["position_ids"]
+    plain = positions.ndim == 2  # 1-D
+    batch["position_ids"] = torch.arange(positions.shape[1])[None] if plain else positions[1:]
     assert difference(model, batch, expected) > 100 * ATOL
 
 
@@ -144,6 +162,31 @@ def test_thinkers_give_the_logits_of_the_padded_batch(
     assert difference(model, batch, expected) < ATOL
     guard = guarded_step(model.train(), batch)
     assert guard.count == 0, guard.report()
+
+
+@pytest.mark.parametrize("family", ["exaone4_5", "lfm3_vl"])
+def test_windows_of_text_layers_are_left_to_the_kernel(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The variable-length kernel takes windows and borders, and no mask; on a CPU a stand-in."""
+    windows = []
+
+    def kernel(query: Any, key: Any, value: Any, borders: Any, *_: Any, **options: Any) -> Any:
+        before, behind = options.get("window_size", (-1, -1))
+        windows.append(before)
+        sizes, causal = borders.diff().tolist(), behind == 0
+        return by_segment(query, key, value, sizes, causal, options["scale"], before)
+
+    examples = mixed_examples(family, media_of(family)[0])
+    model = tiny_model(family)
+    expected = logits_alone(model, family, examples)
+    batch = collator(family, packing="flatten")(examples)
+    monkeypatch.setattr(varlen, "_KERNEL", kernel)
+    for module in (text, attention):
+        monkeypatch.setattr(module, "can_attend", lambda tensor: True)
+    assert difference(attach(model), batch, expected) < ATOL
+    width = model.config.text_config.sliding_window
+    assert width < batch["max_length_q"] and {*windows} == {-1, width - 1}
 
 
 @pytest.mark.parametrize("what", ["use_cache", "positions", "mask"])

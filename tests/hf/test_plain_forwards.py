@@ -34,14 +34,27 @@ def test_these_are_the_families() -> None:
 @pytest.mark.parametrize("family", PLAIN_FAMILIES)
 def test_positions_are_those_of_a_text_and_only_the_collator_gives_them(family: str) -> None:
     spec, examples = tiny_spec(family), tiny_examples(family)
-    batch = MRopeCollator(None, spec, layout="batch")(examples)
+    batch: Any = MRopeCollator(None, spec, layout="batch")(examples)
     rows, width = batch["input_ids"].shape
     assert batch["position_ids"].tolist() == [list(range(width))] * rows
     assert "rope_deltas" not in batch
     with pytest.raises(MRopeError, match=f"{family} numbers its tokens in 1-D"):
         rope_index(spec, [[7, 8]])
-    with pytest.raises(MRopeError, match=f"refused for {family}"):
-        MRopeCollator(None, spec, packing="flatten")
+    flatten: Any = {"packing": "flatten", "pad_to_multiple_of": 64}
+    if not spec.family_row.packs:
+        with pytest.raises(MRopeError, match=f"refused for {family}"):
+            MRopeCollator(None, spec, **flatten)
+        return
+    batch = MRopeCollator(None, spec, **flatten, attached=True)(examples)
+    lengths = batch["cu_seq_lens_q"].diff().tolist()
+    assert len(lengths) == rows + 1
+    assert batch["position_ids"].tolist() == [[n for length in lengths for n in range(length)]]
+    assert "rope_deltas" not in batch
+
+
+def test_an_unmodified_model_that_leaks_gets_no_flattened_rows() -> None:
+    with pytest.raises(MRopeError, match="refused for an unmodified lfm3_vl, whose layers look"):
+        MRopeCollator(None, tiny_spec("lfm3_vl"), packing="flatten")
 
 
 @pytest.mark.parametrize("family", PLAIN_FAMILIES)

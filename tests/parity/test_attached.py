@@ -18,8 +18,6 @@ from mrope.guard import Site, SyncGuard
 from mrope.hf import attach
 from mrope.hf.attaching import base_model
 from mrope.hf.rows import ROWS
-from mrope.hf.text import tells_text_row
-from mrope.hf.thinkers import text_model
 from mrope.proof import small_models
 from mrope.proof.shrunken import build_model
 from mrope.spec.families import find_family
@@ -55,8 +53,7 @@ def test_flattened_rows_are_as_padded_ones(model: Any) -> None:
 
 def test_under_flash_attention_patches_and_text_stay_apart(model: Any) -> None:
     """Flattened, attached: as padded under sdpa, and no sync but in the kernel's stand-in."""
-    text = type(text_model(base_model(model)))
-    packs = family_row(model).packs and tells_text_row(text)
+    packs = family_row(model).packs and small_models.finds_borders(model)
     if not packs or not model._supports_flash_attn:
         pytest.skip("it is not packed, or runs under no flash attention")
     for flat, padded in small_models.flattened_batches(model):

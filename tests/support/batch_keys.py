@@ -69,7 +69,7 @@ def _pairs() -> Iterator[Pair]:
         for media in media_of(family):
             yield _collate(family, media)
             if tiny_spec(family).family_row.packs:
-                yield _collate(family, media, packing="flatten")
+                yield _collate(family, media, packing="flatten", attached=True)
     for family in THINKERS:
         for kind in MEDIA:
             yield make_batches(family, kind, padded=True)

@@ -42,13 +42,16 @@ def flash_attention() -> Iterator[Calls]:
         dropout_p: float = 0.0,
         softmax_scale: float | None = None,
         causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
     ) -> torch.Tensor:
         if q.is_cuda:
             lengths = (max_seqlen_q, max_seqlen_k)
-            return _on_cuda(q, k, v, cu_seqlens_q, cu_seqlens_k, *lengths, causal, softmax_scale)
+            borders = cu_seqlens_q, cu_seqlens_k
+            return _on_cuda(q, k, v, *borders, *lengths, causal, softmax_scale, window_size[0])
         calls.append({"borders": cu_seqlens_q.tolist(), "longest": max_seqlen_q})
         assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-        return _by_segment(q, k, v, cu_seqlens_q.diff().tolist(), causal, softmax_scale)
+        sizes = cu_seqlens_q.diff().tolist()
+        return by_segment(q, k, v, sizes, causal, softmax_scale, window_size[0])
 
     def dense(
         q: torch.Tensor,
@@ -57,11 +60,13 @@ def flash_attention() -> Iterator[Calls]:
         dropout_p: float = 0.0,
         softmax_scale: float | None = None,
         causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
     ) -> torch.Tensor:
         rows, width = q.shape[:2]
         borders = torch.arange(0, (rows + 1) * width, width, dtype=torch.int32, device=q.device)
         q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))
-        output = varlen(q, k, v, borders, borders, width, width, dropout_p, softmax_scale, causal)
+        options = dropout_p, softmax_scale, causal, window_size
+        output = varlen(q, k, v, borders, borders, width, width, *options)
         return output.reshape(rows, width, *output.shape[1:])
 
     package: Any = types.ModuleType("flash_attn")
@@ -96,20 +101,27 @@ def _importable(modules: dict[str, Any]) -> Iterator[None]:
                 sys.modules[name] = module
 
 
-def _by_segment(
+def by_segment(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     sizes: list[int],
     causal: bool,
     scale: float | None,
+    before: int = -1,
 ) -> torch.Tensor:
+    """Attend within segments; with `causal` to at most `before` places before one's own."""
     parts = (torch.split(tensor.transpose(0, 1), sizes, dim=1) for tensor in (query, key, value))
     attend = torch.nn.functional.scaled_dot_product_attention
-    outputs = [
-        attend(q[None], k[None], v[None], is_causal=causal, scale=scale, enable_gqa=True)[0]
-        for q, k, v in zip(*parts, strict=True)
-    ]
+    outputs = []
+    for q, k, v in zip(*parts, strict=True):
+        place = torch.arange(q.shape[1])
+        ago = place[:, None] - place
+        seen = ago >= 0 if before < 0 else (ago >= 0) & (ago <= before)
+        mask = seen if causal else None
+        outputs.append(
+            attend(q[None], k[None], v[None], attn_mask=mask, scale=scale, enable_gqa=True)[0]
+        )
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
@@ -123,12 +135,13 @@ def _on_cuda(
     longest_k: int,
     causal: bool,
     scale: float | None,
+    before: int,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     groups = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    how: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
+    how: dict[str, Any] = {"window_size": (before, 0) if causal else (-1, -1)}
     if "is_causal" in inspect.signature(varlen_attn).parameters:
         how = {"is_causal": causal}  # torch before 2.12
     lengths = (longest_q, longest_k)

@@ -99,8 +99,8 @@ def positions_said(family: str, row: Row, neighbour: Row | None = None) -> dict[
     said["without examples"] = _of_first_row(alone, tokens)
     said["a part of one rank"] = _of_first_row(shard_sequence(padded, 0, 1), tokens)
     if spec.family_row.packs:
-        flat = MRopeCollator(None, spec, packing="flatten")([dict(one) for one in rows])
-        said["flattened"] = flat["position_ids"][1:, 0, :tokens]
+        collate = MRopeCollator(None, spec, packing="flatten", attached=True)
+        said["flattened"] = _of_first_row(collate([dict(one) for one in rows]), tokens)
     if spec.family_row.custom_index is None and not spec.family_row.one_dimensional:
         rung = MRopeCollator(None, spec, shapes=Shapes(tokens=(1024,)))([dict(one) for one in rows])
         said["rung"] = _of_first_row(rung, tokens)
@@ -109,7 +109,9 @@ def positions_said(family: str, row: Row, neighbour: Row | None = None) -> dict[
 
 def _of_first_row(batch: Mapping[str, Any], tokens: int) -> torch.Tensor:
     positions: torch.Tensor = batch["position_ids"]
-    return positions[0, :tokens] if positions.ndim == 2 else positions[:, 0, :tokens]
+    if positions.ndim == 2:
+        return positions[0, :tokens]
+    return positions[-3:, 0, :tokens]  # without the text row of a flattened batch
 
 
 def sizes_said(family: str, row: Row, neighbour: Row | None = None) -> dict[str, tuple[int, int]]:

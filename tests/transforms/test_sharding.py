@@ -288,6 +288,20 @@ def test_positions_on_one_axis(scheme: Any) -> None:
         assert torch.equal(whole[name], batch[name]), name
 
 
+def test_positions_on_one_axis_of_a_flattened_row() -> None:
+    """They count on in padding, of which each example has some in zigzag, and in a tail."""
+    spec = MRopeSpec.from_config(example_config("exaone4_5"))
+    batch = MRopeCollator(None, spec, packing="flatten")(text(3, 4))
+    first, second = parts(batch, 2)
+    assert first["position_ids"].tolist() == [[0, 1, 2, 0]]
+    assert second["position_ids"].tolist() == [[1, 2, 3, 0]]
+    assert first["cu_seq_lens_q"].tolist() == [0, 3, 7, 8] and first["max_length_q"] == 4
+    first, second = parts(batch, 2, "zigzag")
+    assert first["position_ids"].tolist() == [[0, 3, 0, 3]]
+    assert second["position_ids"].tolist() == [[1, 2, 1, 2]]
+    assert first["cu_seq_lens_q"].tolist() == [0, 2, 4] and first["max_length_q"] == 2
+
+
 def test_indices_of_audio_and_of_tokens() -> None:
     """Audio goes by its index, as images do; indices of the whole batch are dropped."""
     batch = MRopeCollator(None, SPEC)(text(4))

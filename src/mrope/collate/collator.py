@@ -143,8 +143,8 @@ class MRopeCollator:
             The inner function's batch, with `position_ids` int64 (3, B, S) and `rope_deltas` int64
             (B, 1) added as torch tensors and no other key changed; a dict comes back as a
             `CheckedBatch`. Families of `ONE_DIMENSIONAL` get `position_ids` (B, S) alone. With
-            `packing`, the token columns are one row, `position_ids` (4, 1, T), and the borders are
-            added, see `mrope.collate.packing.OneRow`. With
+            `packing`, the token columns are one row, `position_ids` (4, 1, T), in 1-D (1, T), and
+            the borders are added, see `mrope.collate.packing.OneRow`. With
             `vision`, also:
 
             - what `vision_tensors` returns for the images and for the videos, each under the
@@ -189,9 +189,8 @@ class MRopeCollator:
         end_D: Array,
     ) -> NewColumns:
         if self.spec.family_row.one_dimensional:
-            # Such a model numbers tokens over the padding too, and has no use for deltas.
-            rows = (placement.rows, 1)
-            return {"position_ids": np.tile(np.arange(placement.width), rows)}
+            # Such a model has no use for deltas.
+            return {"position_ids": self._arrangement.count(located, placement)}
         padded = placement.place_T is not None
         fill = padding_of(self.spec, located.inputs).fill if padded else 0
         positions = self._arrangement.position_ids(positions_AT, fill, located, placement)

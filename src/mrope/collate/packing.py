@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mrope.arrays import Array
+from mrope.arrays import Array, IntArray
 from mrope.collate.ladder import Shapes, choose_rung
 from mrope.collate.linear_columns import linear_columns
 from mrope.collate.placement import Placement, token_columns
@@ -42,9 +42,9 @@ class Flatten:
     Args:
         pad_to_multiple_of: the row is filled up to a multiple of this, by a segment of its own.
         pad_token_id: token id of that segment.
-        attached: the batches go to attached models alone. To be said with transformers before
-            5.23, whose unmodified models let patches attend within the text's borders under flash
-            attention.
+        attached: the batches go to attached models alone. To be said for a family whose unmodified
+            model would mix examples (`Family.leaks`); and with transformers before 5.23, whose
+            unmodified models let patches attend within the text's borders under flash attention.
 
     Raises:
         ValueError: `pad_to_multiple_of` is below 1.
@@ -74,6 +74,11 @@ def check_packing(spec: MRopeSpec, options: Flatten) -> None:
         raise MRopeError(
             f"packing='flatten' is refused for {spec.family}: nobody has compared what its "
             "examples see of each other in one row"
+        )
+    if spec.family_row.leaks and not options.attached:
+        raise MRopeError(
+            f"packing='flatten' is refused for an unmodified {spec.family}, whose layers look over "
+            "the borders of examples; attach the model and say attached=True, or pad"
         )
     version = installed_transformers() or spec.reference.removeprefix("transformers-")
     if borders_reach_the_tower(version) and not options.attached:
@@ -230,9 +235,15 @@ class OneRow:
         tokens = positions_AT.shape[1]
         # Qwen3-Omni's are float32, which holds the text row exactly up to 2 ** 24 tokens.
         rows = np.empty((len(positions_AT) + 1, placement.width), positions_AT.dtype)
-        rows[0, :tokens] = np.arange(tokens)
-        rows[0, :tokens] -= located.stream.start_D.repeat(located.stream.length_D)
+        rows[0] = self.count(located, placement)
         rows[1:, :tokens] = positions_AT
-        # The tail is a segment of its own.
-        rows[:, tokens:] = np.arange(placement.tail)
+        rows[1:, tokens:] = np.arange(placement.tail)
         return rows[:, None]
+
+    def count(self, located: Located, placement: Placement) -> IntArray:
+        """Return (1, T): tokens counted from 0 in every example, and in the tail, a segment too."""
+        counted = np.arange(placement.width)
+        end = placement.width - placement.tail
+        counted[:end] -= located.stream.start_D.repeat(located.stream.length_D)
+        counted[end:] -= end
+        return counted[None]

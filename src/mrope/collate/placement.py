@@ -193,3 +193,7 @@ class Padded:
         for axis, values_T in zip(out, positions_AT, strict=True):
             axis[place_T] = values_T
         return out.reshape(axes, rows, width)
+
+    def count(self, _: Located, placement: Placement) -> IntArray:
+        """Return (B, S): tokens counted along each row, padding included."""
+        return np.tile(np.arange(placement.width), (placement.rows, 1))

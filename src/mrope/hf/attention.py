@@ -200,7 +200,8 @@ def attend_text(
         return output
     query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))
     longest, scale = kwargs["max_length_q"], kwargs["scaling"]
-    attended = attend_varlen(query, key, value, cu_seqlens, longest, scale, causal=True)
+    window = kwargs.get("sliding_window")
+    attended = attend_varlen(query, key, value, cu_seqlens, longest, scale, True, window)
     return attended[None], None
 
 

@@ -1,8 +1,9 @@
 """Linear attention over a flattened row in one call, which is told where the segments lie.
 
-Of Qwen3.5 and its kin: gated delta nets behind a short convolution. What they read of a row comes
-from the worker, see `mrope.collate.linear_columns`: no length of a segment is asked of the device,
-and as many operators run for many segments as for few.
+Of Qwen3.5 and its kin: gated delta nets behind a short convolution; and of LFM3, whose layers are
+short convolutions alone. What they read of a row comes from the worker, see
+`mrope.collate.linear_columns`: no length of a segment is asked of the device, and as many operators
+run for many segments as for few.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _FORGET = -1e4
 
 
 def mix_segments(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """Run a layer of gated delta nets, each segment of a row on its own; replaces its `forward`.
+    """Run a layer that carries a state, each segment of a row on its own; replaces its `forward`.
 
     Args:
         hidden_states: (B, S, hidden).
@@ -44,11 +45,11 @@ def mix_segments(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch
     if segments["linear_slots"] is None:
         if _computes_here(self, hidden_states, kwargs):
             masked = _mask_padding(hidden_states, kwargs.get("attention_mask"))
-            return _mix(self, masked, {})
+            return _mix_row(self, masked, {})
         return _own(self, hidden_states, **kwargs, **borders)
     if _foreign_forward(type(self)) is not None:
         return _mix_one_by_one(self, hidden_states, sizes, kwargs)
-    return _mix(self, hidden_states, {**segments, "cu_seqlens": borders.get("cu_seq_lens_q")})
+    return _mix_row(self, hidden_states, {**segments, "cu_seqlens": borders.get("cu_seq_lens_q")})
 
 
 def _own(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -99,13 +100,25 @@ def _mask_padding(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> tor
     return hidden_states if mask is None else (hidden_states * mask[:, :, None]).to(hidden_states)
 
 
-def _mix(self: Any, hidden_states: torch.Tensor, segments: NewColumns) -> torch.Tensor:
+def _mix_row(self: Any, hidden_states: torch.Tensor, segments: NewColumns) -> torch.Tensor:
     """Compute what the layer's own forward does, with segments kept apart.
 
     Args:
         hidden_states: (B, S, hidden); with segments (1, T, hidden).
         segments: what `linear_columns` adds, and `cu_seqlens`; empty: each row is one.
     """
+    if hasattr(self, "in_proj_qkv"):
+        return _mix(self, hidden_states, segments)
+    # LFM3's: a convolution between two gates, without an activation.
+    before, behind, states = self.in_proj(hidden_states).chunk(3, dim=-1)
+    weight, bias = self.conv.weight.squeeze(1), self.conv.bias
+    mixed = _taps(before * states, weight, bias, segments.get("linear_places"))
+    result: torch.Tensor = self.out_proj(behind * mixed.to(states.dtype))
+    return result
+
+
+def _mix(self: Any, hidden_states: torch.Tensor, segments: NewColumns) -> torch.Tensor:
+    """Return `_mix_row` of gated delta nets."""
     states = self.in_proj_qkv(hidden_states)
     beta = self.in_proj_b(hidden_states).sigmoid()
     gate = self.in_proj_a(hidden_states).float()

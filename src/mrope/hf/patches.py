@@ -107,7 +107,8 @@ PATCHES = (
         merge_windows,
     ),
     Patch(_defining("_update_linear_attn_mask"), linear_mask, "_update_linear_attn_mask"),
-    # In text models: ERNIE's experts, linear attention, Qwen4-Exp's indexer and GLM-5-Next's.
+    # In text models: ERNIE's experts, linear attention and LFM3's convolutions, Qwen4-Exp's indexer
+    # and GLM-5-Next's.
     Patch(_holding("text_moe", "vision_moe"), route),
     Patch(
         _holding("conv1d", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
@@ -115,6 +116,7 @@ PATCHES = (
         calls_own=True,
         by_name=True,
     ),
+    Patch(_made_of("conv", "in_proj", "out_proj"), mix_segments, calls_own=True, by_name=True),
     Patch(_holding("index_qk_proj"), select_tokens),
     Patch(_defining("get_pooled_states"), pool_states, "get_pooled_states"),
 )

@@ -11,6 +11,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from mrope.errors import MRopeError
 from mrope.hf.attention import ONLY_CAUSAL, TEXT_ATTENTION, has_layers, is_flash
 from mrope.hf.inputs import Tensors, cache_of, drop_unread, take_mask
 from mrope.hf.linear import lacks_kernels
-from mrope.hf.varlen import can_attend
+from mrope.hf.varlen import TAKES_WINDOW, can_attend
 
 Masks = Callable[[Any, torch.Tensor, torch.Tensor | None, Any], Any]
 
@@ -43,7 +44,8 @@ _ASKS_NOTHING: NewColumns = (
     if "allow_is_causal_skip" in inspect.signature(create_causal_mask).parameters
     else {"and_mask_function": _hide_nothing}
 )
-# Layers that multiply their input by the mask, (B, S), and attend to nothing.
+# Layers that multiply their input by the mask, (B, S), and attend to nothing: they carry a state
+# along the row.
 _MULTIPLIED = ("conv", "linear_attention")
 
 
@@ -132,7 +134,11 @@ def linear_mask(self: Any, attention_mask: torch.Tensor | None, cache: Any) -> t
 
 def run_plain(text: object, embeds: torch.Tensor, inputs: Tensors) -> Any:
     """Run a text model with 1-D positions on embeddings (B, S, hidden)."""
-    return _run_under(text_masks, text, embeds, inputs)
+    within = take_borders(_own_config(text), inputs)
+    if within is None:
+        return _run_under(text_masks, text, embeds, inputs)
+    masks = partial(text_masks, within=within, unmasked=_take_borders_alone(text, embeds))
+    return _run_under(masks, text, embeds, inputs)
 
 
 def run_pooled(text: object, embeds: torch.Tensor, inputs: Tensors) -> Any:
@@ -192,28 +198,48 @@ def packed_mask(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
         `cu_seq_lens_q`, flash attention or the variable-length one.
 
     Raises:
-        MRopeError: linear layers, and a batch without what they read.
+        MRopeError: as `take_borders`.
     """
-    config = text.config
-    seq_idx = inputs.pop("seq_idx")
+    within = take_borders(text.config, inputs)
     # With the text row present, transformers searches it for jumps to find segments: a sync.
     inputs["position_ids"] = inputs["position_ids"][-3:]
     full = None
-    varlen = text.mrope_attention == "varlen" and can_attend(embeds)
-    if not varlen and not is_flash(config):
-        full = create_causal_mask(
-            config, embeds, None, None, and_mask_function=packed_sequence_mask_function(seq_idx)
+    if "full_attention" not in _take_borders_alone(text, embeds):
+        full = _mask(text.config, "full_attention", embeds, None, None, within)
+    return _by_layer(text.config, full, None)
+
+
+def take_borders(config: object, inputs: Tensors) -> NewColumns | None:
+    """Remove from the inputs how a row is cut, but what layers that carry a state read.
+
+    Returns:
+        What functions of transformers are given to make masks that keep examples apart; None: the
+        batch is no flattened row.
+
+    Raises:
+        MRopeError: layers that carry a state, and a row without what they read.
+    """
+    seq_idx = inputs.pop("seq_idx", None)
+    if not any(has_layers(config, kind) for kind in _MULTIPLIED):
+        for name in ("segment_sizes", *LINEAR_KEYS):
+            inputs.pop(name, None)
+    elif seq_idx is not None and inputs.get("linear_slots") is None:
+        raise MRopeError(
+            "the text model has linear layers, and the flattened row has no linear_slots: it "
+            "is a part of a sequence, or another collator's"
         )
-    if has_layers(config, "linear_attention"):
-        if inputs.get("linear_slots") is None:
-            raise MRopeError(
-                "the text model has linear layers, and the flattened row has no linear_slots: it "
-                "is a part of a sequence, or another collator's"
-            )
-        return _by_layer(config, full, None)
-    for name in ("segment_sizes", *LINEAR_KEYS):
-        inputs.pop(name, None)
-    return full
+    within = seq_idx is not None and packed_sequence_mask_function(seq_idx)
+    return {"and_mask_function": within} if within else None
+
+
+def _take_borders_alone(text: Any, embeds: torch.Tensor) -> tuple[str, ...]:
+    """Return the kinds of layers whose attention takes borders of a flattened row, and no mask."""
+    kinds = ("full_attention", "sliding_attention")
+    if is_flash(_own_config(text)):
+        return kinds
+    if text.mrope_attention != "varlen" or not can_attend(embeds):
+        return ()
+    return kinds if TAKES_WINDOW else kinds[:1]
 
 
 def _by_layer(config: Any, full: Any, linear: torch.Tensor | None) -> Any:
@@ -226,7 +252,12 @@ def _by_layer(config: Any, full: Any, linear: torch.Tensor | None) -> Any:
 
 
 def text_masks(
-    config: object, embeds: torch.Tensor, padding_mask: torch.Tensor | None, cache: object
+    config: object,
+    embeds: torch.Tensor,
+    padding_mask: torch.Tensor | None,
+    cache: object,
+    within: NewColumns | None = None,
+    unmasked: tuple[str, ...] = (),
 ) -> Any:
     """Return the masks that the text model would build, without a sync.
 
@@ -235,15 +266,19 @@ def text_masks(
         embeds: (B, S, hidden).
         padding_mask: (B, S); None if the batch has no padding.
         cache: key-value cache, or None.
+        within: of a flattened row, what `take_borders` returns.
+        unmasked: the kinds of layers that take its borders, and no mask.
 
     Returns:
         A mask for each kind of layer, in a dict; the one mask itself of a model without
         `layer_types`. None stands for the causal mode of the attention kernel.
     """
     kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return _mask(config, "full_attention", embeds, padding_mask, cache)
-    return {kind: _mask(config, kind, embeds, padding_mask, cache) for kind in set(kinds)}
+    masks = {
+        kind: None if kind in unmasked else _mask(config, kind, embeds, padding_mask, cache, within)
+        for kind in set(kinds or ("full_attention",))
+    }
+    return masks if kinds else masks["full_attention"]
 
 
 def _mask(
@@ -252,6 +287,7 @@ def _mask(
     embeds: torch.Tensor,
     padding_mask: torch.Tensor | None,
     cache: object,
+    within: NewColumns | None,
 ) -> torch.Tensor | None:
     """Return the mask of one kind of layer; without position ids, which would be searched."""
     if kind in _MULTIPLIED:
@@ -262,7 +298,7 @@ def _mask(
     if is_flash(config) and kind == "full_attention":
         return padding_mask
     asks = {} if skip else _ASKS_NOTHING
-    made: torch.Tensor | None = make(config, embeds, padding_mask, cache, **asks)
+    made: torch.Tensor | None = make(config, embeds, padding_mask, cache, **(within or asks))
     return made
 
 
@@ -286,7 +322,7 @@ def _masks_as_given(text: Any, mask: Any) -> Iterator[None]:
     has no masks for, that function returns what it is given.
     """
     own = _own_config(text)
-    if isinstance(mask, dict) or is_flash(own):
+    if isinstance(mask, dict) or (is_flash(own) and mask is not None):
         yield
         return
     config = copy.copy(own)

@@ -24,10 +24,10 @@ else:
 
 HAS_KERNEL = _KERNEL is not None
 _HALF = (torch.float16, torch.bfloat16)
+TAKES_WINDOW = "window_size" in _PARAMETERS
+"""Whether places may attend to a number of places alone: since 2.11."""
 # How this torch is told to mask causally: by a window since 2.11, by a flag before.
-_CAUSAL: dict[str, Any] = (
-    {"window_size": (-1, 0)} if "window_size" in _PARAMETERS else {"is_causal": True}
-)
+_CAUSAL: dict[str, Any] = {"window_size": (-1, 0)} if TAKES_WINDOW else {"is_causal": True}
 # Whether several query heads may share one of keys and values: since 2.12.
 _SHARES_HEADS = "enable_gqa" in _PARAMETERS
 
@@ -52,6 +52,7 @@ def attend_varlen(
     longest: int,
     scale: float,
     causal: bool = False,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Attend within segments, in one call of the kernel.
 
@@ -62,11 +63,14 @@ def attend_varlen(
         longest: length of the longest segment. The kernel's grid grows with it.
         scale: factor of the scores.
         causal: whether a place attends to none behind it.
+        window: with `causal`, to how many places one attends, itself among them; None: to all.
 
     Returns:
         (N, heads, dimension).
     """
     options = dict(_CAUSAL) if causal else {}
+    if window is not None:
+        options["window_size"] = (window - 1, 0)
     if _TAKES_CUDNN and not causal:
         # A window of the whole segment, which is none to flash attention and its backward.
         options["window_size"] = (longest, longest)

@@ -15,7 +15,6 @@ from mrope.collate.padding import PaddingCollator
 from mrope.columns import count_key, tower_key
 from mrope.errors import MRopeError
 from mrope.hf.attaching import attach, base_model, detach
-from mrope.hf.attention import has_layers
 from mrope.hf.text import tells_text_row
 from mrope.hf.thinkers import text_model
 from mrope.proof.shrunken import build_model, shrink_config
@@ -129,10 +128,8 @@ def compare_packing(model: Any) -> Outcome:
         Exception: one of `FAILURES`, from the unmodified model: nothing was compared.
     """
     what = f"a small {type(model).__name__} on padded and on flattened batches"
-    text = text_model(base_model(model))
-    # Linear layers keep borders only through kernels, and raise where these are not installed.
-    linear = has_layers(text.config, "linear_attention")
-    takes_rows = tells_text_row(type(text)) and not linear
+    # Linear layers keep borders only through kernels, and leak or raise where there are none.
+    takes_rows = finds_borders(model) and not _specs(model)[0].family_row.linear
     modes = ("plain", "attached") if takes_rows else ("attached",)
     for flat, padded in flattened_batches(model):
         theirs = take_step(model, padded)
@@ -141,6 +138,12 @@ def compare_packing(model: Any) -> Outcome:
             if difference is not None:
                 return False, f"{what}, {mode}, differ: {difference}"
     return True, f"{what}, {' and '.join(modes)}: logits, loss and gradients are equal"
+
+
+def finds_borders(model: Any) -> bool:
+    """Whether the text model finds the borders of a flattened row in its position ids."""
+    text = text_model(base_model(model))
+    return _specs(model)[0].family_row.one_dimensional or tells_text_row(type(text))
 
 
 def flattened_batches(model: Any) -> Iterator[tuple[Batch, Batch]]:

@@ -88,7 +88,10 @@ class Family:
         one_dimensional: the model itself numbers tokens 0, 1, 2 ..., padding included, on one axis:
             position ids are (B, S), and only the towers' tensors are worth computing.
         packs: packing verified: no attention across examples (see `mrope.collate.packing`).
-        linear: the text model has layers of linear attention, whose state runs along the row.
+        leaks: an unmodified model looks over the borders of examples in one row, and says nothing:
+            only attached models are packed.
+        linear: the text model has layers that carry a state along the row: linear attention, or
+            convolutions.
         references: keys of `REFERENCES` that the family was compared with. With a `source`: those
             whose conventions for padding and rope deltas it can have.
         source: where the rule is published, for a family without a class in transformers: its
@@ -118,6 +121,7 @@ class Family:
     timed: bool = False
     one_dimensional: bool = False
     packs: bool = True
+    leaks: bool = False
     linear: bool = False
     references: tuple[str, ...] = tuple(REFERENCES)
     source: str | None = None
@@ -361,19 +365,22 @@ FAMILIES: dict[str, Family] = {
 
 _PLAIN = Family(
     one_dimensional=True,
-    packs=False,
     references=_SINCE_5_6,
     start_keys=(),
     tower=_ROTARY,
 )
 
 ONE_DIMENSIONAL: dict[str, Family] = {
-    "dots3_note": _PLAIN,
+    "dots3_note": replace(_PLAIN, packs=False),
     "exaone4_5": replace(_PLAIN, tower=_WINDOWED),
     "glm5_next": replace(_GLM, one_dimensional=True, packs=False, references=_PLAIN.references),
     "hyperclovax_vision_v2": replace(_PLAIN, tower=_WINDOWED),
     "lfm3_vl": replace(
-        _PLAIN, frames_apart=True, tower=Tower(("borders", "positions", "host_grids"))
+        _PLAIN,
+        frames_apart=True,
+        leaks=True,
+        linear=True,
+        tower=_ON_HOST,
     ),
     "video_llama_3": replace(
         _PLAIN,

@@ -123,8 +123,7 @@ def shard_sequence(
     part = {name: value for name, value in whole.items() if _is_of_a_part(name)}
     for name, column in token_columns(whole, shape).items():
         part[name] = placement.put(column.flatten(0, 1), fill_of(name, pad_token_id))
-    if whole["position_ids"].ndim == 3:  # 1-D ones, (B, S), are a column
-        part["position_ids"] = _cut_positions(whole["position_ids"], plan, flattened)
+    part["position_ids"] = _cut_positions(whole["position_ids"], plan, flattened)
     if flattened:
         part |= _borders(plan, world_size if scheme == "zigzag" else 1, _is_fixed_row(whole))
     if fixed:
@@ -233,18 +232,20 @@ def _lengths(whole: Columns, width: int) -> IntArray:
 
 
 def _is_fixed_row(whole: Columns) -> bool:
-    """Whether a flattened row was padded to a rung: it has no rope deltas then."""
-    return "cu_seq_lens_q" in whole and whole.get("rope_deltas") is None
+    """Whether a flattened row was padded to a rung: it has no list of lengths then."""
+    return "cu_seq_lens_q" in whole and whole.get("segment_sizes") is None
 
 
 def _without_tail(whole: Columns, segments: int) -> bool:
     """Return whether a flattened row ends with an example, not with a tail of padding.
 
-    A tail is a segment without a rope delta. The last segment of fixed shapes is always padding,
-    or empty, and such rows have no rope deltas.
+    A tail is a segment without a rope delta; 1-D rows have none, and each may end with an example.
+    The last segment of fixed shapes is always padding, or empty.
     """
+    if "cu_seq_lens_q" not in whole or _is_fixed_row(whole):
+        return False
     deltas = whole.get("rope_deltas")
-    return "cu_seq_lens_q" in whole and deltas is not None and segments == len(deltas)
+    return deltas is None or segments == len(deltas)
 
 
 def _pad_each(whole: Columns, length_D: IntArray, width: int, multiple: int) -> IntArray:
@@ -285,14 +286,14 @@ def _placement(plan: _Plan, shape: tuple[int, ...]) -> Placement:
 
 
 def _cut_positions(position_ids: torch.Tensor, plan: _Plan, flattened: bool) -> torch.Tensor:
-    """Select positions (3|4, B, L); padding has 0, or in a flattened row counts on."""
+    """Select positions (3|4, B, L) or (B, L); padding has 0, or in a flattened row counts on."""
     source_L, beyond_L = torch.from_numpy(plan.source_L), torch.from_numpy(plan.beyond_L)
-    part = position_ids.index_select(2, source_L.clamp(min=0))
+    part = position_ids.index_select(-1, source_L.clamp(min=0))
     if not flattened:
-        part[:, :, beyond_L > 0] = 0
+        part[..., beyond_L > 0] = 0
         return part
     # A tail has no token before it: -1 plus a distance of at least 1 starts it at 0.
-    part[:, :, source_L < 0] = -1
+    part[..., source_L < 0] = -1
     return part + beyond_L
 
 
