@@ -21,17 +21,19 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
 
 from hf.test_one_graph import SHAPES, collate, examples_of, fresh_dynamo, model_of_depth, step
 from hf.test_replaced_forwards import doubled
-from mrope import MRopeError
+from mrope import MRopeError, Shapes
 from mrope.collate.linear_columns import GAP
 from mrope.hf import attach, compile_layers, fused, linear, text
 from mrope.hf.delta_rule import gated_delta_rule
-from mrope.hf.linear import _convolve
-from support.models import tiny_examples, tiny_model
+from mrope.hf.linear import _convolve, _mix_row
+from mrope.spec import ONE_DIMENSIONAL
+from support.models import PLAIN_FAMILIES, tiny_examples, tiny_model
 
 # dynamo looks at the gradient of a layer's input, which is no leaf.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
 FAMILY = "qwen3_5"
+PLAIN = [one for one in PLAIN_FAMILIES if ONE_DIMENSIONAL[one].packs]
 REFERENCE = inspect.unwrap(torch_chunk_gated_delta_rule)
 
 
@@ -50,9 +52,9 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def rows_of(lengths: list[int]) -> list[dict[str, Any]]:
+def rows_of(lengths: list[int], family: str = FAMILY) -> list[dict[str, Any]]:
     """Examples of text, filled up by these lengths."""
-    [first] = tiny_examples(FAMILY, images=False, videos=False, rows=1)
+    [first] = tiny_examples(family, images=False, videos=False, rows=1)
     examples = []
     for length in lengths:
         one = copy.deepcopy(first)
@@ -72,11 +74,12 @@ def rows_of(lengths: list[int]) -> list[dict[str, Any]]:
 LENGTHS = [1, 90, 2, 140, 40, 3]
 
 
-def test_as_many_operators_for_thirty_examples_as_for_three() -> None:
-    model: Any = attach(tiny_model(FAMILY).train())
+@pytest.mark.parametrize("family", [FAMILY, *PLAIN])
+def test_as_many_operators_for_thirty_examples_as_for_three(family: str) -> None:
+    model: Any = attach(tiny_model(family).train())
     counts = []
     for examples in (3, 30):
-        batch = collate(FAMILY, rows_of([4, 11, 30] * (examples // 3)), "flatten", None)
+        batch = collate(family, rows_of([4, 11, 30] * (examples // 3), family), "flatten", None)
         with Operators() as operators, torch.no_grad():
             model(**batch)
         counts.append(operators.count)
@@ -89,6 +92,20 @@ def test_logits_loss_and_gradients_are_those_of_rows_alone(family: str, shapes: 
     examples = rows_of(LENGTHS) if family == FAMILY else examples_of(family)
     plain, model = model_of_depth(2, family), attach(model_of_depth(2, family))
     ladder = None if shapes is None else RUNGS
+    compare_with_rows_alone(family, plain, model, examples, ladder)
+
+
+@pytest.mark.parametrize("media", [True, False])
+@pytest.mark.parametrize("family", PLAIN)
+def test_so_they_are_with_positions_in_1_d(family: str, media: bool) -> None:
+    examples = examples_of(family) if media else rows_of(LENGTHS, family)
+    models = [tiny_model(family).train() for _ in range(2)]
+    compare_with_rows_alone(family, models[0], attach(models[1]), examples, None)
+
+
+def compare_with_rows_alone(
+    family: str, plain: Any, model: Any, examples: Any, ladder: Shapes | None
+) -> None:
     batch = collate(family, examples, "flatten", ladder)
     outputs: Any = model(**dict(batch))
     outputs.loss.backward()
@@ -141,6 +158,31 @@ def test_padded_steps_can_run_the_rule_too(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-6, msg=name)
     with torch.no_grad():
         assert model(**dict(batch), use_cache=True).past_key_values is not None
+
+
+def test_a_gated_convolution_is_rounded_where_the_plain_model_rounds() -> None:
+    torch.manual_seed(0)
+    layer = next(
+        m for m in tiny_model("lfm3_vl").modules() if type(m).__name__ == "Lfm3ShortConv"
+    ).bfloat16()
+    states = torch.randn(1, 90, 64).bfloat16()
+    for mask in (None, torch.arange(90)[None] < 80):
+        masked = states if mask is None else states * mask[..., None]
+        apart = _mix_row(layer, masked, {}) != layer(states, attention_mask=mask)
+        assert apart.float().mean() < 0.01
+
+
+def test_a_foreign_forward_of_a_convolution_runs_segment_by_segment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    family, examples = "lfm3_vl", rows_of(LENGTHS[:3], "lfm3_vl")
+    model: Any = tiny_model(family)
+    layer = next(m for m in model.modules() if type(m).__name__ == "Lfm3ShortConv")
+    monkeypatch.setattr(type(layer), "forward", doubled(type(layer).forward))
+    with torch.no_grad():
+        alone = [model(**dict(collate(family, [one], None, None))).logits[0] for one in examples]
+        logits = attach(model)(**collate(family, examples, "flatten", None)).logits[0]
+    assert (logits - torch.cat(alone)).abs().max() < 1e-5
 
 
 def test_a_foreign_forward_and_fixed_shapes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

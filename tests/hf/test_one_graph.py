@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText
 
 import mrope.hf
 from mrope import MRopeCollator, MRopeError, Shapes, VisionSpec
+from mrope.collate.packing import Flatten
 from mrope.collate.padding import PaddingCollator
 from mrope.guard import SyncGuard
 from mrope.hf import attach, compile_layers, detach, explain_attention
@@ -55,6 +56,7 @@ def examples_of(family: str, seed: int = 0, **media: bool) -> list[dict[str, Any
 
 def collate(family: str, examples: Any, packing: Any, shapes: Shapes | None) -> dict[str, Any]:
     vision = VisionSpec.from_config(model_config(family))
+    packing = packing and Flatten(attached=True)
     collator = MRopeCollator(None, tiny_spec(family), vision, packing=packing, shapes=shapes)
     batch: dict[str, Any] = collator(copy.deepcopy(examples))
     return batch

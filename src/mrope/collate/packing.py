@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mrope.arrays import Array, IntArray
+from mrope.arrays import Array, IntArray, within
 from mrope.collate.ladder import Shapes, choose_rung
 from mrope.collate.linear_columns import linear_columns
 from mrope.collate.placement import Placement, token_columns
@@ -242,8 +242,4 @@ class OneRow:
 
     def count(self, located: Located, placement: Placement) -> IntArray:
         """Return (1, T): tokens counted from 0 in every example, and in the tail, a segment too."""
-        counted = np.arange(placement.width)
-        end = placement.width - placement.tail
-        counted[:end] -= located.stream.start_D.repeat(located.stream.length_D)
-        counted[end:] -= end
-        return counted[None]
+        return within(np.append(located.stream.length_D, placement.tail))[None]

@@ -42,8 +42,9 @@ def mix_segments(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch
     sizes = kwargs.pop("segment_sizes", None)
     segments = {name: kwargs.pop(name, None) for name in LINEAR_KEYS}
     borders = {name: kwargs.pop(name) for name in _BORDERS if name in kwargs}
-    if segments["linear_slots"] is None:
-        if _computes_here(self, hidden_states, kwargs):
+    if segments["linear_places"] is None:
+        # LFM3's own forward is taken for whole rows: a graph holds it, and it is not slow.
+        if not hasattr(self, "conv") and _computes_here(self, hidden_states, kwargs):
             masked = _mask_padding(hidden_states, kwargs.get("attention_mask"))
             return _mix_row(self, masked, {})
         return _own(self, hidden_states, **kwargs, **borders)

@@ -44,8 +44,7 @@ _ASKS_NOTHING: NewColumns = (
     if "allow_is_causal_skip" in inspect.signature(create_causal_mask).parameters
     else {"and_mask_function": _hide_nothing}
 )
-# Layers that multiply their input by the mask, (B, S), and attend to nothing: they carry a state
-# along the row.
+# Layers that multiply their input by the mask, (B, S), and attend to nothing.
 _MULTIPLIED = ("conv", "linear_attention")
 
 
@@ -210,26 +209,30 @@ def packed_mask(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
 
 
 def take_borders(config: object, inputs: Tensors) -> NewColumns | None:
-    """Remove from the inputs how a row is cut, but what layers that carry a state read.
+    """Remove from `inputs` how a row is cut, but what layers that carry a state read.
 
     Returns:
         What functions of transformers are given to make masks that keep examples apart; None: the
         batch is no flattened row.
 
     Raises:
-        MRopeError: layers that carry a state, and a row without what they read.
+        MRopeError: layers of linear attention, and a row without what they read.
     """
     seq_idx = inputs.pop("seq_idx", None)
-    if not any(has_layers(config, kind) for kind in _MULTIPLIED):
+    if seq_idx is None:
+        return None
+    if has_layers(config, "conv"):
+        # Of families with 1-D positions, which are the places of tokens in their examples.
+        inputs["linear_places"] = inputs["position_ids"]
+    elif not has_layers(config, "linear_attention"):
         for name in ("segment_sizes", *LINEAR_KEYS):
             inputs.pop(name, None)
-    elif seq_idx is not None and inputs.get("linear_slots") is None:
+    elif inputs.get("linear_slots") is None:
         raise MRopeError(
             "the text model has linear layers, and the flattened row has no linear_slots: it "
             "is a part of a sequence, or another collator's"
         )
-    within = seq_idx is not None and packed_sequence_mask_function(seq_idx)
-    return {"and_mask_function": within} if within else None
+    return {"and_mask_function": packed_sequence_mask_function(seq_idx)}
 
 
 def _take_borders_alone(text: Any, embeds: torch.Tensor) -> tuple[str, ...]:

@@ -129,7 +129,8 @@ def compare_packing(model: Any) -> Outcome:
     """
     what = f"a small {type(model).__name__} on padded and on flattened batches"
     # Linear layers keep borders only through kernels, and leak or raise where there are none.
-    takes_rows = finds_borders(model) and not _specs(model)[0].family_row.linear
+    row = _specs(model)[0].family_row
+    takes_rows = finds_borders(model) and not (row.linear or row.leaks)
     modes = ("plain", "attached") if takes_rows else ("attached",)
     for flat, padded in flattened_batches(model):
         theirs = take_step(model, padded)

@@ -90,8 +90,7 @@ class Family:
         packs: packing verified: no attention across examples (see `mrope.collate.packing`).
         leaks: an unmodified model looks over the borders of examples in one row, and says nothing:
             only attached models are packed.
-        linear: the text model has layers that carry a state along the row: linear attention, or
-            convolutions.
+        linear: the text model has layers of linear attention, whose state runs along the row.
         references: keys of `REFERENCES` that the family was compared with. With a `source`: those
             whose conventions for padding and rope deltas it can have.
         source: where the rule is published, for a family without a class in transformers: its
@@ -379,7 +378,6 @@ ONE_DIMENSIONAL: dict[str, Family] = {
         _PLAIN,
         frames_apart=True,
         leaks=True,
-        linear=True,
         tower=_ON_HOST,
     ),
     "video_llama_3": replace(
