@@ -34,7 +34,9 @@ from support.models import (
     tiny_spec,
 )
 
-FAMILIES = [one for one in PACKED if one in (*MODEL_FAMILIES, *PLAIN_FAMILIES)]
+# The indexer of dots3_note needs a mask, which no release makes under flash attention.
+RUN = {*MODEL_FAMILIES, *PLAIN_FAMILIES} - {"dots3_note"}
+FAMILIES = [one for one in PACKED if one in RUN]
 
 
 @pytest.mark.parametrize("multiple", [1, 16])

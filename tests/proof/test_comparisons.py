@@ -77,11 +77,17 @@ def test_a_small_model_from_the_users_config(family: str) -> None:
         assert verdict.equal, verdict.detail
 
 
-@pytest.mark.parametrize("family", ["dots3_note", "lfm3_vl", "video_llama_3", "hunyuan_vl"])
+@pytest.mark.parametrize(
+    "family", ["dots3_note", "lfm3_vl", "video_llama_3", "hunyuan_vl", "hy_v4_vl"]
+)
 def test_a_small_model_of_the_defaults_of_a_class(family: str) -> None:
     """Whose layers, towers and kinds of experts have sizes of their own there."""
     verdict = proof.compare("attach", default_model(family))
     assert verdict.equal, verdict.detail
+    spec = example_spec(family)
+    if spec.family_row.packs:
+        verdict = proof.compare("flatten", spec)
+        assert verdict.equal, verdict.detail
 
 
 def test_known_releases_and_workers_compare_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

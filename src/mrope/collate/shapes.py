@@ -85,12 +85,15 @@ def check_positions(spec: MRopeSpec) -> None:
     """Refuse a family whose tokens cannot be padded to a rung.
 
     Raises:
-        MRopeError: a family that takes audio or crops, or with 1-D positions.
+        MRopeError: a family that takes audio or crops, or whose text layers pool tokens.
     """
-    if spec.family_row.custom_index is not None:
+    row = spec.family_row
+    if row.custom_index is not None and not row.one_dimensional:
         raise MRopeError(f"shapes is not supported for {spec.family}: audio and crops vary in size")
-    if spec.family_row.one_dimensional:
-        raise MRopeError(f"shapes is not supported for {spec.family}, which has 1-D positions")
+    if row.pools:
+        raise MRopeError(
+            f"shapes is not supported for {spec.family}: pools of tokens follow from their lengths"
+        )
 
 
 def one_tower_call(

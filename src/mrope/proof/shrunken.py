@@ -179,6 +179,8 @@ def _give_indexer(text: Any, head_dim: int) -> None:
         # lengths.
         text.indexer_n_heads, text.indexer_kv_heads, text.indexer_head_dim = 8, 1, head_dim
         text.indexer_budget, text.indexer_compress_ratio = 8, 4
+    # Below the rows' lengths.
+    _set(text, {"index_topk": 8})
 
 
 def _set(section: object, values: Columns) -> None:

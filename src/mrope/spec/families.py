@@ -91,6 +91,8 @@ class Family:
         leaks: an unmodified model looks over the borders of examples in one row, and says nothing:
             only attached models are packed.
         linear: the text model has layers of linear attention, whose state runs along the row.
+        pools: its layers pool neighbouring tokens, and how many pools there are follows from the
+            lengths of rows: batches have no fixed shapes.
         references: keys of `REFERENCES` that the family was compared with. With a `source`: those
             whose conventions for padding and rope deltas it can have.
         source: where the rule is published, for a family without a class in transformers: its
@@ -122,6 +124,7 @@ class Family:
     packs: bool = True
     leaks: bool = False
     linear: bool = False
+    pools: bool = False
     references: tuple[str, ...] = tuple(REFERENCES)
     source: str | None = None
     image_keys: tuple[str, ...] = ("image_token_id",)
@@ -311,7 +314,6 @@ FAMILIES: dict[str, Family] = {
     "hy_v4_vl": Family(
         frames_apart=True,
         newlines=True,
-        packs=False,
         references=("transformers-5.23",),
         start_keys=(),
         tower=Tower(("borders", "host_grids")),
@@ -370,9 +372,11 @@ _PLAIN = Family(
 )
 
 ONE_DIMENSIONAL: dict[str, Family] = {
-    "dots3_note": replace(_PLAIN, packs=False),
+    "dots3_note": _PLAIN,
     "exaone4_5": replace(_PLAIN, tower=_WINDOWED),
-    "glm5_next": replace(_GLM, one_dimensional=True, packs=False, references=_PLAIN.references),
+    "glm5_next": replace(
+        _GLM, one_dimensional=True, packs=False, pools=True, references=_PLAIN.references
+    ),
     "hyperclovax_vision_v2": replace(_PLAIN, tower=_WINDOWED),
     "lfm3_vl": replace(
         _PLAIN,
