@@ -31,6 +31,7 @@ import torch
 
 from mrope import MRopeCollator
 from mrope.bench.harness import conditions
+from mrope.collate.packing import Flatten
 from mrope.hf import attach, detach
 from mrope.hf.rows import ROWS
 from mrope.proof.small_models import _media, _plain_batch, _specs, default_model
@@ -77,7 +78,8 @@ class Subject:
             if spec.family_row.packs and audio is None:
                 examples = tiny_examples(self.config, spec, **media)
                 right = MRopeCollator(None, spec, vision)(examples)
-                flat = MRopeCollator(None, spec, vision, packing="flatten")(examples)
+                packing = Flatten(attached=True)
+                flat = MRopeCollator(None, spec, vision, packing=packing)(examples)
                 yield f"{name} flattened", self.on_device(right), self.on_device(flat)
 
     def on_device(self, batch: Batch) -> Batch:

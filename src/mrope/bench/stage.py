@@ -33,6 +33,7 @@ from mrope.bench.harness import (
     write_json,
 )
 from mrope.collate.collator import MRopeCollator
+from mrope.collate.packing import Flatten
 from mrope.columns import Columns, NewColumns
 from mrope.errors import MRopeError
 from mrope.towers import VisionSpec
@@ -118,7 +119,8 @@ def make_stages(cfg: Config, inner: Callable[[Any], Any]) -> dict[str, MRopeColl
         vision = VisionSpec.from_config(cfg.model.config)
         stages["vision tensors"] = MRopeCollator(inner, spec, vision)
     with suppress(MRopeError):  # a model whose examples would attend to each other
-        stages["flattened"] = MRopeCollator(inner, spec, vision, packing="flatten")
+        packing = Flatten(attached=True)
+        stages["flattened"] = MRopeCollator(inner, spec, vision, packing=packing)
     return stages
 
 
