@@ -77,6 +77,7 @@ _DERIVED = {
             "max_window_seqlen",
             "interp_indices",
             "interp_weights",
+            "neighbour_offsets",
             "block_index",
             "pair_index",
             "scatter_index",

@@ -44,7 +44,7 @@ PADDED = (
 )
 FLATTENED = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
 # With 1-D positions.
-PLAIN = ("dots3_note", "exaone4_5", "hyperclovax_vision_v2")
+PLAIN = ("dots3_note", "exaone4_5", "hyperclovax_vision_v2", "lfm3_vl")
 CASES = [
     *((one, None) for one in (*PADDED, *PLAIN)),
     *((one, "flatten") for one in (*FLATTENED, *PLAIN)),
@@ -293,21 +293,19 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "lfm3_vl"])
 @pytest.mark.parametrize("images", [1, 6])
-def test_as_many_operators_for_any_number_of_images(images: int) -> None:
+def test_as_many_operators_for_any_number_of_images(family: str, images: int) -> None:
     def count(examples: Any) -> int:
-        batch = collate("qwen3_vl", examples, None, SHAPES)
+        batch = collate(family, examples, None, SHAPES)
         mode: Any = Operators
         with mode() as operators:
             model(**batch)
         return int(operators.count)
 
-    model = attach(tiny_model("qwen3_vl"))
-    spec = tiny_spec("qwen3_vl")
-    ids = [7]
-    for _ in range(images):
-        ids += [spec.vision_start_token_id, spec.image_token_id]
-    dim = VisionSpec.from_config(model_config("qwen3_vl")).patch_shape
+    model = attach(tiny_model(family))
+    ids = [7, *[8, tiny_spec(family).image_token_id] * images]
+    dim = VisionSpec.from_config(model_config(family)).patch_shape
     assert dim is not None
     many = {
         "input_ids": torch.tensor([*ids, 9]),

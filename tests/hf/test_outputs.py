@@ -68,7 +68,6 @@ UNFIXED = {
     "qwen2_5_omni_thinker",
     "qwen3_omni_moe_thinker",
     "glm5_next",
-    "lfm3_vl",
     "video_llama_3",
     "glm_image",
     "hunyuan_vl",

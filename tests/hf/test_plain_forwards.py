@@ -11,12 +11,23 @@ import torch
 
 pytest.importorskip("transformers")
 
-from mrope import MRopeCollator, MRopeError, SpanMismatchError, rope_index
+from torch.nn import functional
+
+from mrope import MRopeCollator, MRopeError, SpanMismatchError, VisionSpec, rope_index
 from mrope.collate.padding import PaddingCollator
 from mrope.hf import attach
+from mrope.hf.features import convolve_frames
 from mrope.spec import ONE_DIMENSIONAL
+from mrope.towers.vision import neighbour_offsets, to_frames
 from mrope.training.step import guarded_step
-from support.models import CONFIGS, PLAIN_FAMILIES, tiny_examples, tiny_model, tiny_spec
+from support.models import (
+    CONFIGS,
+    PLAIN_FAMILIES,
+    model_config,
+    tiny_examples,
+    tiny_model,
+    tiny_spec,
+)
 from support.steps import (
     MEDIA,
     assert_same_step,
@@ -97,6 +108,39 @@ def test_a_second_thread_runs_in_the_middle_of_a_forward(family: str) -> None:
         hook = text.layers[0].register_forward_pre_hook(run_beside)
         assert torch.equal(logits_of(model, batch), expected)
     assert text.config is config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tower_convolves_frames_of_all_sizes_by_one_index(dtype: torch.dtype) -> None:
+    """What fixed shapes take in place of sizes on the host; padding of a rung stays 0."""
+    model = tiny_model("lfm3_vl")
+    layer = next(
+        one for one in model.modules() if type(one).__name__ == "Lfm3VlVisionShortConv"
+    ).to(dtype)
+    grids = [[1, 2, 6], [3, 4, 2], [1, 8, 8]]
+    frames = to_frames(grids, 2)
+    offsets = torch.from_numpy(neighbour_offsets(frames, 2, 3)["neighbour_offsets"])
+    states = torch.randn(len(offsets), 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    want = layer(states, grid_thw=grids)
+    states = functional.pad(states, (0, 0, 0, 5))
+    found = convolve_frames(layer, states, [], functional.pad(offsets, (0, 0, 0, 5)))
+    assert not found[-5:].any()
+    apart = (found[:-5] - want).abs() > 1e-6
+    # Of half precision some are rounded otherwise, as taps may be added up in another order.
+    assert apart.float().mean() < (0.01 if dtype == torch.bfloat16 else 1e-9)
+
+
+def test_an_adapter_in_place_of_a_tower_convolution_is_refused_with_fixed_shapes() -> None:
+    examples = tiny_examples("lfm3_vl")
+    vision = VisionSpec.from_config(model_config("lfm3_vl"))
+    shapes = {"tokens": (128,), "patches": (512,), "longest": 128, "patches_per_segment": 8}
+    batch = MRopeCollator(None, tiny_spec("lfm3_vl"), vision, shapes=shapes)(examples)
+    model = attach(tiny_model("lfm3_vl"))
+    assert guarded_step(model, dict(batch)).count == 0
+    layer = next(one for one in model.modules() if hasattr(one, "spatial_conv"))
+    layer.spatial_conv = torch.nn.Sequential(layer.spatial_conv)
+    with pytest.raises(MRopeError, match="Sequential in place of a convolution of the tower"):
+        model(**batch)
 
 
 def test_audio_is_left_to_the_models_own_forward() -> None:

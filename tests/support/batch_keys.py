@@ -34,7 +34,7 @@ Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
 SHAPES = Shapes(
     tokens=(128, 256), patches=(128, 512), longest=128, patches_per_segment=8, tokens_per_example=8
 )
-ON_RUNGS = ("qwen3_vl", "qwen2_5_vl", "paddleocr_vl")
+ON_RUNGS = ("qwen3_vl", "qwen2_5_vl", "paddleocr_vl", "lfm3_vl")
 
 
 def collect_keys() -> dict[str, set[Kind]]:
@@ -69,7 +69,7 @@ def _pairs() -> Iterator[Pair]:
         for media in media_of(family):
             yield _collate(family, media)
             if tiny_spec(family).family_row.packs:
-                yield _collate(family, media, packing="flatten", attached=True)
+                yield _collate(family, media, packing="flatten")
     for family in THINKERS:
         for kind in MEDIA:
             yield make_batches(family, kind, padded=True)
@@ -92,6 +92,8 @@ def _collate(family: str, media: Mapping[str, bool] | None = None, **options: An
 
 def _both(family: str, examples: Any, **options: Any) -> Pair:
     vision = VisionSpec.from_config(model_config(family))
+    if options.get("packing") == "flatten":
+        options["attached"] = True
     collate = MRopeCollator(None, tiny_spec(family), vision, **options)
     return PaddingCollator()(copy.deepcopy(examples)), collate(copy.deepcopy(examples))
 

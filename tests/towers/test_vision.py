@@ -20,6 +20,7 @@ from mrope.spec.families import FAMILIES
 from mrope.spec.spec import example_config
 from mrope.towers import VisionSpec, check_release, vision, vision_spec, vision_tensors
 from mrope.towers.frame_cache import FRAME_CACHE, FrameCache, clear_cache
+from mrope.towers.vision import neighbour_offsets, patch_positions, to_frames
 
 EVERYTHING = VisionSpec(spatial_merge_size=2, window_side=4, table_side=48)
 MIXED = [[1, 4, 6], [3, 2, 2], [1, 20, 14], [2, 4, 6], [1, 4, 6]]
@@ -47,6 +48,23 @@ def equal(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
 
 
 # Small arrays, written by hand.
+
+
+@pytest.mark.parametrize(("merge", "side"), [(1, 3), (2, 3), (2, 5)])
+def test_neighbours_of_a_patch_lie_around_it(merge: int, side: int) -> None:
+    grids = [[1, 2 * merge, 3 * merge], [2, merge, merge]]
+    frames = to_frames(grids, merge)
+    offsets: Any = neighbour_offsets(frames, merge, side)["neighbour_offsets"]
+    positions: Any = patch_positions(frames, merge)["position_ids"]
+    places = positions.tolist()
+    frame_of = np.arange(3).repeat(frames.patches_F).tolist()
+    at = [*zip(frame_of, *zip(*places, strict=True), strict=True)]
+    patch_at = {one: patch for patch, one in enumerate(at)}
+    reach = range(-(side // 2), side // 2 + 1)
+    for patch, (frame, row, column) in enumerate(at):
+        around = [(frame, row + down, column + along) for down in reach for along in reach]
+        assert offsets[patch].tolist() == [patch_at.get(one, patch) - patch for one in around]
+    assert offsets.dtype == np.int32 and len(offsets) == len(places)
 
 
 def test_every_frame_is_a_segment() -> None:

@@ -69,7 +69,7 @@ def check_family(spec: MRopeSpec, vision: VisionSpec) -> None:
             or whose patches have an unknown size.
     """
     check_positions(spec)
-    if not all(PRODUCTS[tensor].fixed for tensor in vision.tower.tensors):
+    if not all(PRODUCTS[tensor].fixed for tensor in vision.with_fixed_shapes.tower.tensors):
         raise MRopeError(
             f"shapes is not supported for {spec.family}: its features depend on the sizes of "
             "frames behind or before the tower's layers, which differ from batch to batch"
@@ -120,7 +120,7 @@ def one_tower_call(
         MRopeError: above the top rung; an image or frame longer than `shapes.longest`; more images
             and frames than the rung has borders for.
     """
-    media = located.inputs.media
+    vision, media = vision.with_fixed_shapes, located.inputs.media
     grid_N3 = np.concatenate((media["image"].size_N3, media["video"].size_N3))
     patches, frames = int(grid_N3.prod(axis=1).sum()), int(grid_N3[:, 0].sum())
     rung = choose_rung(
@@ -217,7 +217,7 @@ def _padded(vision: VisionSpec, tensors: Columns, shapes: Shapes, rung: int) -> 
             index = np.empty(0, np.int64) if value is None else value
             padded[name] = _count_on(index, rung // unit if name == "window_index" else rung)
         else:
-            padded[name] = _pad_rows(name, value, rung)
+            padded[name] = _pad_rows(vision, name, value, rung)
     return padded
 
 
@@ -244,10 +244,10 @@ def _pad_borders(
     return filled
 
 
-def _pad_rows(name: str, value: Array | None, rung: int) -> Array:
-    width = {"position_ids": 2}.get(name, 4)
-    dtype = np.float32 if name == "interp_weights" else np.int64
-    rows = np.zeros((rung, width), dtype)
+def _pad_rows(vision: VisionSpec, name: str, value: Array | None, rung: int) -> Array:
+    widths = {"position_ids": 2, "neighbour_offsets": (vision.convolution_side or 0) ** 2}
+    dtypes = {"interp_weights": np.float32, "neighbour_offsets": np.int32}
+    rows = np.zeros((rung, widths.get(name, 4)), dtypes.get(name, np.int64))
     if value is not None:
         rows[: len(value)] = value
     return rows

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mrope.columns import NewColumns
+from mrope.errors import MRopeError
 
 Features = Callable[[Any, Any, dict[str, Any]], torch.Tensor]
 """(base model, the tower's output, what else the stage added) -> features, (N, hidden)."""
@@ -81,6 +82,52 @@ def with_newlines(self: Any, sizes: list[list[int]], total: int) -> list[int]:
     counts = [t * (h // side) * (w // side + 1) for t, h, w in sizes]
     around = (total - sum(counts)) // len(counts)
     return [count + around for count in counts]
+
+
+def convolve_frames(
+    self: Any,
+    hidden_states: torch.Tensor,
+    grid_thw: list[list[int]],
+    neighbour_offsets: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Convolve all frames by one index; replaces the forward of LFM3-VL's gated convolution.
+
+    transformers goes image by image, by sizes on the host, which have no fixed shape.
+
+    Args:
+        self: the layer.
+        hidden_states: (P, hidden).
+        grid_thw: the sizes, for the layer's own forward.
+        neighbour_offsets: int32 (P, K * K), see `mrope.towers.vision.neighbour_offsets`; None: the
+            layer's own forward.
+        kwargs: of the layer's own forward.
+
+    Raises:
+        MRopeError: an adapter stands in place of the convolution, whose weights alone are read.
+    """
+    if neighbour_offsets is None:
+        own: torch.Tensor = type(self).forward(self, hidden_states, grid_thw, **kwargs)
+        return own
+    if not isinstance(self.spatial_conv, torch.nn.Conv2d):
+        raise MRopeError(
+            f"{type(self.spatial_conv).__name__} in place of a convolution of the tower is not "
+            "supported with fixed shapes, which read its weights alone: leave shapes out"
+        )
+    before, behind, states = self.in_proj(hidden_states).chunk(3, dim=-1)
+    # In float32, as a convolution adds up its taps.
+    gated = (before * states).float()
+    weights, offsets = self.spatial_conv.weight.flatten(1).unbind(1), neighbour_offsets.unbind(1)
+    centre = len(weights) // 2
+    place = torch.arange(len(gated), device=gated.device)
+    mixed = gated * weights[centre]
+    for tap in (one for one in range(len(weights)) if one != centre):
+        # Where there is no neighbour the patch itself is read, not one patch by all: gradients of
+        # one place are added up one after another.
+        neighbour = gated.index_select(0, place + offsets[tap])
+        mixed = mixed + torch.where(offsets[tap][:, None] != 0, neighbour, 0) * weights[tap]
+    result: torch.Tensor = self.out_proj(behind * mixed.to(states.dtype))
+    return result
 
 
 def merge_patches(self: Any, image_features: torch.Tensor, image_grid_thw: torch.Tensor) -> Any:

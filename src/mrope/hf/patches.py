@@ -14,7 +14,13 @@ import torch
 
 from mrope.errors import MRopeError
 from mrope.hf.experts import route
-from mrope.hf.features import merge_crops, merge_patches, merge_windows, pair_frames
+from mrope.hf.features import (
+    convolve_frames,
+    merge_crops,
+    merge_patches,
+    merge_windows,
+    pair_frames,
+)
 from mrope.hf.forward import attached_forward
 from mrope.hf.heads import embed_for_retrieval
 from mrope.hf.indexer import pool_states, select_tokens
@@ -106,6 +112,8 @@ PATCHES = (
         _made_of("self_attn", "layer_norm1", "pre_norm", "linear_1", "act", "linear_2"),
         merge_windows,
     ),
+    # Within LFM3-VL's tower.
+    Patch(_made_of("in_proj", "spatial_conv", "out_proj"), convolve_frames),
     Patch(_defining("_update_linear_attn_mask"), linear_mask, "_update_linear_attn_mask"),
     # In text models: ERNIE's experts, linear attention and LFM3's convolutions, Qwen4-Exp's indexer
     # and GLM-5-Next's.

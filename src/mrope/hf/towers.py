@@ -37,6 +37,7 @@ _VISION = (
     "window_index",
     "interp_indices",
     "interp_weights",
+    "neighbour_offsets",
 )
 _AUDIO = ("padded_feature", "chunk_lengths", "valid_indices", "pool_indices", "max_seqlen")
 # Patches that a window of MiniCPM-V's tower merges.
@@ -157,8 +158,10 @@ def _grids(
 ) -> torch.Tensor:
     """Return the grids as the tower takes them, int64 (images, 3), or (frames, 3)."""
     if row.grids == "host":
-        # The tower asks its grids for values, which is no sync then.
-        return torch.tensor(taken["grid_sizes"])
+        # The tower asks its grids for values, which is no sync then. With fixed shapes there are
+        # none, and its layers take other tensors.
+        sizes = taken.get("grid_sizes", [])
+        return torch.tensor(sizes, dtype=torch.int64).view(len(sizes), 3)
     frames = len(cu_seqlens) - 1
     if row.grids == "device" or frames == len(grid_thw):
         return grid_thw

@@ -209,7 +209,7 @@ CLASS_DEFAULTS: dict[str, Defaults] = {
     "exaone4_5": _tokens(image=67, video=68) | _tower(14, window_size=112),
     "glm5_next": _glm(154854, 154830, 154832),
     "hyperclovax_vision_v2": _tokens(image=128060, video=128061) | _tower(14, window_size=112),
-    "lfm3_vl": _tokens(image=125030, video=125029) | _tower(16),
+    "lfm3_vl": _tokens(image=125030, video=125029) | _tower(16, conv_kernel_size=3),
     "video_llama_3": _tokens(image=151655, video=151656) | _plain_tower(16),
 }
 """Defaults by `model_type`. A family of `FAMILIES` without a class in transformers has no entry."""

@@ -30,6 +30,7 @@ class Tower:
             row, of an image that is to be drawn and has no pixels (GLM-Image). "merged_in_batch":
             grids, and by how many patches they are merged stands in the batch, not in the config
             (VideoLLaMA 3).
+        fixed: what it reads in batches of fixed shapes, in place of `tensors`; None: the same.
         videos: the tower takes videos too, not only images.
         patch: how the pixels of a patch lie: "flat", in one axis, or as an "image", (channels,
             side, side).
@@ -37,6 +38,7 @@ class Tower:
 
     tensors: tuple[str, ...] = ("borders", "positions", "windows", "table")
     sizes: Literal["grids", "crops", "without_last", "merged_in_batch"] = "grids"
+    fixed: tuple[str, ...] | None = None
     videos: bool = True
     patch: Literal["flat", "image"] = "flat"
 
@@ -382,7 +384,7 @@ ONE_DIMENSIONAL: dict[str, Family] = {
         _PLAIN,
         frames_apart=True,
         leaks=True,
-        tower=_ON_HOST,
+        tower=replace(_ON_HOST, fixed=("borders", "positions", "neighbours")),
     ),
     "video_llama_3": replace(
         _PLAIN,

@@ -144,6 +144,26 @@ def window_order(frames: Frames, merge: int, side: int) -> Tensors:
     }
 
 
+def neighbour_offsets(frames: Frames, merge: int, side: int) -> Tensors:
+    """Compute how far from each patch those lie that a convolution over its frame adds up.
+
+    Patches are in the order of `patch_positions`.
+
+    Args:
+        side: weights along each side of the convolution; odd.
+
+    Returns:
+        `neighbour_offsets` int32 (P, side * side): by the rows of weights, from a patch to its
+        neighbour; 0 to itself, and where the frame has none.
+
+    Example:
+        >>> neighbour_offsets(to_frames([[1, 1, 3]], 1), 1, 3)["neighbour_offsets"].tolist()
+        [[0, 0, 0, 0, 0, 1, 0, 0, 0], [0, 0, 0, -1, 0, 1, 0, 0, 0], [0, 0, 0, -1, 0, 0, 0, 0, 0]]
+    """
+    (offsets_PK,) = FRAME_CACHE.join(_offsets, frames, merge, side)
+    return {"neighbour_offsets": offsets_PK}
+
+
 def table_taps(frames: Frames, merge: int, side: int, corners: bool = True) -> Tensors:
     """Compute the four learned positions that each patch interpolates, and their weights.
 
@@ -188,6 +208,21 @@ def _positions(height: int, width: int, merge: int) -> Piece:
     positions[..., 0] = np.arange(height).reshape(-1, 1, merge, 1)
     positions[..., 1] = np.arange(width).reshape(-1, 1, merge)
     return (positions.reshape(-1, 2),)
+
+
+def _offsets(height: int, width: int, merge: int, side: int) -> Piece:
+    (positions_P2,) = FRAME_CACHE.recall(_positions, height, width, merge)
+    row_P, column_P = positions_P2.T
+    # With a margin, where there is no patch: -1.
+    reach = side // 2
+    place = np.full((height + 2 * reach, width + 2 * reach), -1)
+    own_P = np.arange(len(positions_P2))
+    place[row_P + reach, column_P + reach] = own_P
+    step_K = np.arange(side)
+    rows_PK = row_P[:, None] + step_K.repeat(side)
+    neighbour_PK = place[rows_PK, column_P[:, None] + np.tile(step_K, side)]
+    offsets_PK = np.where(neighbour_PK < 0, 0, neighbour_PK - own_P[:, None])
+    return (offsets_PK.astype(np.int32),)
 
 
 def _windows(height: int, width: int, merge: int, side: int) -> Piece:
@@ -371,6 +406,14 @@ PRODUCTS: dict[str, Product] = {
         lambda spec, frames: {"pair_index": pair_index(frames.grid_N3, spec.spatial_merge_size)},
         own=False,
         fixed=False,
+    ),
+    "neighbours": Product(
+        ("neighbour_offsets",),
+        lambda spec, frames: neighbour_offsets(
+            frames, spec.spatial_merge_size, spec.convolution_side
+        ),
+        needs="convolution_side",
+        own=False,
     ),
     "source_grids": Product(
         ("source_grids",),

@@ -32,6 +32,8 @@ class VisionSpec:
         table_side: learned positions along each side of the tower's table; None: no table.
         patch_shape: shape of a patch in `pixel_values`; None: the config does not say.
         tower: the family's row; by default, every tensor whose value above is given.
+        convolution_side: weights along each side of the tower's convolutions over frames; None:
+            there are none.
     """
 
     spatial_merge_size: int
@@ -39,6 +41,7 @@ class VisionSpec:
     table_side: int | None = None
     patch_shape: tuple[int, ...] | None = None
     tower: Tower = field(default_factory=Tower)
+    convolution_side: int | None = None
 
     @classmethod
     def from_config(cls, config: Columns | str | os.PathLike[str] | Any) -> VisionSpec:
@@ -65,14 +68,23 @@ class VisionSpec:
         family, tower = _find_tower(name)
         vision, where = read_tower(table, "vision_config", name, family)
         merge = _read_merge(vision, where, tower, table)
-        reads = {PRODUCTS[tensor].needs for tensor in tower.tensors}
+        tensors = (*tower.tensors, *(tower.fixed or ()))
+        reads = {PRODUCTS[tensor].needs for tensor in tensors}
+        convolves = "convolution_side" in reads
         return cls(
             merge,
             _read_window_side(vision, where, merge) if "window_side" in reads else None,
             _read_table_side(vision, where, tower) if "table_side" in reads else None,
             _read_patch_shape(vision, where, tower),
             tower,
+            read_int(vision, ("conv_kernel_size",), where, 1) if convolves else None,
         )
+
+    @property
+    def with_fixed_shapes(self) -> VisionSpec:
+        """The values of the same tower for batches of fixed shapes, see `Tower.fixed`."""
+        fixed = self.tower.fixed
+        return self if fixed is None else replace(self, tower=replace(self.tower, tensors=fixed))
 
     @property
     def keys(self) -> tuple[str, ...]:
