@@ -1,9 +1,9 @@
 """Linear attention over a flattened row in one call, which is told where the segments lie.
 
 Of Qwen3.5 and its kin: gated delta nets behind a short convolution; and of LFM3, whose layers are
-short convolutions alone. What they read of a row comes from the worker, see
-`mrope.collate.linear_columns`: no length of a segment is asked of the device, and as many operators
-run for many segments as for few.
+short convolutions alone, and read positions in 1-D. What the others read of a row comes from the
+worker too, see `mrope.collate.linear_columns`: no length of a segment is asked of the device, and
+as many operators run for many segments as for few.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def mix_segments(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch
     Args:
         hidden_states: (B, S, hidden).
         kwargs: those of the layer's own forward, to which rows go that have no segments; and what
-            `mrope.collate.linear_columns` adds for those that have.
+            `mrope.collate.linear_columns` adds for those that have; of LFM3 `linear_places` alone.
 
     Raises:
         MRopeError: a forward of another library, which runs segment by segment, and no list of
