@@ -23,9 +23,10 @@ from mrope.hf.features import (
 )
 from mrope.hf.forward import attached_forward
 from mrope.hf.heads import embed_for_retrieval
-from mrope.hf.indexer import pool_states, select_tokens
+from mrope.hf.indexer import select_tokens
 from mrope.hf.linear import mix_segments
 from mrope.hf.methods import as_method_of, bind, find_foreign, foreign_on_instance
+from mrope.hf.pools import pool_states
 from mrope.hf.rows import ROWS
 from mrope.hf.scatter import add_deepstack
 from mrope.hf.text import linear_mask
