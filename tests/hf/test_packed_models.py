@@ -30,7 +30,7 @@ from support.models import (
 )
 
 ATOL = 1e-4
-LINEAR = ("qwen3_5", "qwen3_5_moe", "qwen4_exp", "lfm3_vl")
+LINEAR = ("qwen3_5", "qwen3_5_moe", "qwen4_exp", "lfm3_vl", "glm5_next")
 
 
 def family_row(family: str) -> Family:

@@ -20,9 +20,10 @@ PASSED = {
 }
 SKIPPED = dict.fromkeys(PASSED, "skipped")
 Table = dict[str, dict[str, str]]
+Minor = tuple[int, int]
 
 
-def minor(release: str) -> tuple[int, int]:
+def minor(release: str) -> Minor:
     major, second, *_ = release.split(".")
     return int(major), int(second)
 
@@ -36,14 +37,18 @@ def table_of_the_page() -> Table:
     ):
         releases = re.findall(r"5\.\d+", since.partition(";")[0])
         first, last = minor(releases[0]), minor(releases[-1])
-        packs = flattened.startswith("yes")
+        since_then = re.match(r"yes, from (5\.\d+)", flattened)
+        packs = (minor(since_then[1]),) if since_then else (first,) * flattened.startswith("yes")
         for family in families.split(", "):
             assert family not in table
-            table[family] = {
-                one: ("A F" if packs else "A") if first <= minor(one) <= last else ""
-                for one in FOUND
-            }
+            table[family] = {one: _cell(minor(one), first, last, *packs) for one in FOUND}
     return table
+
+
+def _cell(one: Minor, first: Minor, last: Minor, flattened: Minor | None = None) -> str:
+    if not first <= one <= last:
+        return ""
+    return "A" if flattened is None or one < flattened else "A F"
 
 
 def test_every_cell_of_the_page_was_run() -> None:

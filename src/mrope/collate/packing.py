@@ -28,6 +28,7 @@ from mrope.spec.references import (
     borders_reach_the_tower,
     describe_known,
     installed_transformers,
+    is_flattened,
     prove_if_unknown,
 )
 from mrope.spec.spec import MRopeSpec
@@ -81,6 +82,11 @@ def check_packing(spec: MRopeSpec, options: Flatten) -> None:
             "the borders of examples; attach the model and say attached=True, or pad"
         )
     version = installed_transformers() or spec.reference.removeprefix("transformers-")
+    if not is_flattened(spec.family, version):
+        raise MRopeError(
+            f"packing='flatten' is refused for {spec.family} with transformers {version}, whose "
+            f"gradients are NaN; install {describe_known('flatten')}, or pad"
+        )
     if borders_reach_the_tower(version) and not options.attached:
         raise MRopeError(
             f"packing='flatten' is refused with transformers {version}: under flash attention the "

@@ -45,6 +45,11 @@ def _find(function: tuple[str, str]) -> Any:
         return None
 
 
+def can_call(tensor: torch.Tensor) -> bool:
+    """Whether functions of the package may be called as they are: in no graph, and on a GPU."""
+    return tensor.is_cuda and not torch.compiler.is_compiling()
+
+
 def can_run(tensor: torch.Tensor) -> bool:
     """Whether the package's delta rule takes what a layer computes from this tensor."""
     if not (tensor.is_cuda and _has(_RULE)):
@@ -84,8 +89,7 @@ def refuses(capability: tuple[int, int], triton: str) -> bool:
 
 def can_convolve(tensor: torch.Tensor, activation: str) -> bool:
     """Whether its convolution does; a graph has the taps as one kernel of its own."""
-    compiling = torch.compiler.is_compiling()
-    return not compiling and tensor.is_cuda and activation in _ACTIVATIONS and _has(_CONVOLUTION)
+    return can_call(tensor) and activation in _ACTIVATIONS and _has(_CONVOLUTION)
 
 
 def convolve(

@@ -1,13 +1,14 @@
 """Linear attention over a flattened row in one call, which is told where the segments lie.
 
-Of Qwen3.5 and its kin: gated delta nets behind a short convolution; and of LFM3, whose layers are
-short convolutions alone, and read positions in 1-D. What the others read of a row comes from the
-worker too, see `mrope.collate.linear_columns`: no length of a segment is asked of the device, and
-as many operators run for many segments as for few.
+Of Qwen3.5 and its kin: gated delta nets behind a short convolution; of GLM-5-Next: Kimi delta
+attention behind one; and of LFM3, whose layers are short convolutions alone, and read positions in
+1-D. What the others read of a row comes from the worker too, see `mrope.collate.linear_columns`: no
+length of a segment is asked of the device, and as many operators run for many segments as for few.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -88,13 +89,19 @@ def _computes_here(self: object, hidden_states: torch.Tensor, kwargs: NewColumns
     """Whether to compute whole rows as segments are, not by the layer's own forward.
 
     A graph cannot hold the kernels of flash-linear-attention, whose functions are marked as not to
-    be compiled.
+    be compiled; without kernels a gated delta net's own rule is slower than ours.
     """
+    slow = hasattr(self, "in_proj_qkv") and lacks_kernels(hidden_states)
     return (
-        (torch.compiler.is_compiling() or lacks_kernels(hidden_states))
+        (torch.compiler.is_compiling() or slow)
         and kwargs.get("cache", kwargs.get("cache_params")) is None
         and _foreign_forward(type(self)) is None
     )
+
+
+def _decays_by_channel(self: object) -> bool:
+    """Whether a layer is Kimi delta attention, not a gated delta net."""
+    return hasattr(self, "forget_gate")
 
 
 def _mask_padding(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -110,6 +117,8 @@ def _mix_row(self: Any, hidden_states: torch.Tensor, segments: NewColumns) -> to
     """
     if hasattr(self, "in_proj_qkv"):
         return _mix(self, hidden_states, segments)
+    if _decays_by_channel(self):
+        return _mix_by_channel(self, hidden_states, segments)
     # LFM3's: a convolution between two gates, without an activation.
     before, behind, states = self.in_proj(hidden_states).chunk(3, dim=-1)
     weight, bias = self.conv.weight.squeeze(1), self.conv.bias
@@ -135,6 +144,17 @@ def _mix(self: Any, hidden_states: torch.Tensor, segments: NewColumns) -> torch.
     return result
 
 
+def _mix_by_channel(self: Any, hidden_states: torch.Tensor, segments: NewColumns) -> torch.Tensor:
+    """Return `_mix_row` of Kimi delta attention."""
+    projections = (self.q_proj, self.k_proj, self.v_proj)
+    states = torch.cat([project(hidden_states) for project in projections], dim=-1)
+    decay, beta = self.forget_gate(hidden_states), self.b_proj(hidden_states).sigmoid()
+    out = _mix_padded(self, states, decay, beta, segments)
+    gate = self.g_b_proj(self.g_a_proj(hidden_states)).reshape(out.shape)
+    result: torch.Tensor = self.o_proj(self.o_norm(out, gate).flatten(2))
+    return result
+
+
 def _mix_padded(
     self: Any,
     states: torch.Tensor,
@@ -142,10 +162,17 @@ def _mix_padded(
     beta: torch.Tensor,
     segments: NewColumns,
 ) -> torch.Tensor:
-    """Run convolution and rule in torch alone, the segments of a row in one padded call."""
+    """Run convolution and rule, the segments of a row in one padded call.
+
+    Args:
+        states: (B, S, channels), the projected queries, keys and values.
+        decay: (B, S, heads), or by channel (B, S, heads, d).
+        beta: (B, S, heads).
+        segments: as in `_mix`.
+    """
     slots = segments.get("linear_slots")
     if slots is None:
-        return gated_delta_rule(*_split(self, _convolve(self, states, {})), decay, beta)
+        return _run_rule(self, states, decay, beta)
     if self.conv1d.kernel_size[0] - 1 > GAP:
         raise MRopeError(
             f"packing='flatten' is not supported for convolutions of {self.conv1d.kernel_size[0]} "
@@ -157,12 +184,31 @@ def _mix_padded(
         _lay_out(one, slots, rows, width, fill)
         for one, fill in ((states, 0), (decay, _FORGET), (beta, 0))
     )
-    out = gated_delta_rule(*_split(self, _convolve(self, states, {})), decay, beta)
+    out = _run_rule(self, states, decay, beta)
     return out.flatten(0, 1).index_select(0, slots)[None]
+
+
+def _run_rule(
+    self: Any, states: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor
+) -> torch.Tensor:
+    """Run convolution and rule on rows of one segment each; arguments as in `_mix_padded`."""
+    parts = _split(self, _convolve(self, states, {}))
+    if not _decays_by_channel(self):
+        return gated_delta_rule(*parts, decay, beta)
+    rule = modelling_of(self).chunk_kimi_delta_attention
+    # Where flash-linear-attention is installed, transformers' function calls its kernel. That takes
+    # no list of chunks, and would ask the device for one if it were given borders.
+    rule = rule if fused.can_call(states) else inspect.unwrap(rule)
+    out: torch.Tensor = rule(*parts, g=decay, beta=beta, use_qk_l2norm_in_kernel=True)[0]
+    return out
 
 
 def _split(self: Any, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return query, key and value (B, S, heads, d) of what the convolution gives."""
+    if _decays_by_channel(self):
+        heads = (*mixed.shape[:2], -1, self.head_dim)
+        query, key, value = (one.reshape(heads) for one in mixed.chunk(3, dim=-1))
+        return query, key, value
     query, key, value = torch.split(mixed, [self.key_dim, self.key_dim, self.value_dim], dim=-1)
     rows = mixed.shape[:2]
     query, key = (one.reshape(*rows, -1, self.head_k_dim) for one in (query, key))
@@ -184,13 +230,15 @@ def _convolve(self: Any, states: torch.Tensor, segments: NewColumns) -> torch.Te
     """Return the layer's short convolution of states (B, S, channels), with its activation."""
     convolution, places = self.conv1d, segments.get("linear_places")
     weight, bias = convolution.weight.squeeze(1), convolution.bias
-    if fused.can_convolve(states, self.activation):
+    # What it runs in: the weights of Kimi delta attention stay float32 in half precision.
+    kind = states.dtype if torch.is_autocast_enabled(states.device.type) else weight.dtype
+    if kind == states.dtype and fused.can_convolve(states, self.activation):
         return fused.convolve(states, weight, bias, self.activation, segments)
     if places is None and not torch.compiler.is_compiling():
         mixed = convolution(states.mT.to(weight.dtype))[..., : states.shape[1]].mT
     else:
         # Rounded before the activation, as transformers' own convolution is.
-        mixed = _taps(states, weight, bias, places).to(states.dtype)
+        mixed = _taps(states, weight, bias, places).to(kind)
     result: torch.Tensor = modelling_of(self).ACT2FN[self.activation](mixed)
     return result.to(states.dtype)
 

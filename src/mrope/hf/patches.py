@@ -26,7 +26,7 @@ from mrope.hf.heads import embed_for_retrieval
 from mrope.hf.indexer import select_tokens
 from mrope.hf.linear import mix_segments
 from mrope.hf.methods import as_method_of, bind, find_foreign, foreign_on_instance
-from mrope.hf.pools import pool_states
+from mrope.hf.pools import pool_states, select_pools
 from mrope.hf.rows import ROWS
 from mrope.hf.scatter import add_deepstack
 from mrope.hf.text import linear_mask
@@ -125,8 +125,15 @@ PATCHES = (
         calls_own=True,
         by_name=True,
     ),
+    Patch(
+        _holding("conv1d", "q_proj", "k_proj", "v_proj", "forget_gate", "b_proj", "o_proj"),
+        mix_segments,
+        calls_own=True,
+        by_name=True,
+    ),
     Patch(_made_of("conv", "in_proj", "out_proj"), mix_segments, calls_own=True, by_name=True),
     Patch(_holding("index_qk_proj"), select_tokens),
+    Patch(_defining("get_pooled_states"), select_pools, calls_own=True),
     Patch(_defining("get_pooled_states"), pool_states, "get_pooled_states"),
 )
 """What `attach` replaces in a base model, and around it."""

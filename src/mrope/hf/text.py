@@ -26,6 +26,7 @@ from mrope.errors import MRopeError
 from mrope.hf.attention import ONLY_CAUSAL, TEXT_ATTENTION, has_layers, is_flash
 from mrope.hf.inputs import Tensors, cache_of, drop_unread, take_mask
 from mrope.hf.linear import lacks_kernels
+from mrope.hf.pools import find_pools
 from mrope.hf.varlen import TAKES_WINDOW, can_attend
 
 Masks = Callable[[Any, torch.Tensor, torch.Tensor | None, Any], Any]
@@ -140,8 +141,26 @@ def run_plain(text: object, embeds: torch.Tensor, inputs: Tensors) -> Any:
     return _run_under(masks, text, embeds, inputs)
 
 
-def run_pooled(text: object, embeds: torch.Tensor, inputs: Tensors) -> Any:
-    """Run GLM-5-Next's, whose layers, the indexed ones too, take the padding mask itself."""
+def run_pooled(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
+    """Run GLM-5-Next's, whose layers, the indexed ones too, take the padding mask itself.
+
+    Those of a flattened row take its pools in place of a mask.
+
+    Raises:
+        MRopeError: as `take_borders`; or a flattened row under eager attention, which lets a token
+            that selects nothing attend to the whole row.
+    """
+    config, row = text.config, dict(inputs)
+    if take_borders(config, inputs) is not None:
+        if config._attn_implementation != "sdpa" and not config.index_kpool_always_select_tail:  # noqa: SLF001
+            raise MRopeError(
+                "packing='flatten' is not supported for glm5_next without "
+                "index_kpool_always_select_tail under eager attention: a token in front of its "
+                "first whole pool attends to the whole row; use sdpa, or pad the batches"
+            )
+        pools = find_pools(config, row["cu_seq_lens_q"], row["seq_idx"], row["segment_sizes"])
+        masks = dict.fromkeys(config.layer_types, pools) | dict.fromkeys(_MULTIPLIED)
+        inputs["attention_mask"] = masks
     return _run_under(_padding_masks, text, embeds, inputs)
 
 

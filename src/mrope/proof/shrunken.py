@@ -173,14 +173,16 @@ def _give_sections(text: Any, head_dim: int) -> None:
 
 
 def _give_indexer(text: Any, head_dim: int) -> None:
-    """Set an indexer where Qwen4-Exp's default config, which no checkpoint has, lacks one."""
+    """Set an indexer with a budget below the rows' lengths.
+
+    Qwen4-Exp's default config, which no checkpoint has, lacks one.
+    """
     if getattr(text, "indexer_n_heads", 0) is None:
-        # Enough heads that no two blocks of keys score the same, and a budget below the rows'
-        # lengths.
+        # Enough heads that no two blocks of keys score the same; GLM-5-Next has 32.
         text.indexer_n_heads, text.indexer_kv_heads, text.indexer_head_dim = 8, 1, head_dim
         text.indexer_budget, text.indexer_compress_ratio = 8, 4
     # Below the rows' lengths.
-    _set(text, {"index_topk": 8})
+    _set(text, {"index_topk": 8, "index_kpool": 4})
 
 
 def _set(section: object, values: Columns) -> None:

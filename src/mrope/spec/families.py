@@ -377,7 +377,12 @@ ONE_DIMENSIONAL: dict[str, Family] = {
     "dots3_note": _PLAIN,
     "exaone4_5": replace(_PLAIN, tower=_WINDOWED),
     "glm5_next": replace(
-        _GLM, one_dimensional=True, packs=False, pools=True, references=_PLAIN.references
+        _GLM,
+        one_dimensional=True,
+        leaks=True,
+        linear=True,
+        pools=True,
+        references=_PLAIN.references,
     ),
     "hyperclovax_vision_v2": replace(_PLAIN, tower=_WINDOWED),
     "lfm3_vl": replace(

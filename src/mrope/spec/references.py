@@ -96,6 +96,9 @@ REFERENCES: dict[str, Reference] = {
 # First release whose unmodified models keep the borders of the flattened row, `cu_seq_lens_q`, from
 # flash attention in the vision tower.
 _BORDERS_APART: Release = (5, 23)
+# First release with which a family is flattened. Before it the linear layers of GLM-5-Next take the
+# exponential of what lies above the diagonal, which overflows, and their gradients are NaN.
+_FLATTENED_SINCE: dict[str, Release] = {"glm5_next": (5, 17)}
 # Releases in which every family that has a feature was compared.
 _COMPARED: dict[str, tuple[Era, ...]] = {
     "positions": tuple(reference.era for reference in REFERENCES.values()),
@@ -160,6 +163,16 @@ def interpolates_to_corners(family: str) -> bool:
         return False
     first, last = _TO_CORNERS[family]
     return first <= as_release(version) <= last
+
+
+def is_flattened(family: str, version: str) -> bool:
+    """Whether a family, if it is packed at all, is packed with this release.
+
+    Example:
+        >>> is_flattened("glm5_next", "5.16.1"), is_flattened("qwen3_vl", "5.16.1")
+        (False, True)
+    """
+    return as_release(version) >= _FLATTENED_SINCE.get(family, (0, 0))
 
 
 def borders_reach_the_tower(version: str) -> bool:
