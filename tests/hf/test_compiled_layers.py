@@ -80,6 +80,22 @@ def test_checkpointing_peft_and_autocast(make: Any) -> None:
         assert not counted["graph_break"]
 
 
+@pytest.mark.parametrize("packing", [None, "flatten"])
+def test_pools_of_keys_and_states_that_decay_by_channel(packing: Any) -> None:
+    family = "glm5_next"
+    model: Any = attach(model_of_depth(2, family))
+    batch = collate(family, examples_of(family), packing, ONE_RUNG)
+    want, wanted = step(model, dict(batch))
+    with fresh_dynamo() as counted:
+        compile_layers(model, backend="aot_eager")
+        loss, grads = step(model, batch)
+        assert not counted["graph_break"]
+    assert (loss - want).abs() < 1e-5
+    assert [name for name, one in grads.items() if one is None] == [
+        name for name, one in wanted.items() if one is None
+    ]
+
+
 @pytest.mark.parametrize("wrap", [in_ddp, in_fsdp])
 def test_wrappers_of_ranks(wrap: Any, one_rank: None) -> None:
     model: Any = attach(model_of_depth(2, FAMILY))

@@ -44,7 +44,7 @@ PADDED = (
 )
 FLATTENED = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
 # With 1-D positions.
-PLAIN = ("dots3_note", "exaone4_5", "hyperclovax_vision_v2", "lfm3_vl")
+PLAIN = ("dots3_note", "exaone4_5", "hyperclovax_vision_v2", "lfm3_vl", "glm5_next")
 CASES = [
     *((one, None) for one in (*PADDED, *PLAIN)),
     *((one, "flatten") for one in (*FLATTENED, *PLAIN)),
@@ -196,7 +196,8 @@ def test_forward_and_backward_compile_to_one_graph(family: str) -> None:
             loss, grads = step(compiled, dict(batch))
             assert (loss - want).abs() < 1e-5
             for one, other in zip(grads.values(), wanted.values(), strict=True):
-                assert torch.allclose(one, other, atol=2e-6)
+                # An indexer chooses keys, and has no gradient.
+                assert torch.allclose(one, other, atol=2e-6) if other is not None else one is None
         assert counted["stats"]["unique_graphs"] == 1
 
 

@@ -67,7 +67,6 @@ UNFIXED = {
     "cosmos3_edge",
     "qwen2_5_omni_thinker",
     "qwen3_omni_moe_thinker",
-    "glm5_next",
     "video_llama_3",
     "glm_image",
     "hunyuan_vl",

@@ -156,6 +156,12 @@ def test_a_row_without_what_linear_layers_read_is_refused() -> None:
         attach(make_model())(**batch)
 
 
+def test_an_unmodified_model_gets_no_flattened_rows() -> None:
+    """Its linear layers and its pools look over borders, with causal_conv1d without a word."""
+    with pytest.raises(MRopeError, match="refused for an unmodified glm5_next"):
+        collate(rows_of([4]), packing="flatten")
+
+
 def test_a_release_whose_gradients_are_nan_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mrope.collate.packing.installed_transformers", lambda: "5.16.1")
     with pytest.raises(MRopeError, match="glm5_next with transformers 5.16.1, whose gradients"):

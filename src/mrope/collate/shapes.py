@@ -85,15 +85,11 @@ def check_positions(spec: MRopeSpec) -> None:
     """Refuse a family whose tokens cannot be padded to a rung.
 
     Raises:
-        MRopeError: a family that takes audio or crops, or whose text layers pool tokens.
+        MRopeError: a family that takes audio or crops.
     """
     row = spec.family_row
     if row.custom_index is not None and not row.one_dimensional:
         raise MRopeError(f"shapes is not supported for {spec.family}: audio and crops vary in size")
-    if row.pools:
-        raise MRopeError(
-            f"shapes is not supported for {spec.family}: pools of tokens follow from their lengths"
-        )
 
 
 def one_tower_call(

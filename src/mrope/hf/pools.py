@@ -32,7 +32,7 @@ class Pools(NamedTuple):
         tail: int64 (T, R - 1), what each token sees behind its last whole pool, itself included; -1
             where there is none. (T, 0) where a model does not select it.
         alike: tokens (N,) and pools (N, P') of examples that have equally many pools, and more than
-            a token selects; on a CPU alone.
+            a token selects; on a CPU alone, and without fixed shapes.
     """
 
     ends: torch.Tensor
@@ -48,7 +48,7 @@ def find_pools(config: Any, borders: torch.Tensor, seq_idx: torch.Tensor, sizes:
         config: the text model's.
         borders: (examples + 1,), where examples begin and end.
         seq_idx: (1, T), the example of each token.
-        sizes: tokens of each example.
+        sizes: tokens of each example; none with fixed shapes.
     """
     pool, example, borders = config.index_kpool, seq_idx[0].long(), borders.long()
     token, start = torch.arange(len(example), device=example.device), borders[example]

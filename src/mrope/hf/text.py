@@ -158,7 +158,8 @@ def run_pooled(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
                 "index_kpool_always_select_tail under eager attention: a token in front of its "
                 "first whole pool attends to the whole row; use sdpa, or pad the batches"
             )
-        pools = find_pools(config, row["cu_seq_lens_q"], row["seq_idx"], row["segment_sizes"])
+        sizes = row.get("segment_sizes", ())
+        pools = find_pools(config, row["cu_seq_lens_q"], row["seq_idx"], sizes)
         masks = dict.fromkeys(config.layer_types, pools) | dict.fromkeys(_MULTIPLIED)
         inputs["attention_mask"] = masks
     return _run_under(_padding_masks, text, embeds, inputs)

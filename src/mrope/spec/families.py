@@ -93,8 +93,6 @@ class Family:
         leaks: an unmodified model looks over the borders of examples in one row, and says nothing:
             only attached models are packed.
         linear: the text model has layers of linear attention, whose state runs along the row.
-        pools: its layers pool neighbouring tokens, and how many pools there are follows from the
-            lengths of rows: batches have no fixed shapes.
         references: keys of `REFERENCES` that the family was compared with. With a `source`: those
             whose conventions for padding and rope deltas it can have.
         source: where the rule is published, for a family without a class in transformers: its
@@ -126,7 +124,6 @@ class Family:
     packs: bool = True
     leaks: bool = False
     linear: bool = False
-    pools: bool = False
     references: tuple[str, ...] = tuple(REFERENCES)
     source: str | None = None
     image_keys: tuple[str, ...] = ("image_token_id",)
@@ -381,7 +378,6 @@ ONE_DIMENSIONAL: dict[str, Family] = {
         one_dimensional=True,
         leaks=True,
         linear=True,
-        pools=True,
         references=_PLAIN.references,
     ),
     "hyperclovax_vision_v2": replace(_PLAIN, tower=_WINDOWED),
