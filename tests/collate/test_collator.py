@@ -240,9 +240,23 @@ def test_a_text_batch_has_no_vision_tensors_but_says_whether_it_is_padded() -> N
     collator = MRopeCollator(None, spec_of(), VisionSpec(spatial_merge_size=2, table_side=4))
     for rows, padded in (([[7, 8], [9]], True), ([[7, 8], [9, 7]], False)):
         batch = collator([{"input_ids": row} for row in rows])
-        assert batch["has_padding"] is padded
-        added = {"position_ids", "rope_deltas", "has_padding"}
+        assert batch["has_padding"] is batch["padded_behind"] is padded
+        added = {"position_ids", "rope_deltas", "has_padding", "padded_behind"}
         assert set(batch) == {"input_ids", "attention_mask"} | added
+
+
+@pytest.mark.parametrize(
+    ("mask", "behind"), [([1, 1, 0], True), ([0, 1, 1], False), ([1, 0, 1], False)]
+)
+def test_a_batch_says_whether_padding_is_behind_its_tokens(mask: list[int], behind: bool) -> None:
+    inner = Given(
+        {
+            "input_ids": torch.tensor([[7, 8, 9]] * 2),
+            "attention_mask": torch.tensor([mask, [1, 1, 1]]),
+        }
+    )
+    batch = MRopeCollator(inner, spec_of(), VisionSpec(spatial_merge_size=2))([{}])
+    assert batch["has_padding"] is True and batch["padded_behind"] is behind
 
 
 def test_vision_tensors_of_the_inner_function_are_a_mistake_too() -> None:
