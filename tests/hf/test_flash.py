@@ -37,6 +37,8 @@ from support.models import (
 # The indexer of dots3_note needs a mask, which no release makes under flash attention.
 RUN = {*MODEL_FAMILIES, *PLAIN_FAMILIES} - {"dots3_note"}
 FAMILIES = [one for one in PACKED if one in RUN]
+# Text models that search the positions of rows for borders where they make a mask.
+PLAIN = ("hyperclovax_vision_v2", "video_llama_3")
 
 
 @pytest.mark.parametrize("multiple", [1, 16])
@@ -68,13 +70,15 @@ def test_an_attached_model_does_not_sync(family: str) -> None:
     assert [site for site in sites if not site.file.endswith("flash.py")] == []
 
 
-def padded(family: str, side: Literal["left", "right"]) -> MRopeCollator:
+def padded(family: str, side: Literal["left", "right"], multiple: int = 1) -> MRopeCollator:
     vision = VisionSpec.from_config(model_config(family))
-    return MRopeCollator(PaddingCollator(padding_side=side), tiny_spec(family), vision)
+    # Padding that is not zeros: the embedding of token 0 is.
+    inner = PaddingCollator(pad_token_id=7, padding_side=side, pad_to_multiple_of=multiple)
+    return MRopeCollator(inner, tiny_spec(family), vision)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("family", MODEL_FAMILIES)
+@pytest.mark.parametrize("family", [*MODEL_FAMILIES, *PLAIN])
 def test_rows_padded_behind_are_not_unpadded(family: str, side: Literal["left", "right"]) -> None:
     """Unpadding asks the device; in front of its tokens padding has to go."""
     examples = mixed_examples(family, media_of(family)[0])
@@ -90,6 +94,20 @@ def test_rows_padded_behind_are_not_unpadded(family: str, side: Literal["left", 
     syncs = [site for site in sites if not site.file.endswith("flash.py")]
     indexed = has_layers(model.config.get_text_config(), "indexed_attention")
     assert bool(syncs) is (side == "left" or indexed)
+
+
+@pytest.mark.parametrize("multiple", [1, 64])
+@pytest.mark.parametrize("family", ["glm4v_moe", *PLAIN])
+def test_no_borders_are_searched_for_in_one_row(family: str, multiple: int) -> None:
+    """By its positions, which in GLM-4.5V's layers are M-RoPE's: those of an image are equal."""
+    examples = mixed_examples(family, media_of(family)[0])[:1]
+    batch = padded(family, "right", multiple)(examples)
+    expected = logits_alone(tiny_model(family, "sdpa"), family, examples)
+    with flash_attention():
+        model = attach(tiny_model(family, "flash_attention_2").train())
+        assert difference(model, dict(batch), expected) < ATOL
+        sites = guarded_step(model, batch).sites
+    assert [site for site in sites if not site.file.endswith("flash.py")] == []
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -65,6 +65,7 @@ def run_rope(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
         if mask is None and cache_of(inputs) is None and text.mrope_attention == "varlen":
             inputs[ONLY_CAUSAL] = True
     mask = _as_taken(text, mask)
+    _give_border(text.config, embeds, mask, inputs)
     return text(input_ids=None, inputs_embeds=embeds, attention_mask=mask, **inputs)
 
 
@@ -171,8 +172,31 @@ def _run_under(make_masks: Masks, text: Any, embeds: torch.Tensor, inputs: Tenso
     drop_unread(inputs)
     if not isinstance(mask, dict):
         mask = make_masks(config, embeds, mask, cache_of(inputs))
+    _give_border(config, embeds, mask, inputs)
     with _masks_as_given(text, mask):
         return text(inputs_embeds=embeds, attention_mask=mask, **inputs)
+
+
+def _give_border(config: object, embeds: torch.Tensor, mask: object, inputs: Tensors) -> None:
+    """Give flash attention the borders of a batch of one row, or it searches positions for some.
+
+    That is a sync in each layer. GLM-4.5V's layers are given M-RoPE's positions, which are equal
+    within an image: the row would be cut there.
+    """
+    masks = mask.values() if isinstance(mask, dict) else (mask,)
+    if (
+        is_flash(config)
+        and len(embeds) == 1
+        and all(one is None for one in masks)
+        and cache_of(inputs) is None
+        and inputs.get("cu_seq_lens_q") is None
+        # Whose own forward takes borders with kernels alone.
+        and not any(has_layers(config, kind) for kind in _MULTIPLIED)
+    ):
+        width = embeds.shape[1]
+        border = torch.arange(0, width + 1, width, dtype=torch.int32, device=embeds.device)
+        inputs.update(dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), border))
+        inputs.update(dict.fromkeys(("max_length_q", "max_length_k"), width))
 
 
 def causal_mask(
