@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -124,6 +125,35 @@ def test_a_fast_kernel_gets_no_mask_for_padding_behind(
     assert (logits[batch["attention_mask"].bool()] - expected).abs().max() < ATOL
     masked = any("bitwise_and" in name for name in operators.count)  # of causal order and padding
     assert masked is (side == "left")
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "lfm3_vl", "qwen3_vl"])
+def test_a_cache_is_as_with_a_mask(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recurrent layers leave the state behind the padding, which their input is multiplied for."""
+    batch = padded(family, "right")(mixed_examples(family, media_of(family)[0]))
+    mask = torch.cat((batch["attention_mask"], torch.ones(len(batch["input_ids"]), 1).long()), 1)
+    end = torch.full((len(mask), 1), mask.shape[1] - 1)
+    if "rope_deltas" in batch:
+        end = (batch["attention_mask"].sum(1, keepdim=True) + batch["rope_deltas"]).expand(3, -1, 1)
+    after = {"input_ids": torch.full((len(mask), 1), 9), "attention_mask": mask}
+    model = attach(tiny_model(family))
+    found = []
+    for is_fast in (False, True):
+        monkeypatch.setattr(inputs, "can_attend", lambda tensor, fast=is_fast: fast)
+        with torch.no_grad():
+            cache = model(**dict(batch), use_cache=True).past_key_values
+            found.append(model(**after, position_ids=end, cache=cache).logits)
+    assert (found[0] - found[1]).abs().max() < ATOL
+
+
+@pytest.mark.parametrize("kind", ["indexed_attention", "qwen_sparse_attention"])
+def test_an_indexer_of_any_release_gets_the_mask(kind: str) -> None:
+    mask = torch.tensor([[1, 1, 0]])
+    for layers, kept in (("full_attention",), False), (("full_attention", kind), True):
+        config = SimpleNamespace(_attn_implementation="flash_attention_2", layer_types=layers)
+        batch = {"attention_mask": mask, "has_padding": True, "padded_behind": True}
+        found = inputs.take_mask(batch, config, torch.zeros(1, 3, 4))
+        assert (found is mask) is kept
 
 
 def test_without_its_borders_the_examples_leak() -> None:

@@ -35,6 +35,11 @@ While a graph is compiled with torch before 2.14, transformers makes such a mask
 otherwise, and with it sdpa takes a slower kernel: twice the time of the step's attention at 16k.
 """
 
+RECURRENT = ("conv", "linear_attention")
+"""Layers that multiply their input by the padding mask, (B, S), and attend to nothing."""
+INDEXED = ("qwen_sparse_attention", "indexed_attention")
+"""Layers whose indexer selects tokens by the mask, by their name up to 5.17 and since."""
+
 
 class Borders(NamedTuple):
     """Where segments begin and end, in every form that one of the ways takes.
@@ -235,9 +240,9 @@ def is_flash(config: Any) -> bool:
     return "flash" in (config._attn_implementation or "")  # noqa: SLF001 - no public name
 
 
-def has_layers(config: object, kind: str) -> bool:
-    """Whether the config of a text model lists layers of a kind."""
-    return kind in (getattr(config, "layer_types", None) or ())
+def has_layers(config: object, *kinds: str) -> bool:
+    """Whether the config of a text model lists layers of one of these kinds."""
+    return not set(kinds).isdisjoint(getattr(config, "layer_types", None) or ())
 
 
 def modelling_of(layer: object) -> Any:

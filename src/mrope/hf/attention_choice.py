@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from mrope.hf.attention import has_layers, undo_varlen, use_varlen
+from mrope.hf.attention import INDEXED, has_layers, undo_varlen, use_varlen
 from mrope.hf.methods import as_method_of, bind, copies, find_foreign, is_wrapper
 from mrope.hf.rows import row_of
 from mrope.hf.thinkers import text_model
@@ -102,8 +102,7 @@ def _choose_attention(part: Any, attention: Attention) -> tuple[str, str]:
     implementation = part.config._attn_implementation or "sdpa"  # noqa: SLF001 - no public name
     if "flash" in implementation:
         return "flash", f"the model was built with {implementation}"
-    # By its name up to 5.17, and since.
-    if any(has_layers(part.config, f"{kind}_attention") for kind in ("qwen_sparse", "indexed")):
+    if has_layers(part.config, *INDEXED):
         return "segments", "its indexer selects tokens by a mask, which the kernel does not take"
     if getattr(part.config, "attention_dropout", 0):
         # Told or not: in training neither mask nor kernel would keep the examples of a row apart.

@@ -9,7 +9,7 @@ import torch
 
 from mrope.columns import COLUMNS, LINEAR_KEYS, NewColumns, columns, tower_key
 from mrope.errors import MRopeError
-from mrope.hf.attention import has_layers, is_flash
+from mrope.hf.attention import INDEXED, RECURRENT, has_layers, is_flash
 from mrope.hf.generation import is_generating
 from mrope.hf.varlen import can_attend
 
@@ -195,9 +195,21 @@ def take_mask(inputs: Tensors, config: object, embeds: torch.Tensor) -> Any:
         inputs.get("padded_behind", False)
         and cache_of(inputs) is None  # which later tokens would find the padding in
         and (is_flash(config) or can_attend(embeds))
-        and not has_layers(config, "indexed_attention")  # whose blocks of keys may hold both
+        and not has_layers(config, *INDEXED)  # whose blocks of keys may hold both
+        and not (has_layers(config, *RECURRENT) and _fills_cache(inputs, config))
     )
     return None if hidden else mask
+
+
+def _fills_cache(inputs: Tensors, config: object) -> bool:
+    """Whether the text model is to return a cache; nobody decodes from a step with gradients.
+
+    The state that a recurrent layer leaves there is that behind the padding.
+    """
+    asked: bool | None = inputs.get("use_cache")
+    if asked is None:
+        return getattr(config, "use_cache", False) and not torch.is_grad_enabled()
+    return asked
 
 
 def drop_unread(inputs: Tensors) -> None:

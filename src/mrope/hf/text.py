@@ -23,7 +23,7 @@ from transformers.masking_utils import (
 
 from mrope.columns import LINEAR_KEYS, NewColumns
 from mrope.errors import MRopeError
-from mrope.hf.attention import ONLY_CAUSAL, TEXT_ATTENTION, has_layers, is_flash
+from mrope.hf.attention import ONLY_CAUSAL, RECURRENT, TEXT_ATTENTION, has_layers, is_flash
 from mrope.hf.inputs import Tensors, cache_of, drop_unread, take_mask
 from mrope.hf.linear import lacks_kernels
 from mrope.hf.pools import find_pools
@@ -45,8 +45,6 @@ _ASKS_NOTHING: NewColumns = (
     if "allow_is_causal_skip" in inspect.signature(create_causal_mask).parameters
     else {"and_mask_function": _hide_nothing}
 )
-# Layers that multiply their input by the mask, (B, S), and attend to nothing.
-_MULTIPLIED = ("conv", "linear_attention")
 
 
 def run_rope(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
@@ -161,7 +159,7 @@ def run_pooled(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
             )
         sizes = row.get("segment_sizes", ())
         pools = find_pools(config, row["cu_seq_lens_q"], row["seq_idx"], sizes)
-        masks = dict.fromkeys(config.layer_types, pools) | dict.fromkeys(_MULTIPLIED)
+        masks = dict.fromkeys(config.layer_types, pools) | dict.fromkeys(RECURRENT)
         inputs["attention_mask"] = masks
     return _run_under(_padding_masks, text, embeds, inputs)
 
@@ -191,7 +189,7 @@ def _give_border(config: object, embeds: torch.Tensor, mask: object, inputs: Ten
         and cache_of(inputs) is None
         and inputs.get("cu_seq_lens_q") is None
         # Whose own forward takes borders with kernels alone.
-        and not any(has_layers(config, kind) for kind in _MULTIPLIED)
+        and not has_layers(config, *RECURRENT)
     ):
         width = embeds.shape[1]
         border = torch.arange(0, width + 1, width, dtype=torch.int32, device=embeds.device)
@@ -337,7 +335,7 @@ def _mask(
     within: NewColumns | None,
 ) -> torch.Tensor | None:
     """Return the mask of one kind of layer; without position ids, which would be searched."""
-    if kind in _MULTIPLIED:
+    if kind in RECURRENT:
         return None if padding_mask is None else padding_mask.contiguous()
     # A padding mask is passed on only if the worker found padding: there is nothing to skip.
     skip = padding_mask is None and kind != "indexed_attention"
