@@ -146,6 +146,37 @@ def test_generate_runs_layers_as_they_were() -> None:
         assert not counted["stats"]["unique_graphs"]
 
 
+def test_a_loop_that_decodes_runs_layers_as_they_were() -> None:
+    model: Any = attach(model_of_depth(2, FAMILY)).eval()
+
+    def decode() -> torch.Tensor:
+        ids = torch.tensor([[7, 8, 9]])
+        new, cache = ids, None
+        for _ in range(12):
+            end = ids.shape[1]
+            places = torch.arange(end - new.shape[1], end).expand(3, 1, -1)
+            out = model(input_ids=new, position_ids=places, cache=cache, use_cache=True)
+            cache, new = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            ids = torch.cat((ids, new), 1)
+        return ids
+
+    with fresh_dynamo() as counted, torch.no_grad():
+        want = decode()
+        compile_layers(model, backend="eager")
+        assert torch.equal(decode(), want)
+        assert counted["stats"]["unique_graphs"] <= 3  # of the prompt: layers, and the last norm
+
+
+def test_what_is_compiled_twice_is_undone_at_once() -> None:
+    model: Any = attach(model_of_depth(1, FAMILY))
+    batch = collate(FAMILY, examples_of(FAMILY), None, ONE_RUNG)
+    with fresh_dynamo() as counted, torch.inference_mode():
+        compile_layers(compile_layers(model, backend="aot_eager"), backend="eager")
+        detach(model)
+        attach(model)(**batch)
+        assert not counted["stats"]["unique_graphs"]
+
+
 def test_what_a_user_compiled_stays() -> None:
     model: Any = attach(model_of_depth(2, FAMILY))
     own = [model, model.model, model.model.language_model.layers[0]]
@@ -180,6 +211,7 @@ def test_without_rungs_few_shapes_are_taken(packing: Any, monkeypatch: pytest.Mo
         assert graphs[0] == graphs[1]
         with pytest.raises(MRopeError, match="for each shape of a batch, and this is number 2"):
             model(**dict(other))
+        model(**dict(one))  # whose graphs there are
         model(**collate(FAMILY, examples_of(FAMILY), packing, ONE_RUNG))
         copy.deepcopy(model)(**dict(other))
         attach(detach(model))(**dict(other))

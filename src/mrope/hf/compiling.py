@@ -40,6 +40,7 @@ def compile_parts(model: torch.nn.Module, base: Any, options: NewColumns) -> Non
     if not any(isinstance(part, GradientCheckpointingLayer) for part in parts):
         raise MRopeError(f"{type(base).__name__} has no layers to compile one by one")
     options = options | one_graph_a_shape()
+    forget_compiled(model)  # what an earlier call has compiled
     for part in parts:
         part._compiled_call_impl = CompiledPart(part, options)  # noqa: SLF001 - as its `compile`
     base.mrope_shapes = set()
@@ -70,28 +71,27 @@ def one_graph_a_shape() -> NewColumns:
 
 
 def refuse_many_shapes(base: Any, inputs: Tensors) -> None:
-    """Raise where the layers would be compiled for one more shape of batches without rungs.
+    """Raise where compiled layers would be compiled for one more shape of batches without rungs.
 
     Raises:
         MRopeError: the model is strict, and has met `_MOST_SHAPES` of them.
     """
-    met = getattr(base, "mrope_shapes", None)
-    if met is None or is_generating() or modalities_of(inputs) == ["vision"]:
+    if is_generating() or modalities_of(inputs) == ["vision"]:
         return
-    met.add(
-        tuple(
-            one.shape if isinstance(one, torch.Tensor) else str(one)
-            for one in inputs.values()
-            if isinstance(one, (torch.Tensor, list))
-        )
+    met = base.mrope_shapes
+    shape = tuple(
+        one.shape if isinstance(one, torch.Tensor) else str(one)
+        for one in inputs.values()
+        if isinstance(one, (torch.Tensor, list))
     )
     # A deep copy of the model has met the same shapes, and is not compiled.
-    if len(met) > _MOST_SHAPES and base.mrope_strict and is_compiled(base):
+    if shape not in met and len(met) >= _MOST_SHAPES and base.mrope_strict and is_compiled(base):
         raise MRopeError(
             f"the layers of this model are compiled for each shape of a batch, and this is number "
-            f"{len(met)}: give the MRopeCollator, or equip, shapes=Shapes(...) with rungs of "
+            f"{len(met) + 1}: give the MRopeCollator, or equip, shapes=Shapes(...) with rungs of "
             "tokens and patches"
         )
+    met.add(shape)
 
 
 def is_compiled(model: torch.nn.Module) -> bool:
@@ -116,7 +116,7 @@ def _call_of(module: torch.nn.Module) -> Call | None:
 
 
 class CompiledPart:
-    """The call of a module as one graph, and as it was while `generate` runs.
+    """The call of a module as one graph, and as it was while tokens are generated.
 
     Each token of a row makes the cache longer: there would be a graph for each.
 
