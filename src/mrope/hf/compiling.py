@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 from mrope.hf.generation import is_generating
-from mrope.hf.inputs import Tensors, modalities_of
+from mrope.hf.inputs import Tensors, cache_of, modalities_of
 from mrope.hf.thinkers import text_model
 from mrope.hf.towers import VISION_TOWERS
 
@@ -70,13 +70,26 @@ def one_graph_a_shape() -> NewColumns:
     return options
 
 
+def decodes(base: Any, inputs: Tensors) -> bool:
+    """Whether a batch reads or fills a cache; with one each layer has graphs of its own.
+
+    Nobody decodes from a step with gradients, or from a batch of the stage that is asked for none.
+    """
+    if torch.is_grad_enabled():
+        return False
+    asked: bool | None = inputs.get("use_cache")
+    if asked is None and inputs.get("has_padding") is None:
+        asked = base.config.get_text_config().use_cache
+    return bool(asked) or cache_of(inputs) is not None
+
+
 def refuse_many_shapes(base: Any, inputs: Tensors) -> None:
     """Raise where compiled layers would be compiled for one more shape of batches without rungs.
 
     Raises:
         MRopeError: the model is strict, and has met `_MOST_SHAPES` of them.
     """
-    if is_generating() or modalities_of(inputs) == ["vision"]:
+    if modalities_of(inputs) == ["vision"]:
         return
     met = base.mrope_shapes
     shape = tuple(

@@ -22,9 +22,9 @@ from transformers.utils import can_return_tuple
 
 from mrope.collate.layouts import to_model_layout
 from mrope.columns import Columns, NewColumns
-from mrope.hf.compiling import refuse_many_shapes
-from mrope.hf.generation import while_generating
-from mrope.hf.inputs import Tensors, cache_of, is_precomputed, modalities_of, token_embeddings
+from mrope.hf.compiling import decodes, refuse_many_shapes
+from mrope.hf.generation import is_generating, while_generating
+from mrope.hf.inputs import Tensors, is_precomputed, modalities_of, token_embeddings
 from mrope.hf.outputs import Encoded, own_output
 from mrope.hf.rows import Row, row_of
 from mrope.hf.scatter import Level, deepstack_inputs, scatter_features
@@ -45,13 +45,13 @@ def attached_forward(self: Any, **inputs: Any) -> Any:
         return type(self).forward(self, **inputs)
     inputs = dict(to_model_layout(inputs))
     inputs |= given_by_head(inputs)
-    if getattr(self, "mrope_shapes", None) is None:  # its layers are not compiled
+    if getattr(self, "mrope_shapes", None) is None or is_generating():
         return _run(self, inputs)
-    if cache_of(inputs) is not None and not torch.is_grad_enabled():
-        with while_generating():  # as `generate` does, by a loop of the caller's
+    if decodes(self, inputs):
+        with while_generating():  # by a loop of the caller's
             return _run(self, inputs)
     refuse_many_shapes(self, inputs)
-    return _run(self, inputs)
+    return _run(self, inputs | {"use_cache": False})
 
 
 def _run(self: Any, inputs: NewColumns) -> Any:
