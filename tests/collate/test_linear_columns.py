@@ -85,6 +85,14 @@ def test_examples_that_leave_rows_half_empty_take_more_rows() -> None:
     assert fewer == [11, 1024]
 
 
+def test_many_short_examples_take_few_rows() -> None:
+    """As many as a rung has borders for, of a chunk each, would take 81 rows."""
+    lengths = np.full(400, 20)
+    found = linear_columns(lengths, 192, 512)
+    assert found["linear_shape"] == [44, 1024]  # of 25 that are taken, by doubling 11
+    check_slots(found, [*lengths.tolist(), 192], loose=True)
+
+
 @pytest.mark.parametrize("longest", [100, 900, 3000])
 def test_fixed_shapes_differ_by_the_longest_example_alone(longest: int) -> None:
     shapes = set()

@@ -43,7 +43,7 @@ def linear_columns(length_E: IntArray, tail: int = 0, most: int | None = None) -
           width are `linear_shape`, two ints. A segment begins a chunk, fits in a row, and has `GAP`
           empty slots in front, unless it begins the row. Without fixed shapes the width is that of
           the longest segment; with them 1,024 times a power of two, and the rows have a quarter
-          more slots than there are tokens, or what any examples of that width can need.
+          more slots than there are tokens; twice that, or four times, for many short examples.
 
     Example: segments of 3 and 2 tokens
 
@@ -109,9 +109,12 @@ def _lay_out_fixed(length_E: IntArray, places_T: IntArray, most: int) -> tuple[I
     start_E, taken, width = _lay_out(length_E, chunks)
     # An example that does not fit into a row has, with what stands there, more chunks than it.
     most_rows = 2 * (most_chunks // (chunks + 1)) + 1
-    # Most batches need less: a quarter more slots than tokens.
-    usual = -(-5 * len(places_T) // (4 * width)) + 1
-    rows = usual if taken <= usual < most_rows else most_rows
+    # Most batches need less: a quarter more slots than tokens. Those of short examples, which have
+    # a chunk each, get twice that, or four times: rows that are empty take as long as others.
+    rows = -(-5 * len(places_T) // (4 * width)) + 1
+    while rows < taken:
+        rows *= 2
+    rows = min(rows, most_rows)
     tokens = int(length_E.sum())
     slots_T = np.empty(len(places_T), np.int64)
     slots_T[:tokens] = start_E.repeat(length_E) + places_T[:tokens]
