@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mrope.columns import NewColumns
 from mrope.errors import MRopeError
 from mrope.hf.generation import is_generating
-from mrope.hf.inputs import Tensors, cache_of, modalities_of
+from mrope.hf.inputs import Tensors, cache_of, fills_cache, modalities_of
 from mrope.hf.thinkers import text_model
 from mrope.hf.towers import VISION_TOWERS
 
@@ -77,10 +77,9 @@ def decodes(base: Any, inputs: Tensors) -> bool:
     """
     if torch.is_grad_enabled():
         return False
-    asked: bool | None = inputs.get("use_cache")
-    if asked is None and inputs.get("has_padding") is None:
-        asked = base.config.get_text_config().use_cache
-    return bool(asked) or cache_of(inputs) is not None
+    asks_nothing = inputs.get("has_padding") is not None and inputs.get("use_cache") is None
+    fills = not asks_nothing and fills_cache(inputs, base.config.get_text_config())
+    return fills or cache_of(inputs) is not None
 
 
 def refuse_many_shapes(base: Any, inputs: Tensors) -> None:

@@ -196,12 +196,12 @@ def take_mask(inputs: Tensors, config: object, embeds: torch.Tensor) -> Any:
         and cache_of(inputs) is None  # which later tokens would find the padding in
         and (is_flash(config) or can_attend(embeds))
         and not has_layers(config, *INDEXED)  # whose blocks of keys may hold both
-        and not (has_layers(config, *RECURRENT) and _fills_cache(inputs, config))
+        and not (has_layers(config, *RECURRENT) and fills_cache(inputs, config))
     )
     return None if hidden else mask
 
 
-def _fills_cache(inputs: Tensors, config: object) -> bool:
+def fills_cache(inputs: Tensors, config: object) -> bool:
     """Whether the text model is to return a cache; nobody decodes from a step with gradients.
 
     The state that a recurrent layer leaves there is that behind the padding.
