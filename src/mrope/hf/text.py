@@ -51,9 +51,9 @@ def run_rope(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
     """Run a text model with M-RoPE on embeddings (B, S, hidden)."""
     mask = take_mask(inputs, text.config, embeds)
     drop_unread(inputs)
-    trains = text.training and torch.is_grad_enabled() and cache_of(inputs) is None
+    # Nobody decodes from a step with gradients, and a cache is filled by the slower rule alone.
+    trains = torch.is_grad_enabled() and cache_of(inputs) is None
     if trains and has_layers(text.config, "linear_attention") and lacks_kernels(embeds):
-        # Nobody decodes from a training step, and a cache is filled by the slower rule alone.
         inputs.setdefault("use_cache", False)
     if inputs.get("seq_idx") is not None:
         packed = packed_mask(text, embeds, inputs)
