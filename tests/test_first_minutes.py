@@ -134,6 +134,7 @@ def test_tables_of_syncs_have_whole_places_at_80_columns() -> None:
         ("torch 2.9", "runs the Conv3d of patch embeddings slowly"),
         ("kernel", "no variable-length attention kernel"),
         ("pin", "memory cannot be pinned"),
+        ("gradients", "refuses to train on Hopper"),
     ],
 )
 def test_doctor_names_what_makes_steps_slow(
@@ -151,6 +152,8 @@ def test_doctor_names_what_makes_steps_slow(
     )
     monkeypatch.setattr(slow_steps, "torch", fake)
     monkeypatch.setattr(slow_steps, "HAS_KERNEL", missing != "kernel")
+    refusal = "it refuses to train on Hopper" if missing == "gradients" else None
+    monkeypatch.setattr(slow_steps, "find_refusal", lambda: refusal)
     found = None if missing == "fla" else object()
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: found)
     (line,) = list_slow_parts()

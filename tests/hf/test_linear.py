@@ -366,6 +366,8 @@ def test_where_the_package_refuses(
     """Where its gradients are wrong, training takes the rule in torch, and says so once."""
     monkeypatch.setattr(fused, "_find", lambda names: print)
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton))
+    has = {"triton": object()}.get
+    monkeypatch.setattr(fused.importlib.util, "find_spec", has)  # type: ignore[attr-defined]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     fused._is_refused.cache_clear()
     tensor: Any = SimpleNamespace(is_cuda=True)

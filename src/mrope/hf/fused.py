@@ -70,9 +70,11 @@ def _is_refused() -> bool:
 
 def find_refusal() -> str | None:
     """Return why the package, which is installed, does not train on this GPU, or None."""
+    has_triton, has_tilelang = map(importlib.util.find_spec, ("triton", "tilelang"))
+    if not has_triton or has_tilelang:
+        return None
     triton: Any = importlib.import_module("triton")
-    wrong = refuses(torch.cuda.get_device_capability(), triton.__version__)
-    if not wrong or importlib.util.find_spec("tilelang") is not None:
+    if not refuses(torch.cuda.get_device_capability(), triton.__version__):
         return None
     return (
         f"flash-linear-attention refuses to train on Hopper with Triton {triton.__version__}, for "
