@@ -5,6 +5,7 @@ Each command imports its modules when it runs, so that `mrope explain` works wit
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import re
 import sys
@@ -190,8 +191,17 @@ def train(
         return
     from mrope.training import trainer
 
+    atexit.register(_leave_group)
     if trainer.train(cfg, resume=resume).stopped:
         raise typer.Exit(130)
+
+
+def _leave_group() -> None:
+    """Destroy the process group before Python ends: its threads abort a rank that goes first."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @app.command()
