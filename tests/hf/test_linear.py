@@ -106,15 +106,24 @@ def test_so_they_are_with_positions_in_1_d(family: str, media: bool) -> None:
 def compare_with_rows_alone(
     family: str, plain: Any, model: Any, examples: Any, ladder: Shapes | None
 ) -> None:
-    batch = collate(family, examples, "flatten", ladder)
-    outputs: Any = model(**dict(batch))
+    outputs = model(**dict(collate(family, examples, "flatten", ladder)))
     outputs.loss.backward()
+    alone = [plain(**dict(collate(family, [one], None, None))) for one in examples]
+    assert_as_rows_alone(outputs, alone, examples, model, plain)
+
+
+def assert_as_rows_alone(
+    outputs: Any, alone: list[Any], examples: Any, model: Any, plain: Any
+) -> None:
+    """A row's logits, loss and gradients are those that the plain model gives example by example.
+
+    Gradients of the row are in `model`; those of `plain` are computed here.
+    """
     logits, losses, learned = [], [], []
-    for one in examples:
-        alone: Any = plain(**dict(collate(family, [one], None, None)))
-        logits.append(alone.logits[0])
+    for one, own in zip(examples, alone, strict=True):
+        logits.append(own.logits[0])
         learned.append(int((one["labels"][1:] != -100).sum()))
-        losses.append(alone.loss * learned[-1])
+        losses.append(own.loss * learned[-1])
     loss: Any = sum(losses) / sum(learned)
     loss.backward()
     expected = torch.cat(logits)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from hf.test_linear import Operators
+from hf.test_linear import Operators, assert_as_rows_alone
 from hf.test_replaced_forwards import doubled
 from mrope import MRopeCollator, MRopeError, MRopeSpec, VisionSpec
 from mrope.guard import SyncGuard
@@ -74,21 +74,10 @@ def assert_as_alone(model: Any, plain: Any, multiple: int = 1) -> None:
         outputs = model(**batch)
         outputs.loss.backward()
     assert guard.count == 0, guard.report()
-    logits, losses, learned = [], [], []
-    for one in examples:
-        alone = plain(**collate([one]))
-        logits.append(alone.logits[0])
-        learned.append(len(one["labels"]) - 1)
-        losses.append(alone.loss * learned[-1])
-    loss: Any = sum(losses) / sum(learned)
-    loss.backward()
-    expected = torch.cat(logits)
-    assert (outputs.logits[0, : len(expected)] - expected).abs().max() < 1e-5
-    assert (outputs.loss - loss).abs() < 1e-5
+    alone = [plain(**collate([one])) for one in examples]
+    assert_as_rows_alone(outputs, alone, examples, model, plain)
     for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert (one.grad is None) == (other.grad is None), name
-        if one.grad is not None:
-            torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(
