@@ -24,7 +24,7 @@ from transformers.masking_utils import (
 from mrope.columns import LINEAR_KEYS, NewColumns
 from mrope.errors import MRopeError
 from mrope.hf.attention import ONLY_CAUSAL, RECURRENT, TEXT_ATTENTION, has_layers, is_flash
-from mrope.hf.inputs import Tensors, cache_of, drop_unread, take_mask
+from mrope.hf.inputs import Tensors, cache_of, drop_unread, fills_cache, take_mask
 from mrope.hf.linear import lacks_kernels
 from mrope.hf.pools import find_pools
 from mrope.hf.varlen import TAKES_WINDOW, can_attend
@@ -51,10 +51,10 @@ def run_rope(text: Any, embeds: torch.Tensor, inputs: Tensors) -> Any:
     """Run a text model with M-RoPE on embeddings (B, S, hidden)."""
     mask = take_mask(inputs, text.config, embeds)
     drop_unread(inputs)
-    # Nobody decodes from a step with gradients, and a cache is filled by the slower rule alone.
-    trains = torch.is_grad_enabled() and cache_of(inputs) is None
-    if trains and has_layers(text.config, "linear_attention") and lacks_kernels(embeds):
-        inputs.setdefault("use_cache", False)
+    slow = has_layers(text.config, "linear_attention") and lacks_kernels(embeds)
+    if slow and cache_of(inputs) is None and not fills_cache(inputs, text.config):
+        # The model would make one all the same, which is filled by the slower rule alone.
+        inputs["use_cache"] = False
     if inputs.get("seq_idx") is not None:
         packed = packed_mask(text, embeds, inputs)
         mask = packed if mask is None else mask
